@@ -1,0 +1,467 @@
+"""
+The recipe: one YAML file that describes an experiment, both stages.
+
+`reference`, `features`, `data` and `cache` decide what is computed in stage 1 and therefore the cache
+key; `policy`, `objective` and `training` never do. This module is the one place that says what a field
+is: the docstring under a field is its documentation (`docs/recipe.md` is printed from it), and every
+field is checked here before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from errors import RecipeError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, unknown fields refused, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Reference(Section):
+    """The frozen model that stage 1 scores the pairs with."""
+
+    model: str
+    """Hub id, or folder with `config.json` and safetensors weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is the hub's default branch."""
+
+    dtype: Dtype = "float32"
+    """What the weights are loaded as and computed in. Log-probs are float32 whatever this is."""
+
+    adapter: str | None = None
+    """PEFT adapter (hub id or folder) merged into the reference before scoring; null is none."""
+
+
+class Feature(Section):
+    """One hookpoint, and the SAE that reads it."""
+
+    sae: str
+    """SAELens or sparsify folder, Gemma Scope `params.npz` or its folder, or hub id with the path inside."""
+
+    hookpoint: str
+    """Module whose output the SAE reads, as a module path of the model: `model.layers.12`."""
+
+    top_k: PositiveInt | Literal["all"] = 64
+    """How many pooled features are kept per completion; `all` keeps every non-zero one."""
+
+    self_check: bool = True
+    """Hold L0 and variance unexplained against what the SAE advertises before anything is spent."""
+
+
+class Data(Section):
+    """The preference pairs, and how they become tokens (TRL's rules)."""
+
+    source: str
+    """File (jsonl, json, parquet), folder with one file per split, or hub id."""
+
+    subset: str | None = None
+    """Configuration name of a hub dataset; null is its default."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; null is the default branch."""
+
+    split: str = "train"
+    """Split to train on; slices such as `train[:90%]` are understood."""
+
+    eval_split: str | None = None
+    """Split held out for `fpo evaluate`; it gets a cache of its own. Null evaluates nothing."""
+
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; null takes the reference's."""
+
+    chat_template: str | None = None
+    """Chat template file that replaces the tokenizer's; null keeps it."""
+
+    max_length: PositiveInt | None = 1024
+    """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
+
+
+class CacheOptions(Section):
+    """What the cache holds besides log-probs and features, and how it is cut."""
+
+    top_logits: NonNegativeInt = 0
+    """Also keep the reference's most likely tokens at each completion position: how many of them."""
+
+    shard_pairs: PositiveInt = 2048
+    """A shard closes at this many pairs (or 2^20 tokens, or 64 MiB): what a killed run can lose."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the permutation that assigns pairs to shards."""
+
+
+class Lora(Section):
+    """Train low-rank adapters (PEFT) instead of all weights."""
+
+    r: PositiveInt = 16
+    """Rank."""
+
+    alpha: PositiveFloat = 32
+    """Scale; the update is multiplied by alpha / r."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Names of the modules that get an adapter, as PEFT understands them."""
+
+
+class Policy(Section):
+    """The model that is trained."""
+
+    model: str | None = None
+    """Hub id or folder; null starts from the reference's weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    dtype: Dtype = "float32"
+    """What the weights are kept in. For mixed precision keep float32 here and set `training.bf16`."""
+
+    lora: Lora | None = None
+    """Adapter settings; null trains all weights."""
+
+
+class Objective(Section):
+    """What all objectives share; see docs/objectives.md for the formulas."""
+
+    needs_features: ClassVar[bool] = False
+
+
+class Dpo(Objective):
+    """Direct preference optimisation, Eq. 7 of https://arxiv.org/abs/2305.18290."""
+
+    name: Literal["dpo"]
+    """The objective."""
+
+    beta: PositiveFloat = 0.1
+    """Pull towards the reference: scale of the difference of the summed logratios."""
+
+
+class Simpo(Objective):
+    """Simple preference optimisation, Eq. 6 of https://arxiv.org/abs/2405.14734; uses no reference."""
+
+    name: Literal["simpo"]
+    """The objective."""
+
+    beta: PositiveFloat = 2.0
+    """Scale of the difference of the mean log-probs."""
+
+    gamma: NonNegativeFloat = 0.5
+    """Target reward margin, in nats of the scaled difference (the authors' code calls gamma / beta a ratio)."""
+
+
+class Fpo(Objective):
+    """Feature-level constrained preference optimisation, Eq. 7-11 of https://arxiv.org/abs/2411.07618."""
+
+    needs_features: ClassVar[bool] = True
+
+    name: Literal["fpo"]
+    """The objective."""
+
+    beta: PositiveFloat = 0.1
+    """Scale of the whole margin: pull towards the reference, as in DPO."""
+
+    alpha: NonNegativeFloat = 0.5
+    """Weight of the feature term; 0 never loads the SAE."""
+
+    k: PositiveInt = 50
+    """How many features a completion's distance is over; the sum is divided by k."""
+
+    feature_set: Literal["reference", "union", "policy"] = "reference"
+    """Whose top k: the reference's (exact from any cache), both models' as in the paper, or the policy's."""
+
+    hookpoint: str | None = None
+    """Which of `features` is constrained; null is the only one there is."""
+
+
+AnyObjective = Annotated[Dpo | Simpo | Fpo, Field(discriminator="name")]
+OBJECTIVES: dict[str, type[Objective]] = {"dpo": Dpo, "simpo": Simpo, "fpo": Fpo}
+
+# Trainer arguments that the pipeline sets itself, and what to use instead.
+OWNED_ARGUMENTS = {
+    "output_dir": "give the run folder with --output",
+    "resume_from_checkpoint": "use --resume",
+    "do_train": "fpo align trains",
+    "do_eval": "use fpo evaluate",
+    "do_predict": "use fpo evaluate",
+    "remove_unused_columns": "the cache has no unused columns",
+    "ignore_data_skip": "a resumed run continues where it stopped",
+    "label_names": "pairs have no labels",
+    "max_length": "it belongs to data",
+    "use_liger_kernel": "the log-probs of the completions are chunked already",
+    "auto_find_batch_size": "the order of an epoch depends on the batch size",
+    "torch_compile": "packed batches change shape every step",
+}
+
+
+class Recipe(Section):
+    """An experiment, both stages."""
+
+    reference: Reference
+    """The frozen model."""
+
+    features: tuple[Feature, ...] = ()
+    """Hookpoints to record; objectives without a feature term need none."""
+
+    data: Data
+    """The pairs."""
+
+    cache: CacheOptions = CacheOptions()
+    """Extras and shard plan."""
+
+    policy: Policy = Policy()
+    """The model that is trained."""
+
+    objective: AnyObjective = Fpo(name="fpo")
+    """The loss."""
+
+    training: dict[str, Any] = {}
+    """Arguments of `transformers.TrainingArguments`, by their own names. Batch sizes count pairs."""
+
+    @model_validator(mode="after")
+    def _combine(self) -> Recipe:
+        hookpoints = [feature.hookpoint for feature in self.features]
+        for hookpoint in hookpoints:
+            if hookpoints.count(hookpoint) > 1:
+                raise ValueError(f"features: hookpoint {hookpoint} is listed twice")
+        if isinstance(self.objective, Fpo) and self.objective.alpha > 0:
+            _check_fpo(self.objective, self.features)
+        return self
+
+    def constrained_feature(self) -> int | None:
+        """Index into `features` of the one that the objective constrains; None where it constrains none."""
+        if not isinstance(self.objective, Fpo) or self.objective.alpha == 0:
+            return None
+        hookpoints = [feature.hookpoint for feature in self.features]
+        return hookpoints.index(self.objective.hookpoint) if self.objective.hookpoint else 0
+
+
+def _check_fpo(objective: Fpo, features: tuple[Feature, ...]) -> None:
+    hookpoints = [feature.hookpoint for feature in features]
+    if not hookpoints:
+        raise ValueError("objective.name: fpo needs an entry in features (or objective.alpha: 0)")
+    if objective.hookpoint is None and len(hookpoints) > 1:
+        raise ValueError(f"objective.hookpoint: say which of {', '.join(hookpoints)} is constrained")
+    if objective.hookpoint is not None and objective.hookpoint not in hookpoints:
+        near = nearest(objective.hookpoint, hookpoints)
+        raise ValueError(f"objective.hookpoint: {objective.hookpoint} is not among features; nearest is {near}")
+    chosen = features[hookpoints.index(objective.hookpoint or hookpoints[0])]
+    if chosen.top_k != "all" and chosen.top_k < objective.k:
+        raise ValueError(
+            f"objective.k: {objective.k} features are asked for, the cache keeps top_k: {chosen.top_k}"
+        )
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """
+    Read, override and validate a recipe.
+
+    path       the YAML file
+    overrides  `section.field=value` strings, the value in YAML
+    Raises RecipeError naming the field, the value and the nearest valid name.
+    """
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = nearest(path.name, [p.name for p in folder.glob("*.y*ml")])
+        hint = f"; nearest is {folder / near}" if near else ""
+        raise RecipeError(f"{path}: no such recipe{hint}")
+    raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return validate_recipe(raw, str(path))
+
+
+def validate_recipe(raw: dict[str, Any], origin: str) -> Recipe:
+    """A Recipe from plain data; `origin` stands at the start of error messages."""
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item, raw) for item in error.errors()]
+        raise RecipeError(f"{origin}: " + "\n  ".join(dict.fromkeys(lines))) from None
+    _check_training(recipe.training, origin)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every field, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def nearest(name: str, valid: list[str]) -> str | None:
+    """The valid name closest to `name`, or None where none is at all close."""
+    found = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `5e-7` is a number and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{key}` is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML; RecipeError with line and column where it is not YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError(f"{origin}: {where}{error.problem}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {override}: write it as section.field=value")
+    target: Any = raw
+    *parents, last = path.split(".")
+    for name in parents:
+        if isinstance(target, list):
+            target = target[_position(name, target, override)]
+        else:
+            if target.get(name) is None:
+                target[name] = {}
+            target = target[name]
+        if not isinstance(target, dict | list):
+            raise RecipeError(f"--set {override}: {name} has no fields")
+    parsed = parse_yaml(value, f"--set {override}")
+    if isinstance(target, list):
+        target[_position(last, target, override)] = parsed
+    else:
+        target[last] = parsed
+
+
+def _position(name: str, items: list[Any], override: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise RecipeError(f"--set {override}: {name} is not one of the {len(items)} entries, counted from 0")
+    return int(name)
+
+
+def _explain(error: Any, raw: dict[str, Any]) -> str:
+    """One line for one pydantic error: field, value, nearest valid name."""
+    # The alternatives of a union stand in the location as parts of their own.
+    location = [
+        part for part in error["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)
+    ]
+    location = [part for part in location if part not in OBJECTIVES]
+    field = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in location))
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        valid = _fields_at(location[:-1], raw)
+        near = nearest(str(location[-1]), valid)
+        return f"{field}: no such field; " + (f"nearest is {near}" if near else f"valid are {', '.join(valid)}")
+    if kind == "missing":
+        return f"{field}: this field is required"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        name = value.get("name") if isinstance(value, dict) else value
+        near = nearest(str(name), list(OBJECTIVES)) or ", ".join(OBJECTIVES)
+        return f"objective.name: {name!r} is no objective; nearest is {near}"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", str(error["ctx"]["expected"]))
+        near = nearest(str(value), valid) or ", ".join(valid)
+        return f"{field}: {value!r} is not valid; nearest is {near}"
+    message = error["msg"].replace("Input should be", "must be").replace("Input", "it")
+    return f"{field}: {message}, not {value!r}"
+
+
+def _fields_at(location: list[Any], raw: dict[str, Any]) -> list[str]:
+    """Names of the fields that the section at `location` has."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if part == "objective":
+            name = raw.get("objective", {}).get("name")
+            model = OBJECTIVES.get(name, Objective)
+        else:
+            model = _section_type(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> type[Section]:
+    """The Section inside an annotation such as `tuple[Feature, ...]` or `Lora | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(_section_type(arg) for arg in get_args(annotation) if arg not in (type(None), ...))
+
+
+def _check_training(training: dict[str, Any], origin: str) -> None:
+    if not training:
+        return
+    fields = _training_fields()
+    for name, value in training.items():
+        if name in OWNED_ARGUMENTS:
+            raise RecipeError(f"{origin}: training.{name}: not set here; {OWNED_ARGUMENTS[name]}")
+        if name not in fields:
+            near = nearest(name, [field for field in fields if field not in OWNED_ARGUMENTS])
+            hint = f"; nearest is {near}" if near else ""
+            raise RecipeError(f"{origin}: training.{name}: no such argument of TrainingArguments{hint}")
+        try:
+            fields[name].validate_python(value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].replace("Input should be", "must be")
+            raise RecipeError(f"{origin}: training.{name}: {message}, not {value!r}") from None
+
+
+@functools.cache
+def _training_fields() -> dict[str, TypeAdapter[Any]]:
+    """Name and type of every argument of transformers.TrainingArguments."""
+    import dataclasses
+    import typing
+
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {
+        field.name: TypeAdapter(_lenient(hints[field.name]))
+        for field in dataclasses.fields(TrainingArguments)
+        if field.init
+    }
+
+
+def _lenient(hint: Any) -> Any:
+    """The hint with what pydantic cannot check replaced by Any."""
+    try:
+        TypeAdapter(hint)
+    except Exception:
+        return Any
+    return Union[hint, None]  # noqa: UP007 - `|` fails on some of the annotations at run time

@@ -1,0 +1,50 @@
+"""
+What a model says about a pair. One package, because reference and policy must be measured by the same code.
+
+    packing     pairs -> rows, positions, mask      models      files of a model, loading
+    logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
+    scorer      the one forward pass                sae         activations; sae_formats reads the files
+    features    pooled top k, column sets           self_check  does the SAE fit the hookpoint
+"""
+
+from scoring.features import (
+    ColumnSet,
+    PooledFeatures,
+    SparseRows,
+    look_up,
+    policy_top,
+    pool_top_features,
+    reference_top,
+    sparse_rows,
+    union,
+)
+from scoring.logps import sum_logps
+from scoring.models import load_model, model_config, model_folder, weight_files
+from scoring.packing import Packed, pack
+from scoring.sae import Sae, load_sae
+from scoring.scorer import Scores, check_packing, disable_dropout, install_scoring
+
+__all__ = [
+    "ColumnSet",
+    "Packed",
+    "PooledFeatures",
+    "Sae",
+    "Scores",
+    "SparseRows",
+    "check_packing",
+    "disable_dropout",
+    "install_scoring",
+    "load_model",
+    "load_sae",
+    "look_up",
+    "model_config",
+    "model_folder",
+    "pack",
+    "policy_top",
+    "pool_top_features",
+    "reference_top",
+    "sparse_rows",
+    "sum_logps",
+    "union",
+    "weight_files",
+]

@@ -1,0 +1,200 @@
+"""
+Hookpoints: the named module whose output an SAE reads.
+
+A hookpoint is the module path that `named_modules` of the Hugging Face model shows, whatever stands around
+the model (PEFT, DDP, a multimodal model): `model.layers.12` is the output of layer 12, `transformer.h.3.mlp`
+that of GPT-2's fourth MLP. `model.layers.N` is understood for every family, so that one word names the same
+place in a text-only and in a multimodal checkpoint. `hidden_states[-1]` of transformers is no hookpoint: it
+stands after the final norm, where no residual SAE was trained.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from errors import ModelError
+
+_LAYER_PATH = re.compile(r"^(?:[\w.]+\.)?(?:layers|h)\.(\d+)(\.[\w.]+)?$")
+
+# What a layer of each family contains, for check_hookpoint: (path of the layers, direct children of a layer).
+_LLAMA_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+_GEMMA_CHILDREN = (*_LLAMA_CHILDREN, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), ("model.layers", _LLAMA_CHILDREN)),
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma3"), ("model.layers", _GEMMA_CHILDREN)),
+    "gpt2": ("transformer.h", ("ln_1", "attn", "ln_2", "mlp")),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        (
+            "attention",
+            "mlp",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "post_attention_dropout",
+            "post_mlp_dropout",
+        ),
+    ),
+}
+
+
+def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
+    """
+    The module that `name` means in `model`, looking through DDP and PEFT wrappers.
+
+    Raises ModelError where there is none, with the nearest names and the range of layers.
+    """
+    base = _unwrap(model)
+    layers_path, layers = _decoder_layers(base)
+    alias = re.fullmatch(r"model\.layers\.(\d+(?:\.[\w.]+)?)", name)
+    for path in (name, f"{layers_path}.{alias[1]}" if alias else ""):
+        with suppress(AttributeError):
+            if path:
+                return base.get_submodule(path)
+    names = [path for path, _ in base.named_modules()]
+    raise ModelError(_no_such_hookpoint(name, names, layers_path, len(layers)))
+
+
+@contextmanager
+def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """
+    While open, every forward of `model` puts the output of each named module into the yielded dict, with its
+    gradient history and in the model's own shape and dtype; of a tuple output, the first element.
+
+    A later forward overwrites: reentrant checkpointing runs the hook again in backward. Raises ModelError for
+    an unknown name, before any hook is registered.
+    """
+    modules = {name: resolve_hookpoint(model, name) for name in names}
+    outputs: dict[str, Tensor] = {}
+
+    def store_as(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_hook(store_as(name)).remove)
+        yield outputs
+
+
+def hookpoint_names(model: nn.Module) -> list[str]:
+    """The outputs of all decoder layers, first to last, by the paths of the model itself."""
+    path, layers = _decoder_layers(_unwrap(model))
+    return [f"{path}.{index}" for index in range(len(layers))]
+
+
+def final_norm_name(model: nn.Module) -> str | None:
+    """The norm after the last layer (where `hidden_states[-1]` is taken), or None where there is none."""
+    base = _unwrap(model)
+    path, _ = _decoder_layers(base)
+    parent = path.rpartition(".")[0]
+    decoder = base.get_submodule(parent)
+    for child in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+        if isinstance(getattr(decoder, child, None), nn.Module):
+            return f"{parent}.{child}" if parent else child
+    return None
+
+
+def same_hookpoint(one: str, other: str) -> bool:
+    """Whether two names mean one place: equal, or the same layer and submodule under another prefix."""
+    return _without_prefix(one) == _without_prefix(other)
+
+
+def check_hookpoint(config: Mapping[str, Any], name: str) -> None:
+    """
+    Check a name against a model's config.json, before any weights load.
+
+    Raises ModelError where the layer or the submodule cannot exist. Returns where the name fits and also
+    where the config cannot tell: an unknown family, or a path outside the layers.
+    """
+    text = config.get("text_config") or config
+    count = next((text[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if k in text), None)
+    layers_path, children = _FAMILIES.get(config.get("model_type", ""), (None, ()))
+    match = _LAYER_PATH.match(name)
+    if match is None:
+        _check_outside_layers(name, layers_path, count)
+        return
+    prefix, index, inside = name[: match.start(1) - 1], int(match[1]), match[2]
+    if count is not None and index >= count:
+        raise ModelError(
+            f"no hookpoint {name}: this model has {count} layers, {prefix}.0 to {prefix}.{count - 1}"
+        )
+    if layers_path is None:
+        return
+    if prefix not in (layers_path, "model.layers", "model.language_model.layers"):
+        raise ModelError(
+            f"no hookpoint {name}: the layers of a {config['model_type']} model are {layers_path}.N; "
+            f"did you mean {layers_path}.{index}{inside or ''}?"
+        )
+    child = inside.split(".")[1] if inside else None
+    if child is not None and child not in children:
+        near = _nearest(child, children)
+        raise ModelError(
+            f"no hookpoint {name}: a layer of a {config['model_type']} model has {', '.join(children)}"
+            + (f"; did you mean {prefix}.{index}.{near[0]}?" if near else "")
+        )
+
+
+def _check_outside_layers(name: str, layers_path: str | None, count: int | None) -> None:
+    """A path that names no layer is accepted unless it is plainly a misspelt one, such as model.layer.3."""
+    digits = re.search(r"\.(\d+)", name)
+    if layers_path is None or digits is None:
+        return
+    known = f", {layers_path}.0 to {layers_path}.{count - 1}" if count else ""
+    raise ModelError(
+        f"no hookpoint {name}: did you mean {layers_path}.{digits[1]}? This model has {count} layers{known}"
+    )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DDP (`module`), torch.compile (`_orig_mod`), PEFT (`get_base_model`)."""
+    while True:
+        for attribute in ("module", "_orig_mod"):
+            if isinstance(inner := getattr(model, attribute, None), nn.Module):
+                model = inner
+                break
+        else:
+            break
+    peft_base = getattr(model, "get_base_model", None)
+    return peft_base() if callable(peft_base) else model
+
+
+def _decoder_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder's layers."""
+    get_decoder = getattr(base, "get_decoder", None)
+    # transformers 4.57 returns the language model itself for GPT-2 and GPT-NeoX; base_model is right there.
+    decoders = (get_decoder() if callable(get_decoder) else None, getattr(base, "base_model", None), base)
+    for decoder in decoders:
+        for attribute in ("layers", "h"):
+            layers = getattr(decoder, attribute, None)
+            if isinstance(layers, nn.ModuleList):
+                return next(path for path, module in base.named_modules() if module is layers), layers
+    raise ModelError(
+        f"{type(base).__name__} has no list of decoder layers that hookpoints could name (looked for "
+        "`layers` and `h` of get_decoder()): use a decoder-only language model"
+    )
+
+
+def _without_prefix(name: str) -> str:
+    match = _LAYER_PATH.match(name)
+    return f"{int(match[1])}{match[2] or ''}" if match else name
+
+
+def _nearest(name: str, names: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+
+
+def _no_such_hookpoint(name: str, names: list[str], layers_path: str, count: int) -> str:
+    layers = f"this model has {count} layers, {layers_path}.0 to {layers_path}.{count - 1}"
+    match = _LAYER_PATH.match(name)
+    if match and int(match[1]) >= count:
+        return f"no hookpoint {name}: {layers}"
+    near = _nearest(name, names)
+    return f"no hookpoint {name}: {layers}" + (f"; nearest: {', '.join(near)}" if near else "")

@@ -1,0 +1,113 @@
+"""
+Log-probabilities of completions. Both stages call this module, so the reference and the policy are
+measured by the same code. There is never a (batch, length, vocabulary) tensor: only positions that predict
+a completion's token reach the head.
+
+Dimension key:  N scored completion tokens   D hidden   V vocabulary   M most likely tokens   C completions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[Tensor], Tensor]
+
+# Float32 logits of a step that autograd may keep. Beyond it the head runs in chunks whose logits are
+# computed again in backward: a third more time on a small model's step, but the step fits at a 256k vocabulary.
+LOGITS_BUDGET_BYTES = 1 << 30
+CHUNK_BYTES = 1 << 28
+
+
+class TokenLogps(NamedTuple):
+    """What the head says about the scored tokens."""
+
+    logps: Float[Tensor, " N"]
+    """Log-probability of each target given what precedes it, in nats, float32."""
+    top_indices: Int[Tensor, "N M"]
+    """The M most likely tokens at each position, most likely first."""
+    top_logps: Float[Tensor, "N M"]
+    """Their log-probabilities."""
+
+
+def token_logps(
+    hidden: Float[Tensor, "N D"],
+    targets: Int[Tensor, " N"],
+    head: Head,
+    *,
+    softcap: float | None = None,
+    top: int = 0,
+) -> TokenLogps:
+    """
+    Log-probability of each target token.
+
+    hidden   output of the decoder (after its final norm) at the predicting positions
+    head     hidden -> logits over the vocabulary
+    softcap  logits are `softcap * tanh(logits / softcap)` (Gemma's `final_logit_softcapping`)
+    top      how many most likely tokens to report besides; without gradient
+    """
+
+    def score(hidden_chunk: Tensor, target_chunk: Tensor) -> TokenLogps:
+        logits = head(hidden_chunk).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logps: Tensor = _GatheredLogSoftmax.apply(logits, target_chunk)
+        with torch.no_grad():
+            best = logits.topk(top, dim=-1)
+            best_logps = best.values - logits.logsumexp(-1, keepdim=True) if top else best.values
+        return TokenLogps(logps, best.indices, best_logps)
+
+    vocabulary = _vocabulary(head, hidden)
+    total = hidden.shape[0] * vocabulary * 4
+    if total <= (LOGITS_BUDGET_BYTES if torch.is_grad_enabled() else CHUNK_BYTES):
+        return score(hidden, targets)
+    rows = max(1, CHUNK_BYTES // (vocabulary * 4))
+    chunks = []
+    for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows), strict=True):
+        if torch.is_grad_enabled():
+            chunks.append(checkpoint(score, hidden_chunk, target_chunk, use_reentrant=False))
+        else:
+            chunks.append(score(hidden_chunk, target_chunk))
+    return TokenLogps(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def sum_logps(
+    logps: Float[Tensor, " N"], completion: Int[Tensor, " N"], n_completions: int
+) -> Float[Tensor, " C"]:
+    """Log-probability of each completion, in nats: the sum over its scored tokens, float32."""
+    return logps.new_zeros(n_completions).index_add(0, completion, logps)
+
+
+def _vocabulary(head: Head, hidden: Tensor) -> int:
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.ndim == 2:
+        return int(weight.shape[0])
+    # Sharded or wrapped heads do not show their shape: ask one row.
+    with torch.no_grad():
+        return int(head(hidden[:1]).shape[-1])
+
+
+class _GatheredLogSoftmax(torch.autograd.Function):
+    """
+    log_softmax(logits)[targets] without keeping the (N, V) log-softmax: forward keeps logits and one
+    logsumexp per row, backward makes onehot - softmax in a single buffer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        normaliser = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, targets, normaliser)
+        return logits.gather(-1, targets[:, None])[:, 0] - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        grad = grads[0]
+        grad_logits = (logits - normaliser[:, None]).exp_().mul_(-grad[:, None])
+        grad_logits.scatter_add_(1, targets[:, None], grad[:, None])
+        return grad_logits, None

@@ -1,0 +1,115 @@
+"""
+Does the SAE fit what the hookpoint gives? A wrong layer, a tensor after the final norm, a missing threshold or a
+doubled b_dec train without a complaint; they show in how many features are active (L0) and how much of the
+variance is unexplained (FVU), and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from errors import SelfCheckError
+from scoring.hookpoints import capture, final_norm_name, hookpoint_names, resolve_hookpoint, same_hookpoint
+from scoring.packing import Packed
+from scoring.sae import Decoder, Sae
+
+# Seen over wrong loads: a wrong layer moves L0 by 1.4x, a missing threshold by 13x, b_dec left in by 3x. Real data
+# against the data that an SAE was measured on moves it by up to 2x.
+L0_RATIO = 2.5
+# Above this the SAE explains so little that no choice of hookpoint is worth training against; published SAEs
+# reach 0.1-0.45 at their own hookpoint.
+FVU_LIMIT = 0.8
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What one SAE does on real tokens, at its hookpoint and elsewhere."""
+
+    hookpoint: str
+    tokens: int
+    """Scored completion tokens that it was measured on."""
+    l0: float
+    advertised_l0: float | None
+    fvu: float
+    """At the hookpoint: fraction of variance unexplained."""
+    elsewhere: dict[str, float]
+    """FVU at the same module of the other layers, and after the final norm."""
+
+    @property
+    def best(self) -> str:
+        """The hookpoint that the SAE fits best."""
+        other = min(self.elsewhere, key=self.elsewhere.__getitem__, default=self.hookpoint)
+        return other if self.elsewhere.get(other, self.fvu) < self.fvu else self.hookpoint
+
+    def raise_if_unfit(self) -> None:
+        """SelfCheckError with the figures, the best-fitting hookpoint and the likely cause."""
+        figures = f"L0 {self.l0:.1f}" + (f" (advertised {self.advertised_l0:g})" if self.advertised_l0 else "")
+        cause = self._cause()
+        if cause is not None:
+            raise SelfCheckError(
+                f"the SAE does not fit {self.hookpoint}: {cause}\n"
+                f"  measured on {self.tokens} tokens: {figures}, FVU {self.fvu:.3f}; "
+                f"best fit {self.best} with FVU {min([self.fvu, *self.elsewhere.values()]):.3f}\n"
+                "  mend the recipe, or set self_check: off in this entry of features to go on regardless"
+            )
+
+    def _cause(self) -> str | None:
+        if self.best != self.hookpoint:
+            return f"it explains {self.best} better, so the hookpoint is probably wrong"
+        if not self.fvu <= FVU_LIMIT:
+            return f"FVU {self.fvu:.2f} is above {FVU_LIMIT}; probably another model, or another input scaling"
+        if self.advertised_l0 and self.l0 > L0_RATIO * self.advertised_l0:
+            return "far more features are active than advertised; probably a threshold or bias is not applied"
+        if self.advertised_l0 and self.l0 * L0_RATIO < self.advertised_l0:
+            return "far fewer features are active than advertised; probably another model or input scaling"
+        return None
+
+
+@torch.inference_mode()
+def check_sae(model: PreTrainedModel, sae: Sae, decoder: Decoder, hookpoint: str, packed: Packed) -> SelfCheck:
+    """
+    Measure an SAE on the scored positions of a packed batch, at its hookpoint and at every comparable place.
+
+    model    with scoring installed, on the device of `sae` and `packed`
+    decoder  what read_decoder returns
+    """
+    places = [hookpoint, *(name for name in _comparable(model, hookpoint) if not same_hookpoint(name, hookpoint))]
+    with capture(model, places) as outputs:
+        model(**packed._asdict())
+    measured: dict[str, tuple[float, float]] = {}
+    for name in places:
+        residual = _scored(outputs[name], packed)
+        if residual.shape[-1] == sae.facts.d_in:
+            measured[name] = sae.fvu_and_l0(residual, decoder)
+    fvu, l0 = measured.pop(hookpoint)
+    return SelfCheck(
+        hookpoint=hookpoint,
+        tokens=len(packed.targets),
+        l0=l0,
+        advertised_l0=sae.facts.advertised_l0,
+        fvu=fvu,
+        elsewhere={name: value for name, (value, _) in measured.items()},
+    )
+
+
+def _scored(output: Tensor, packed: Packed) -> Float[Tensor, "N D"]:
+    return output.flatten(0, 1)[packed.predictors]
+
+
+def _comparable(model: PreTrainedModel, hookpoint: str) -> list[str]:
+    """The same module of every layer, and the final norm where the hookpoint is a layer's output."""
+    layers = hookpoint_names(model)
+    target = resolve_hookpoint(model, hookpoint)
+    modules = dict(model.named_modules())
+    path = next(name for name, module in modules.items() if module is target)
+    owner = next((layer for layer in layers if path == layer or path.startswith(layer + ".")), None)
+    if owner is None:
+        return []
+    suffix = path[len(owner) :]
+    norm = final_norm_name(model) if not suffix else None
+    return [name for name in (layer + suffix for layer in layers) if name in modules] + ([norm] if norm else [])

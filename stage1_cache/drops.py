@@ -1,0 +1,81 @@
+"""
+What became of the rows: kept, dropped for a reason, or kept with something that deserves a look. Nothing is
+lost in silence: `kept` plus the counts of `dropped` is `read`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+DROPPED = {
+    "prompt_fills_max_length": "the prompt alone fills max_length",
+    "no_shared_prompt": "there is no prompt turn: an empty prompt, or no first turn that both sides share",
+    "empty_completion": "a completion has no token of its own",
+    "no_scored_token": "no prompt and a completion of one token, which nothing precedes",
+}
+"""Why a row is left out. TRL drops the first, stops at the second, trains on the others without a signal."""
+
+NOTED = {
+    "chosen_truncated": "chosen is cut at max_length",
+    "rejected_truncated": "rejected is cut at max_length",
+    "prompt_tail_moved": "the prompt encodes differently before a completion: its end is left out or merged",
+    "identical": "chosen and rejected are the same tokens: their margin is always 0",
+    "one_begins_other": "one side begins the other: the implicit prompt ends just before the shorter side",
+    "prompt_repeated": "both completions repeat the explicit prompt, which is then there twice",
+    "bos_doubled": "the prompt begins with two BOS tokens, of the text or template and of the tokenizer",
+}
+"""What is counted in rows that are kept, as TRL keeps them."""
+
+EXAMPLES = 5
+
+
+@dataclass
+class Finding:
+    """How many rows, and the first few of them (their number in the dataset, from 0)."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, row: int) -> None:
+        self.count += 1
+        if len(self.rows) < EXAMPLES:
+            self.rows.append(row)
+
+
+@dataclass
+class DropReport:
+    """Counts with examples, by the keys of `DROPPED` and `NOTED`; reasons that never occurred are absent."""
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, Finding] = field(default_factory=dict)
+    noted: dict[str, Finding] = field(default_factory=dict)
+
+    def drop(self, reason: str, row: int) -> None:
+        assert reason in DROPPED
+        self.read += 1
+        self.dropped.setdefault(reason, Finding()).add(row)
+
+    def keep(self) -> None:
+        self.read += 1
+        self.kept += 1
+
+    def note(self, what: str, row: int) -> None:
+        assert what in NOTED
+        self.noted.setdefault(what, Finding()).add(row)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in JSON types."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report for people: the total, then one line per reason to drop and per thing noted."""
+        found = [("dropped", self.dropped[key], DROPPED[key]) for key in DROPPED if key in self.dropped]
+        found += [("noted", self.noted[key], NOTED[key]) for key in NOTED if key in self.noted]
+        return [f"{self.kept:,} of {self.read:,} pairs kept", *(_line(*item) for item in found)]
+
+
+def _line(verb: str, finding: Finding, meaning: str) -> str:
+    more = ", ..." if finding.count > len(finding.rows) else ""
+    return f"  {verb} {finding.count:,}: {meaning} (row {', '.join(map(str, finding.rows))}{more})"

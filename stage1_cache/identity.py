@@ -1,0 +1,249 @@
+"""
+The cache key of a recipe: what decides the numbers, and nothing else. Paths, names, batch size, device and
+library versions are not in it, nor anything of policy, objective or training.
+
+No model is loaded here. Digests of big files and of the tokenised pairs are remembered, so a second call costs
+seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from errors import ModelError, RecipeError
+from recipe import Feature, Recipe, Reference
+from scoring import model_config, model_folder, weight_files
+from scoring.hookpoints import check_hookpoint
+from scoring.sae_formats import SaeFacts, sae_config, sae_facts, sae_weight_files
+from stage1_cache.pairs import data_fingerprint, read_pairs
+from stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
+from store import FORMAT_VERSION, pair_digests, pairs_digest, plan_shards, remember, weights_digest
+
+# What config.json says that changes no log-prob: bookkeeping, generation, and dropout, which is off.
+_CONFIG_NOISE = (
+    "_name_or_path architectures transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id "
+    "pad_token_id cls_token_id sep_token_id id2label label2id task_specific_params problem_type return_dict "
+    "output_attentions output_hidden_states initializer_range tokenizer_class auto_map chunk_size_feed_forward "
+    "attention_dropout hidden_dropout classifier_dropout attn_pdrop embd_pdrop resid_pdrop summary_first_dropout"
+).split()
+# Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
+_FEATURES_PER_TOKEN = 100
+
+
+@dataclass(frozen=True)
+class CacheIdentity:
+    """One cache that a recipe asks for: the pairs of one split."""
+
+    recipe: Recipe
+    split: str
+
+    @cached_property
+    def scorer(self) -> dict[str, Any]:
+        """The part of the key that says how pairs are scored."""
+        reference = self.recipe.reference
+        config = reference_config(reference)
+        adapter = adapter_folder(reference)
+        return {
+            "reference": {
+                "weights": weights_digest(weight_files(model_folder(reference.model, reference.revision))),
+                "config": _significant(config),
+                "dtype": reference.dtype,
+                "adapter": None if adapter is None else _adapter_identity(adapter),
+            },
+            "vocab_size": _text_config(config)["vocab_size"],
+            "features": [_feature_identity(feature) for feature in self.recipe.features],
+            "extras": {"top_logits": self.recipe.cache.top_logits},
+        }
+
+    @cached_property
+    def remembered(self) -> dict[str, Any]:
+        """`pairs` (the other part of the key) and `drops`, from memory where files and rules are unchanged."""
+        data, options = self.recipe.data, self.recipe.cache
+        name, revision = tokenizer_source(self.recipe)
+        facts = {
+            "what": "tokenised pairs",
+            "format": FORMAT_VERSION,
+            "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
+            "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
+            "rules": TOKENISE_RULES,
+            "max_length": data.max_length,
+            "shard_pairs": options.shard_pairs,
+            "seed": options.seed,
+            "kept": [[facts.d_sae, feature.top_k] for facts, feature in self._features()],
+            "top_logits": options.top_logits,
+        }
+        return remember(facts, self._pairs_and_drops)
+
+    @property
+    def key_recipe(self) -> dict[str, Any]:
+        """What recipe.json holds and the key is the digest of."""
+        return {"format": FORMAT_VERSION, "scorer": self.scorer, "pairs": self.remembered["pairs"]}
+
+    @cached_property
+    def tokens(self) -> TokenisedPairs:
+        """The pairs as token ids; reads the data."""
+        data = self.recipe.data
+        name, revision = tokenizer_source(self.recipe)
+        dataset = read_pairs(data.source, self.split, data.subset, data.revision)
+        return tokenise(dataset, load_tokenizer(name, revision), data.max_length, chat_template=data.chat_template)
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """(P, 16) digest of every pair, in dataset order."""
+        return pair_digests(self.tokens.input_ids, self.tokens.splits)
+
+    def plan(self) -> list[np.ndarray]:
+        """Which pairs (positions in `tokens`) each shard holds."""
+        lengths = self.tokens.lengths
+        options = self.recipe.cache
+        scored = lengths[:, 1:].sum(1)
+        per_pair = np.zeros(len(lengths), np.int64)
+        for facts, feature in self._features():
+            if feature.top_k == "all":
+                per_pair += 8 * np.minimum(2 * facts.d_sae, _FEATURES_PER_TOKEN * scored)
+            else:
+                per_pair += 16 * min(feature.top_k, facts.d_sae)
+        per_pair += 8 * options.top_logits * scored
+        return plan_shards(lengths, per_pair, seed=options.seed, max_pairs=options.shard_pairs)
+
+    def _features(self) -> list[tuple[SaeFacts, Feature]]:
+        return [(sae_facts(feature.sae, feature.hookpoint), feature) for feature in self.recipe.features]
+
+    def _pairs_and_drops(self) -> dict[str, Any]:
+        return {
+            "pairs": {
+                "digest": pairs_digest(self.digests),
+                "n_pairs": len(self.tokens),
+                "seed": self.recipe.cache.seed,
+                "shard_pairs": [len(rows) for rows in self.plan()],
+            },
+            "drops": self.tokens.drops.as_dict(),
+        }
+
+
+def cache_identities(recipe: Recipe) -> list[CacheIdentity]:
+    """The caches that a recipe asks for: the training split's, then the held-out split's if there is one."""
+    splits = [recipe.data.split] + ([recipe.data.eval_split] if recipe.data.eval_split else [])
+    return [CacheIdentity(recipe, split) for split in splits]
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """
+    Everything about a recipe that can be refused from headers and config files alone, before anything heavy
+    loads: model folder, length, hookpoints, SAE files and widths, data files and columns.
+
+    Raises RecipeError naming the field; other FpoErrors name the file.
+    """
+    config = _text_config(reference_config(recipe.reference))
+    limit = config.get("max_position_embeddings", config.get("n_positions"))
+    length = recipe.data.max_length
+    if limit is not None and (length is None or length > limit):
+        raise RecipeError(f"data.max_length: {length} is more than the {limit} positions of {recipe.reference.model}")
+    adapter_folder(recipe.reference)
+    width = config.get("hidden_size", config.get("n_embd"))
+    for index, feature in enumerate(recipe.features):
+        try:
+            check_hookpoint(reference_config(recipe.reference), feature.hookpoint)
+        except ModelError as error:
+            raise RecipeError(f"features[{index}].hookpoint: {error}") from None
+        facts = sae_facts(feature.sae, feature.hookpoint)
+        if facts.d_in != width:
+            raise RecipeError(
+                f"features[{index}].sae: {feature.sae} reads {facts.d_in} numbers per token, "
+                f"{feature.hookpoint} of {recipe.reference.model} gives {width}"
+            )
+        if feature.top_k != "all" and feature.top_k > facts.d_sae:
+            raise RecipeError(f"features[{index}].top_k: {feature.top_k} is more than the SAE's {facts.d_sae} features")
+    for identity in cache_identities(recipe):
+        data_fingerprint(recipe.data.source, identity.split, recipe.data.subset, recipe.data.revision)
+
+
+def reference_config(reference: Reference) -> dict[str, Any]:
+    """The reference's config.json."""
+    return model_config(model_folder(reference.model, reference.revision))
+
+
+def adapter_folder(reference: Reference) -> Path | None:
+    """Files of the reference's adapter, if it has one."""
+    return None if reference.adapter is None else _adapter_files(reference.adapter)
+
+
+def tokenizer_source(recipe: Recipe) -> tuple[str, str | None]:
+    """Name and revision of the tokenizer: the recipe's own, or the reference's."""
+    if recipe.data.tokenizer is not None:
+        return recipe.data.tokenizer, None
+    return recipe.reference.model, recipe.reference.revision
+
+
+def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the hub. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"tokenizer {name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _adapter_files(name: str) -> Path:
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:
+            raise ModelError(f"adapter {name}: no such folder, nor reached on the hub ({error})") from None
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"adapter {name}: it has no adapter_config.json")
+    return folder
+
+
+def _adapter_identity(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    noise = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout")
+    return {
+        "weights": weights_digest(weight_files(folder)),
+        "config": spelled({name: value for name, value in config.items() if name not in noise}),
+    }
+
+
+def _feature_identity(feature: Feature) -> dict[str, Any]:
+    facts = sae_facts(feature.sae, feature.hookpoint)
+    return {
+        "hookpoint": feature.hookpoint,
+        "sae": {
+            "weights": weights_digest(sae_weight_files(feature.sae, feature.hookpoint)),
+            "config": sae_config(feature.sae, feature.hookpoint),
+        },
+        "d_sae": facts.d_sae,
+        "top_k": feature.top_k,
+        "pooling": "mean",
+    }
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config", config)
+    assert isinstance(text, dict)
+    return text
+
+
+def _significant(config: dict[str, Any]) -> Any:
+    return spelled({name: value for name, value in config.items() if name not in _CONFIG_NOISE})
+
+
+def spelled(value: Any) -> Any:
+    """The value with floats as their shortest decimal: a key holds no floats."""
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, dict):
+        return {str(name): spelled(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [spelled(item) for item in value]
+    return value
+

@@ -1,0 +1,214 @@
+"""
+Preference pairs from a file, a folder or the hub, as a `datasets.Dataset` in the formats that TRL reads:
+columns chosen and rejected, usually prompt, either text or messages (lists of role and content); tools and
+chat_template_kwargs where given. What does not fit is refused here, with its file, row and column.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+
+from errors import DataError
+from stage1_cache.columns import nearest, pair_columns
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Suffix (before an optional .gz) to the reader of `datasets`."""
+# train.jsonl and train-00000-of-00002.parquet both belong to the split "train".
+_SPLIT_OF_STEM = re.compile(r"(?P<split>\w+(\.\w+)*?)(-\d+-of-\d+)?")
+
+
+def read_pairs(source: str, split: str, subset: str | None = None, revision: str | None = None) -> Dataset:
+    """
+    The pairs of one split: columns chosen, rejected and, unless it is implicit in them, prompt.
+
+    `source`: a .jsonl, .json, .parquet or .csv file (.gz too), which is one split named train; a folder of
+    such files named by their split, or written by `Dataset.save_to_disk`; or a hub id with `subset` and
+    `revision`. `split` may slice and add, as in `datasets`: train[:90%], train+test. Where prompt is text
+    and the completions are whole conversations (UltraFeedback), the conversations count and prompt is left
+    out. Raises `DataError`.
+    """
+    path = _local(source, subset, revision)
+    dataset = _from_hub(source, split, subset, revision) if path is None else _from_disk(path, split)
+    if len(dataset) == 0:
+        raise DataError(f"{source}: split {split!r} has no rows; choose another split or slice")
+    return pair_columns(dataset, source)
+
+
+def data_fingerprint(
+    source: str, split: str, subset: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """
+    What tells, without reading the data, that it is unchanged, in JSON types: path, size, mtime and inode of
+    each file, or the commit of a hub dataset. Raises `DataError` as `read_pairs` does for what is not there.
+    """
+    path = _local(source, subset, revision)
+    if path is None:
+        builder = _hub(load_dataset_builder, source, subset, revision=revision)
+        facts = {"repo": source, "subset": builder.config.name, "commit": builder.hash}
+        return {"split": split, "hub": facts}
+    if path.is_file():
+        files = [path]
+    elif _saved_to_disk(path):
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    else:
+        files = [Path(file) for name in _folder_splits(path, split).values() for file in name]
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return {
+        "split": split,
+        "files": [
+            {"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+            for file, stat in stats
+        ],
+    }
+
+
+def nearest_file(path: Path) -> str:
+    """`nearest` among the files beside a path."""
+    return nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+
+
+def _local(source: str, subset: str | None, revision: str | None) -> Path | None:
+    """The path that a source names, or None for a hub id."""
+    path = Path(source).expanduser()
+    if path.exists():
+        if subset is not None or revision is not None:
+            raise DataError(f"{source} is local: subset and revision are for hub datasets; leave them out")
+        return path
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or _format(path):
+        raise DataError(f"{source}: no such file or folder{nearest_file(path)}")
+    return None
+
+
+def _format(path: Path) -> str | None:
+    return FORMATS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
+
+
+def _saved_to_disk(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _unknown_split(source: object, name: str, known: Iterable[str]) -> DataError:
+    known = sorted(known)
+    return DataError(
+        f"{source}: no split {name!r}{nearest(name, known)}; its splits: {', '.join(known) or 'none'}"
+    )
+
+
+def _split_names(split: str) -> list[str]:
+    """The splits that a specification like train[:90%]+test reads."""
+    return [part.split("[")[0].strip() for part in split.split("+")]
+
+
+def _folder_splits(folder: Path, split: str) -> dict[str, list[str]]:
+    """The files of the splits asked for, from the folder or its data/ subfolder."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(file for place in (folder, folder / "data") for file in place.glob("*")):
+        name = file.name.split(".gz")[0].rpartition(".")[0]
+        if _format(file) and file.is_file() and (match := _SPLIT_OF_STEM.fullmatch(name)):
+            found.setdefault(match["split"], []).append(str(file))
+    names = _split_names(split)
+    for name in names:
+        if name not in found:
+            raise _unknown_split(folder, name, found)
+    return {name: found[name] for name in names}
+
+
+def _from_disk(path: Path, split: str) -> Dataset:
+    if path.is_dir() and _saved_to_disk(path):
+        return _from_saved(path, split)
+    files = _folder_splits(path, split) if path.is_dir() else {"train": [str(path)]}
+    for name in _split_names(split):
+        if name not in files:
+            raise DataError(
+                f"{path}: a single file is the split 'train', not {name!r}; ask for train (slices like "
+                "train[:90%] too), or name a folder of files named by split"
+            )
+    formats = {_format(Path(file)) for group in files.values() for file in group}
+    if len(formats) != 1 or None in formats:
+        raise DataError(
+            f"{path}: not one of the formats {', '.join(FORMATS)} (.gz too) throughout; convert it"
+        )
+    try:
+        return cast(Dataset, load_dataset(formats.pop(), data_files=files, split=split))
+    except Exception as error:
+        for group in files.values():
+            for file in group:
+                _diagnose(Path(file), error)
+        raise DataError(f"{path}, split {split!r}: {_innermost(error)}") from error
+
+
+def _from_saved(folder: Path, split: str) -> Dataset:
+    loaded = load_from_disk(folder)
+    parts = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+    for name in _split_names(split):
+        if name not in parts:
+            raise _unknown_split(folder, name, map(str, parts))
+    try:
+        slices = ReadInstruction.from_spec(split).to_absolute(
+            {name: len(part) for name, part in parts.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{folder}, split {split!r}: {error}") from error
+    return concatenate_datasets([parts[part.splitname].select(range(part.from_, part.to)) for part in slices])
+
+
+def _from_hub(source: str, split: str, subset: str | None, revision: str | None) -> Dataset:
+    return cast(Dataset, _hub(load_dataset, source, subset, split=split, revision=revision))
+
+
+def _hub(load: Any, source: str, subset: str | None, **arguments: Any) -> Any:
+    try:
+        return load(source, subset, **arguments)
+    except Exception as error:  # the hub client has no common base class for what can go wrong on the way
+        raise DataError(f"hub dataset {source!r}: {_innermost(error)}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _diagnose(file: Path, error: Exception) -> None:
+    """Raise the `DataError` that names the line where a file cannot be read, if one can be found."""
+    if file.stat().st_size == 0:
+        raise DataError(f"{file}: the file is empty") from error
+    if _format(file) != "json":
+        return
+    number = 0
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+            if ".jsonl" not in file.suffixes:
+                json.load(lines)
+                return
+            for number, line in enumerate(lines, start=1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise DataError(
+                        f"{file}, line {number}: not a JSON object; write one pair per line"
+                    ) from error
+    except json.JSONDecodeError as wrong:
+        line_number = number or wrong.lineno
+        raise DataError(
+            f"{file}, line {line_number}: not JSON ({wrong.msg}, column {wrong.colno})"
+        ) from error
+    except UnicodeDecodeError as wrong:
+        raise DataError(f"{file}, line {number}: not UTF-8 ({wrong.reason}); convert the file") from error
+    except (EOFError, OSError) as wrong:
+        raise DataError(
+            f"{file}, after line {number}: cannot be decompressed ({wrong}); copy it again"
+        ) from error

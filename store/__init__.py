@@ -1,0 +1,45 @@
+"""
+Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never torch.
+
+    pairs    the containers                   key      names: of caches, of pairs
+    plan     which pairs share a shard        weights  digests of weights, remembered
+    format, archive, invariants, shards       pairs <-> the bytes of a shard, checked
+    files    a folder written once, durably   manifest recipe, records and manifest
+    local    the caches in a folder           writer, cache, verify  fill, read, doubt one
+"""
+
+from store.cache import Cache, open_cache
+from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest
+from store.local import Store, Summary, default_store
+from store.manifest import Manifest, ShardEntry
+from store.pairs import Features, Pairs, TopLogits, scored_lengths
+from store.plan import plan_shards
+from store.verify import Report, verify
+from store.weights import file_digest, remember, weights_digest
+from store.writer import CacheWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Cache",
+    "CacheWriter",
+    "Features",
+    "Manifest",
+    "Pairs",
+    "Report",
+    "ShardEntry",
+    "Store",
+    "Summary",
+    "TopLogits",
+    "cache_key",
+    "canonical_json",
+    "default_store",
+    "file_digest",
+    "open_cache",
+    "pair_digests",
+    "pairs_digest",
+    "plan_shards",
+    "remember",
+    "scored_lengths",
+    "verify",
+    "weights_digest",
+]

@@ -1,0 +1,219 @@
+"""
+A folder of named objects that are written once, durably, and never replaced.
+
+`Folder` is all that the rest of the store knows of the place where a cache lies: names with forward
+slashes, read, create, size, list. An object store offers the same (create is its conditional put).
+
+Writing: bytes to a fresh file in tmp/, fsync, hard link to the final name (atomic, and it fails where
+the name is taken), fsync of the directory. A reader never sees a part of a file, and the first writer wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from errors import CacheDamaged, CacheError, CacheMissing
+
+TMP = "tmp"
+"""Where unfinished files lie. Leftovers of killed writers are never read."""
+
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
+_NEXT_STEP = {
+    errno.ENOSPC: "free some space and run the same command again, finished shards are kept",
+    errno.EDQUOT: "free some space and run the same command again, finished shards are kept",
+    errno.EROFS: "choose a writable store with --store or FPO_STORE",
+    errno.EACCES: "check its permissions, or choose another store with --store or FPO_STORE",
+    errno.EPERM: "check its permissions, or choose another store with --store or FPO_STORE",
+    errno.EIO: "the disk reports a failure: check it, then run the same command again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def sha256_hex(data: bytes | memoryview) -> str:
+    """64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class Folder:
+    """Objects under one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def where(self, name: str) -> str:
+        """How messages call an object."""
+        return str(self.root / name)
+
+    def prepare(self, *subfolders: str) -> None:
+        """Make the directory and these inside it, durably."""
+        for path in (self.root, self.root / TMP, *(self.root / name for name in subfolders)):
+            with _explained("make", path):
+                _make_durable_dirs(path)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """
+        The whole object. Raises CacheMissing where there is none, CacheDamaged for one above `limit`
+        bytes or one that is no plain file (a link could lead anywhere).
+        """
+        path = self.root / name
+        with _explained("read", path):
+            try:
+                descriptor = os.open(
+                    path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+                )
+            except FileNotFoundError:
+                raise CacheMissing(f"{path} is missing") from None
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    raise CacheDamaged(f"{path} is a link, not a file") from None
+                raise
+            with os.fdopen(descriptor, "rb") as file:
+                facts = os.fstat(descriptor)
+                if not stat.S_ISREG(facts.st_mode):
+                    raise CacheDamaged(f"{path} is no plain file")
+                if facts.st_size > limit:
+                    raise CacheDamaged(f"{path} has {facts.st_size} bytes, at most {limit} are read")
+                return file.read(limit)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a new object; False where the name is taken already, whose bytes then stay as they are."""
+        path = self.root / name
+        with _explained("write", path):
+            temporary = _write_temporary(self.root / TMP, path.name, data)
+            try:
+                created = _move_without_replacing(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+            _sync_directory(path.parent)
+            return created
+
+    def size(self, name: str) -> int:
+        """In bytes. Raises CacheMissing where there is none."""
+        path = self.root / name
+        with _explained("read", path):
+            try:
+                return os.lstat(path).st_size
+            except (FileNotFoundError, NotADirectoryError):
+                raise CacheMissing(f"{path} is missing") from None
+
+    def names(self, subfolder: str = "") -> list[str]:
+        """Of the objects (and folders) directly inside, sorted; none where the folder is absent."""
+        with _explained("list", self.root / subfolder):
+            try:
+                return sorted(os.listdir(self.root / subfolder))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def set_aside(self, name: str) -> str | None:
+        """Move an object into tmp/ and return its name there; None where somebody else was faster."""
+        aside = f"{TMP}/{Path(name).name}.{secrets.token_hex(8)}"
+        with _explained("move", self.root / name):
+            try:
+                os.rename(self.root / name, self.root / aside)
+            except FileNotFoundError:
+                return None
+            _sync_directory((self.root / name).parent)
+        return aside
+
+    def remove(self, name: str) -> None:
+        """Remove an object if it is there."""
+        with _explained("remove", self.root / name), contextlib.suppress(FileNotFoundError):
+            os.unlink(self.root / name)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write or overwrite a file atomically: for notes that only save time, not for caches. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _write_temporary(path.parent, path.name, data)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _explained(verb: str, path: Path) -> Iterator[None]:
+    """An OSError becomes one line: what failed, where, why, what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        step = _NEXT_STEP.get(error.errno or 0, "see the reason, then run the same command again")
+        raise CacheError(f"cannot {verb} {path}: {reason}; {step}") from error
+
+
+def _make_durable_dirs(path: Path) -> None:
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
+
+
+def _write_temporary(directory: Path, name: str, data: bytes) -> Path:
+    temporary = directory / f"{name}.{secrets.token_hex(8)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    finally:
+        os.close(descriptor)
+    return temporary
+
+
+def _move_without_replacing(temporary: Path, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        # NFS repeats a request whose answer was lost: the link may stand although the call failed.
+        if os.stat(temporary).st_nlink == 2:
+            return True
+        if isinstance(error, FileExistsError):
+            return False
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        return _rename_without_replacing(temporary, path)
+    return True
+
+
+def _rename_without_replacing(temporary: Path, path: Path) -> bool:
+    """For file systems without hard links (FAT, some FUSE): Linux renameat2 with RENAME_NOREPLACE."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOTSUP, "neither hard links nor an exclusive rename")
+    at_cwd, no_replace = -100, 1
+    if libc.renameat2(at_cwd, os.fsencode(temporary), at_cwd, os.fsencode(path), no_replace) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code == errno.EEXIST:
+        return False
+    raise OSError(code, os.strerror(code), str(path))
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Systems that cannot sync a directory sync names themselves."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.name == "nt":
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""
+Names of caches and of what they were made from: canonical JSON, the cache key, digests of pairs;
+and the JSON that carries its own checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from store.pairs import U8, U32, U64, lengths_of
+
+FORMAT_VERSION = 1
+"""Of the cache format. Part of every key: a cache of another version is another cache."""
+
+
+def canonical_json(obj: Any) -> bytes:
+    """
+    The one way to write these facts: sorted keys, no whitespace, UTF-8.
+
+    Only dict (string keys), list, tuple, str, int, bool and None. Raises TypeError for anything else: a
+    float has several spellings, so a fact that is not whole is given as a string.
+    """
+    _refuse_ambiguous(obj, "$")
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def cache_key(recipe: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of {"format", "scorer", "pairs"}: 64 hex digits."""
+    return hashlib.sha256(canonical_json(recipe)).hexdigest()
+
+
+def pair_digests(input_ids: U32, splits: U64) -> U8:
+    """
+    Digest of each pair's token ids: (T,), (3P+1,) -> (P, 16).
+
+    The first 16 bytes of sha256 over the three token counts (uint64) and the ids (uint32), little-endian.
+    """
+    ids = memoryview(np.ascontiguousarray(input_ids, dtype="<u4")).cast("B")
+    counts = memoryview(np.ascontiguousarray(lengths_of(splits), dtype="<u8")).cast("B")
+    bounds = (4 * np.asarray(splits[::3], dtype=np.int64)).tolist()
+    digests = bytearray()
+    for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        digest = hashlib.sha256(counts[24 * row : 24 * row + 24])
+        digest.update(ids[start:end])
+        digests += digest.digest()[:16]
+    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
+
+
+def pairs_digest(digests: U8) -> str:
+    """(P, 16) digests in dataset order -> the digest of the whole sequence, 64 hex digits."""
+    return hashlib.sha256(np.ascontiguousarray(digests)).hexdigest()
+
+
+def checked_json(body: dict[str, Any]) -> bytes:
+    """A JSON object for people and machines, with the sha256 of the rest of it under "check"."""
+    return _spelled({**body, "check": hashlib.sha256(_spelled(body)).hexdigest()})
+
+
+def parse_checked_json(data: bytes) -> dict[str, Any]:
+    """What `checked_json` was given. Raises ValueError for any other bytes."""
+    body = json.loads(data)
+    if not isinstance(body, dict) or "check" not in body:
+        raise ValueError("it is no JSON object with a checksum")
+    check = body.pop("check")
+    if check != hashlib.sha256(_spelled(body)).hexdigest() or data != checked_json(body):
+        raise ValueError("its checksum does not fit its contents")
+    return body
+
+
+def _spelled(body: dict[str, Any]) -> bytes:
+    text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def _refuse_ambiguous(obj: Any, where: str) -> None:
+    if isinstance(obj, dict):
+        for name, value in obj.items():
+            if not isinstance(name, str):
+                raise TypeError(f"canonical JSON: a key at {where} is {name!r}, keys are strings")
+            _refuse_ambiguous(value, f"{where}.{name}")
+    elif isinstance(obj, (list, tuple)):
+        for n, value in enumerate(obj):
+            _refuse_ambiguous(value, f"{where}[{n}]")
+    # type(), not isinstance: numpy's float64 is a float, an IntEnum is an int.
+    elif type(obj) not in (str, int, bool, type(None)):
+        raise TypeError(
+            f"canonical JSON: {where} is {obj!r}, a {type(obj).__name__}; give a string or an int"
+        )

@@ -1,0 +1,211 @@
+"""
+The three JSON files of a cache: recipe.json names it, records say that a shard is done, the manifest seals it.
+
+recipe.json is canonical JSON whose sha256 is the cache's name. Records and manifest are JSON in one fixed
+spelling with a checksum of themselves inside, so that a changed byte shows without a second source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from errors import CacheDamaged, CacheError
+from store.files import sha256_hex
+from store.invariants import Bounds
+from store.key import FORMAT_VERSION, canonical_json, checked_json, parse_checked_json
+
+RECIPE = "recipe.json"
+MANIFEST = "manifest.json"
+SHARDS = "shards"
+RECORDS = "records"
+
+MAX_JSON_BYTES = 2**26
+"""Largest recipe, record or manifest that is read: a manifest takes about 200 bytes per shard."""
+
+Parsed = TypeVar("Parsed")
+Sha256 = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\Z")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def shard_name(sid: int) -> str:
+    """Names come from the number alone, never from a file's contents."""
+    return f"{SHARDS}/{sid:06d}.zarr.zip"
+
+
+def record_name(sid: int) -> str:
+    return f"{RECORDS}/{sid:06d}.json"
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ShardEntry(_Closed):
+    """What the manifest and a record say about one shard."""
+
+    shard: Count
+    size: Count
+    """Bytes of the shard file."""
+    sha256: Sha256
+    n_pairs: Count
+    n_tokens: Count
+
+
+class Record(ShardEntry):
+    """The commit of one shard: a shard without a record does not exist."""
+
+    key: Sha256
+    provenance: dict[str, Any]
+    """How it came to be (versions, device, time): for people, never compared."""
+
+
+class Manifest(_Closed):
+    """What a complete cache contains. The sha256 of its file is the cache's output address."""
+
+    format: Literal[1]
+    key: Sha256
+    n_pairs: Count
+    n_tokens: Count
+    shards: tuple[ShardEntry, ...] = Field(strict=False)
+    facts: dict[str, Any]
+    """What its maker adds: the self-check's result, the drop report."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Manifest:
+        if [entry.shard for entry in self.shards] != list(range(len(self.shards))):
+            raise ValueError("shards are not numbered 0, 1, 2, ...")
+        for name in ("n_pairs", "n_tokens"):
+            total = sum(getattr(entry, name) for entry in self.shards)
+            if total != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, its shards add up to {total}")
+        return self
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all shard files."""
+        return sum(entry.size for entry in self.shards)
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+
+class _FeatureFacts(_Open):
+    d_sae: Annotated[int, Field(gt=0, lt=2**32 - 1)]
+    top_k: Annotated[int, Field(gt=0)] | Literal["all"]
+
+
+class _ExtraFacts(_Open):
+    top_logits: Annotated[int, Field(ge=0)] = 0
+
+
+class _ScorerFacts(_Open):
+    vocab_size: Annotated[int, Field(gt=0, lt=2**32 - 1)]
+    features: tuple[_FeatureFacts, ...] = Field(strict=False)
+    extras: _ExtraFacts = _ExtraFacts()
+
+
+class _PairsFacts(_Open):
+    digest: Sha256
+    n_pairs: Count
+    seed: int
+    shard_pairs: tuple[Count, ...] = Field(strict=False)
+
+
+class RecipeFacts(_Open):
+    """The part of recipe.json that the store itself reads."""
+
+    format: Literal[1]
+    scorer: _ScorerFacts
+    pairs: _PairsFacts
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> RecipeFacts:
+        if sum(self.pairs.shard_pairs) != self.pairs.n_pairs:
+            raise ValueError(
+                f"pairs.shard_pairs adds up to {sum(self.pairs.shard_pairs)}, not {self.pairs.n_pairs}"
+            )
+        return self
+
+    @property
+    def bounds(self) -> Bounds:
+        top_ks = [None if f.top_k == "all" else f.top_k for f in self.scorer.features]
+        widths = [f.d_sae for f in self.scorer.features]
+        return Bounds(
+            self.scorer.vocab_size, tuple(zip(widths, top_ks, strict=True)), self.scorer.extras.top_logits
+        )
+
+
+def recipe_facts(recipe: dict[str, Any]) -> RecipeFacts:
+    """Raises ValueError naming the field that does not fit."""
+    try:
+        return RecipeFacts.model_validate(recipe)
+    except ValidationError as error:
+        raise ValueError(_first(error)) from None
+
+
+def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
+    """recipe.json of cache `key`. Raises CacheDamaged, or CacheError for another format version."""
+    if sha256_hex(data) != key:
+        raise CacheDamaged(
+            f"{where} has the sha256 {sha256_hex(data)[:12]}..., its folder is named {key[:12]}..."
+        )
+    return _parsed(where, lambda: _recipe(data))
+
+
+def record_bytes(record: Record) -> bytes:
+    return checked_json(record.model_dump())
+
+
+def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
+    """Raises CacheDamaged naming `where`."""
+    record = _parsed(where, lambda: Record.model_validate(parse_checked_json(data)))
+    if (record.key, record.shard) != (key, sid):
+        raise CacheDamaged(f"{where} is the record of shard {record.shard} of cache {record.key[:12]}...")
+    return record
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    return checked_json(manifest.model_dump())
+
+
+def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Manifest:
+    """Raises CacheDamaged naming `where`, also where the manifest does not fit the recipe."""
+    manifest = _parsed(where, lambda: Manifest.model_validate(parse_checked_json(data)))
+    if manifest.key != key:
+        raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...")
+    if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
+        raise CacheDamaged(f"{where} lists other shards than {RECIPE}'s pairs.shard_pairs")
+    return manifest
+
+
+def _recipe(data: bytes) -> dict[str, Any]:
+    recipe = json.loads(data)
+    if not isinstance(recipe, dict) or canonical_json(recipe) != data:
+        raise ValueError("it is not canonical JSON")
+    if recipe.get("format") != FORMAT_VERSION:
+        raise CacheError(
+            f"this cache has format {recipe.get('format')!r}, this version of fpo reads format {FORMAT_VERSION}; "
+            "use the version that wrote it, or build the cache again with fpo cache"
+        )
+    recipe_facts(recipe)
+    return recipe
+
+
+def _parsed(where: str, parse: Callable[[], Parsed]) -> Parsed:
+    try:
+        return parse()
+    except ValidationError as error:
+        raise CacheDamaged(f"{where} is damaged: {_first(error)}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CacheDamaged(f"{where} is damaged: {error}") from None
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    return f"{field}: {problem['msg']}" if field else problem["msg"]

@@ -1,0 +1,63 @@
+"""
+Reading one shard with every check, for whoever needs one: the cache, the writer that adopts it, verify.
+"""
+
+from __future__ import annotations
+
+from errors import CacheDamaged, CacheMissing
+from store.files import Folder, sha256_hex
+from store.format import MAX_FILE_BYTES, decode_shard
+from store.invariants import Bounds, Invalid
+from store.manifest import ShardEntry, shard_name
+from store.pairs import Pairs
+
+
+def load_shard(folder: Folder, key: str, entry: ShardEntry, bounds: Bounds) -> Pairs:
+    """
+    The pairs of a committed shard. Size, checksum, encoding and invariants are checked.
+
+    Raises CacheDamaged naming the file, both values and the next step.
+    """
+    where = folder.where(shard_name(entry.shard))
+    try:
+        data = folder.read(shard_name(entry.shard), MAX_FILE_BYTES)
+    except CacheMissing as error:
+        raise CacheDamaged(f"{error}; {_repair(folder)}") from None
+    found, actual = check_shard(folder, key, entry.shard, data, bounds, entry)
+    if (actual.n_pairs, actual.n_tokens) != (entry.n_pairs, entry.n_tokens):
+        raise CacheDamaged(
+            f"{where} has {actual.n_pairs} pairs and {actual.n_tokens} tokens, "
+            f"the manifest says {entry.n_pairs} and {entry.n_tokens}; {_repair(folder)}"
+        )
+    return found
+
+
+def check_shard(
+    folder: Folder, key: str, sid: int, data: bytes, bounds: Bounds, entry: ShardEntry | None = None
+) -> tuple[Pairs, ShardEntry]:
+    """
+    Bytes of shard `sid` -> its pairs and what a record says about it; held against `entry` where one is known.
+
+    Raises CacheDamaged naming the file.
+    """
+    where = folder.where(shard_name(sid))
+    if entry is not None and len(data) != entry.size:
+        raise CacheDamaged(
+            f"{where} has {len(data)} bytes, the manifest says {entry.size}; {_repair(folder)}"
+        )
+    digest = sha256_hex(data)
+    if entry is not None and digest != entry.sha256:
+        raise CacheDamaged(
+            f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; {_repair(folder)}"
+        )
+    try:
+        pairs = decode_shard(data, key, sid, bounds)
+    except Invalid as error:
+        raise CacheDamaged(f"{where} is damaged: {error}; {_repair(folder)}") from None
+    return pairs, ShardEntry(
+        shard=sid, size=len(data), sha256=digest, n_pairs=len(pairs), n_tokens=pairs.n_tokens
+    )
+
+
+def _repair(folder: Folder) -> str:
+    return f"restore it from a copy, or delete {folder.root} and run fpo cache again"

@@ -1,0 +1,137 @@
+"""
+Doubting a cache: everything that can be checked without the model, and all that is wrong instead of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from errors import CacheError
+from store.files import TMP, Folder
+from store.key import pairs_digest
+from store.local import Store
+from store.manifest import (
+    MANIFEST,
+    MAX_JSON_BYTES,
+    RECIPE,
+    RECORDS,
+    SHARDS,
+    Manifest,
+    RecipeFacts,
+    ShardEntry,
+    parse_manifest,
+    parse_recipe,
+    parse_record,
+    recipe_facts,
+    record_name,
+    shard_name,
+)
+from store.shards import load_shard
+
+Found = TypeVar("Found")
+
+
+@dataclass
+class Report:
+    """What `verify` found."""
+
+    key: str
+    shards: int = 0
+    """Shards that passed every check."""
+    pairs: int = 0
+    """Pairs in them."""
+    problems: list[str] = field(default_factory=list)
+    """One line per problem, naming the file."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    store: Store | Path | str, name: str, on_shard: Callable[[int, int], None] | None = None
+) -> Report:
+    """
+    Read the whole cache: sizes, checksums, encodings, invariants, the key, records against the manifest, files
+    that do not belong there. One shard is in memory at a time.
+
+    on_shard(done, total) is called after each shard, for a progress bar.
+    Raises CacheMissing where no key starts with `name`; all else is in the report.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    key = store.resolve(name)
+    folder, report = store.folder(key), Report(key)
+
+    def attempt(step: Callable[[], Found]) -> Found | None:
+        try:
+            return step()
+        except CacheError as error:
+            report.problems.append(str(error))
+            return None
+
+    facts = attempt(lambda: _facts(folder, key))
+    if facts is None:
+        return report
+    total = len(facts.pairs.shard_pairs)
+    attempt(lambda: _refuse_strangers(folder, total, report))
+    manifest = attempt(lambda: _manifest(folder, key, facts))
+    ids, digests = [np.empty(0, np.uint64)], [np.empty((0, 16), np.uint8)]
+    for sid in range(total):
+        record = attempt(lambda sid=sid: _record(folder, key, sid))  # type: ignore[misc]
+        entry = manifest.shards[sid] if manifest else record
+        if manifest and record and record != entry:
+            report.problems.append(
+                f"{folder.where(record_name(sid))} does not say what {MANIFEST} says of its shard"
+            )
+        if entry is None:
+            continue
+        pairs = attempt(lambda entry=entry: load_shard(folder, key, entry, facts.bounds))  # type: ignore[misc]
+        if pairs is not None:
+            report.shards, report.pairs = report.shards + 1, report.pairs + len(pairs)
+            ids.append(pairs.pair_id)
+            digests.append(pairs.pair_digest)
+        if on_shard is not None:
+            on_shard(sid + 1, total)
+    if report.shards == total:
+        _check_all_pairs(folder, facts, np.concatenate(ids), np.concatenate(digests), report)
+    return report
+
+
+def _facts(folder: Folder, key: str) -> RecipeFacts:
+    return recipe_facts(parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE)))
+
+
+def _manifest(folder: Folder, key: str, facts: RecipeFacts) -> Manifest:
+    return parse_manifest(folder.read(MANIFEST, MAX_JSON_BYTES), key, facts, folder.where(MANIFEST))
+
+
+def _record(folder: Folder, key: str, sid: int) -> ShardEntry:
+    name = record_name(sid)
+    record = parse_record(folder.read(name, MAX_JSON_BYTES), key, sid, folder.where(name))
+    return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
+
+
+def _refuse_strangers(folder: Folder, total: int, report: Report) -> None:
+    known = {RECIPE, MANIFEST, SHARDS, RECORDS, TMP}
+    known |= {name(sid) for sid in range(total) for name in (shard_name, record_name)}
+    there = folder.names() + [f"{sub}/{name}" for sub in (SHARDS, RECORDS) for name in folder.names(sub)]
+    report.problems += [
+        f"{folder.where(name)} does not belong to this cache" for name in there if name not in known
+    ]
+
+
+def _check_all_pairs(
+    folder: Folder, facts: RecipeFacts, ids: np.ndarray, digests: np.ndarray, report: Report
+) -> None:
+    if len(np.unique(ids)) != len(ids):
+        report.problems.append(f"{folder.where(SHARDS)}: a pair stands in two shards")
+    found = pairs_digest(digests[np.argsort(ids)])
+    if found != facts.pairs.digest:
+        report.problems.append(
+            f"{folder.where(SHARDS)}: the pairs have the digest {found[:12]}..., {RECIPE} says {facts.pairs.digest[:12]}..."
+        )

@@ -1,0 +1,217 @@
+"""
+Filling a cache: any number of writers, in any order, killed at any moment.
+
+A shard is committed by its record, the cache by its manifest; each is created once and never replaced, so
+the first writer wins and whoever comes later adopts what stands there. What a killed writer leaves is either
+committed, adopted by the next one, or a file in tmp/ that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
+from store.files import sha256_hex
+from store.format import MAX_FILE_BYTES, encode_shard
+from store.invariants import Invalid
+from store.key import FORMAT_VERSION, cache_key, canonical_json, pairs_digest
+from store.local import Store, finished_shards
+from store.manifest import (
+    MANIFEST,
+    MAX_JSON_BYTES,
+    RECIPE,
+    RECORDS,
+    SHARDS,
+    Manifest,
+    Record,
+    ShardEntry,
+    manifest_bytes,
+    parse_manifest,
+    parse_recipe,
+    parse_record,
+    recipe_facts,
+    record_bytes,
+    record_name,
+    shard_name,
+)
+from store.pairs import Pairs
+from store.shards import check_shard, load_shard
+
+
+class CacheWriter:
+    """Creates the cache of a recipe, or goes on where another writer stopped."""
+
+    def __init__(
+        self, store: Store, recipe: dict[str, Any], plan: Sequence[NDArray[np.integer[Any]]]
+    ) -> None:
+        """
+        recipe: {"format": 1, "scorer": {...}, "pairs": {...}}, see docs/cache-format.md.
+        plan: the pair ids of every shard, as `plan_shards` returns them.
+
+        Raises ValueError where recipe and plan disagree, CacheError where the store cannot be written.
+        """
+        self.facts = recipe_facts(recipe)
+        self.plan = [np.asarray(ids, dtype=np.uint64) for ids in plan]
+        if tuple(len(ids) for ids in self.plan) != self.facts.pairs.shard_pairs:
+            raise ValueError("recipe pairs.shard_pairs must be [len(ids) for ids in plan]")
+        if self.plan and len(np.unique(np.concatenate(self.plan))) != self.facts.pairs.n_pairs:
+            raise ValueError("the plan holds a pair twice")
+        self.key = cache_key(recipe)
+        self.folder = store.folder(self.key)
+        self.folder.prepare(SHARDS, RECORDS)
+        if not self.folder.create(RECIPE, canonical_json(recipe)):
+            parse_recipe(self.folder.read(RECIPE, MAX_JSON_BYTES), self.key, self.folder.where(RECIPE))
+        self._adopt_unrecorded()
+
+    def missing(self) -> list[int]:
+        """The shards that still have to be written, as the folder says now: another writer may be at work."""
+        done = set(finished_shards(self.folder, len(self.plan)))
+        return [sid for sid in range(len(self.plan)) if sid not in done]
+
+    def write(self, sid: int, pairs: Pairs, provenance: dict[str, Any]) -> None:
+        """
+        Commit shard `sid`. Where another writer was faster, its shard stays and this one is dropped.
+
+        provenance: JSON, how the shard came to be (versions, device, seconds); floats allowed, NaN not.
+        Raises ValueError for pairs that are not the plan's, CacheError where an invariant does not hold
+        (a NaN from the model) or the disk refuses.
+        """
+        if not np.array_equal(pairs.pair_id, self.plan[sid]):
+            raise ValueError(
+                f"shard {sid} must hold the pairs {_few(self.plan[sid])}, got {_few(pairs.pair_id)}"
+            )
+        try:
+            data = encode_shard(pairs, self.key, sid, self.facts.bounds)
+        except Invalid as error:
+            raise CacheError(f"shard {sid} is not written to {self.folder.root}: {error}") from None
+        entry = ShardEntry(
+            shard=sid, size=len(data), sha256=sha256_hex(data), n_pairs=len(pairs), n_tokens=pairs.n_tokens
+        )
+        while not self.folder.create(shard_name(sid), data):
+            standing = self._standing_shard(sid)
+            if standing is not None:
+                entry = standing
+                break
+            self._discard(sid)
+        self._record(entry, provenance)
+
+    def seal(self, facts: dict[str, Any]) -> Manifest:
+        """
+        Read every shard once more with every check, then write the manifest: from now on readers see the cache.
+
+        facts: JSON for the manifest (self-check result, drop report); part of the output address, so no times.
+        Raises CacheIncomplete where shards are missing, CacheDamaged where one is not what its record says.
+        """
+        if missing := self.missing():
+            raise CacheIncomplete(
+                f"cache {self.key[:12]} is not complete: {len(self.plan) - len(missing)} of {len(self.plan)} shards "
+                f"are done, missing {_few(np.array(missing))}; write them before sealing"
+            )
+        entries = tuple(self._recorded(sid) for sid in range(len(self.plan)))
+        self._check_shards(entries)
+        manifest = Manifest(
+            format=FORMAT_VERSION,
+            key=self.key,
+            n_pairs=sum(entry.n_pairs for entry in entries),
+            n_tokens=sum(entry.n_tokens for entry in entries),
+            shards=entries,
+            facts=facts,
+        )
+        if self.folder.create(MANIFEST, manifest_bytes(manifest)):
+            return manifest
+        where = self.folder.where(MANIFEST)
+        theirs = parse_manifest(self.folder.read(MANIFEST, MAX_JSON_BYTES), self.key, self.facts, where)
+        if theirs.shards != entries:
+            raise CacheConflict(
+                f"{where} seals other shards than the records do; move {self.folder.root} away"
+            )
+        return theirs
+
+    def _check_shards(self, entries: Sequence[ShardEntry]) -> None:
+        digests = np.empty((self.facts.pairs.n_pairs, 16), dtype=np.uint8)
+        ids = np.concatenate([*self.plan, np.empty(0, np.uint64)])
+        start = 0
+        for entry in entries:
+            pairs = self._load(entry)
+            digests[start : start + len(pairs)] = pairs.pair_digest
+            start += len(pairs)
+        found = pairs_digest(digests[np.argsort(ids)])
+        if found != self.facts.pairs.digest:
+            raise CacheConflict(
+                f"the pairs written to {self.folder.root} have the digest {found[:12]}..., "
+                f"its recipe says {self.facts.pairs.digest[:12]}...; move that folder away and build the cache again"
+            )
+
+    def _load(self, entry: ShardEntry) -> Pairs:
+        name = shard_name(entry.shard)
+        try:
+            pairs = load_shard(self.folder, self.key, entry, self.facts.bounds)
+            if not np.array_equal(pairs.pair_id, self.plan[entry.shard]):
+                raise CacheDamaged(f"{self.folder.where(name)} holds other pairs than planned")
+        except CacheDamaged as error:
+            raise CacheDamaged(
+                f"{error}\n  or delete only it and {self.folder.where(record_name(entry.shard))}, and run the same "
+                "command again: one shard is computed anew"
+            ) from None
+        return pairs
+
+    def _adopt_unrecorded(self) -> None:
+        """Shards whose writer was killed before their record: record them if they are whole, else remove them."""
+        shards, records = set(self.folder.names(SHARDS)), set(self.folder.names(RECORDS))
+        for sid in range(len(self.plan)):
+            if shard_name(sid).split("/")[1] in shards and record_name(sid).split("/")[1] not in records:
+                entry = self._standing_shard(sid)
+                if entry is None:
+                    self._discard(sid)
+                else:
+                    self._record(entry, {"adopted": True})
+
+    def _standing_shard(self, sid: int) -> ShardEntry | None:
+        """The shard under this name if it is whole and the planned one, else None."""
+        try:
+            data = self.folder.read(shard_name(sid), MAX_FILE_BYTES)
+            pairs, entry = check_shard(self.folder, self.key, sid, data, self.facts.bounds)
+        except (CacheDamaged, CacheMissing):
+            return None
+        return entry if np.array_equal(pairs.pair_id, self.plan[sid]) else None
+
+    def _discard(self, sid: int) -> None:
+        """
+        Remove a damaged shard. Between the look and the removal another writer may have removed it and put
+        a whole one there: what was moved aside is looked at again, and a whole shard goes back.
+        """
+        aside = self.folder.set_aside(shard_name(sid))
+        if aside is None:
+            return
+        try:
+            data = self.folder.read(aside, MAX_FILE_BYTES)
+            check_shard(self.folder, self.key, sid, data, self.facts.bounds)
+            self.folder.create(shard_name(sid), data)
+        except CacheDamaged:
+            pass
+        self.folder.remove(aside)
+
+    def _record(self, entry: ShardEntry, provenance: dict[str, Any]) -> None:
+        record = Record(**entry.model_dump(), key=self.key, provenance=provenance)
+        if not self.folder.create(record_name(entry.shard), record_bytes(record)):
+            committed = self._recorded(entry.shard)
+            if committed != entry:
+                name, shard = record_name(entry.shard), shard_name(entry.shard)
+                raise CacheConflict(
+                    f"{self.folder.where(name)} commits a shard with sha256 {committed.sha256[:12]}..., "
+                    f"{shard} has {entry.sha256[:12]}...; delete both and run the same command again"
+                )
+
+    def _recorded(self, sid: int) -> ShardEntry:
+        name = record_name(sid)
+        record = parse_record(self.folder.read(name, MAX_JSON_BYTES), self.key, sid, self.folder.where(name))
+        return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
+
+
+def _few(ids: NDArray[Any]) -> str:
+    shown = ", ".join(str(i) for i in ids[:5])
+    return f"[{shown}{', ...' if len(ids) > 5 else ''}]"

@@ -1,0 +1,16 @@
+"""Checks shapes and types at every annotated boundary while the tests run; keeps torch on one thread."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["scoring", "stage2_align"], "beartype.beartype")
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,202 @@
+"""
+Our tokens against those of TRL's own `DPOTrainer` and collator, id by id. Needs the `oracles` extra.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stage1_cache.pairs import read_pairs
+from stage1_cache.tokenise import tokenise
+
+pytestmark = [
+    pytest.mark.oracle,
+    # TRL and torch announce their own deprecations; they are not what is compared here.
+    pytest.mark.filterwarnings("default"),
+]
+
+DATA = Path(__file__).parents[2] / "shared/data"
+FILES = [
+    "llms_from_scratch.str.jsonl",
+    "hh_harmless_test.str.jsonl",
+    "hh_harmless_raw_test.jsonl.gz",
+    "hh_short512.messages.jsonl",
+    "orca_dpo_val.messages.jsonl",
+    "orca_dpo_val.implicit.jsonl",
+    "lf_dpo_en_demo.messages.jsonl",
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The generation prompt opens a thought that the rendered conversation does not have, and the content is
+# stripped: the encoded prompt is no prefix of prompt + completion.
+THINKING = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] <think>{% endif %}"
+)
+# Names tools and a switch of its own.
+TOOLS = (
+    "{% if tools %}tools:{% for t in tools %} {{ t.function.name }}{% endfor %}\n{% endif %}"
+    "{% if shout %}LOUD {% endif %}" + CHATML
+)
+
+
+def trl_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None, folder: Path) -> list[list[int]]:
+    """Prompt, chosen and rejected ids of every pair that TRL trains on, from what its collator hands the model."""
+    trl = pytest.importorskip("trl")
+    size = len(tokenizer) + 8
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    arguments = trl.DPOConfig(
+        output_dir=str(folder), max_length=max_length, use_cpu=True, bf16=False, report_to=[]
+    )
+    trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    parts = []
+    for example in trainer.train_dataset:
+        batch = trainer.data_collator([example])
+        whole = [
+            ids[attended.bool()].tolist()
+            for ids, attended in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        start = [
+            int((attended.bool() & ~completion.bool()).sum())
+            for attended, completion in zip(batch["attention_mask"], batch["completion_mask"], strict=True)
+        ]
+        assert start[0] == start[1]
+        parts += [whole[0][: start[0]], whole[0][start[0] :], whole[1][start[0] :]]
+    return parts
+
+
+def our_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None) -> list[list[int]]:
+    ours = tokenise(dataset, tokenizer, max_length)
+    return [part.tolist() for part in np.split(ours.input_ids, ours.splits[1:-1].astype(np.int64))]
+
+
+def compare(dataset: Dataset, tokenizer: Any, max_length: int | None, folder: Path) -> None:
+    """Equal ids, but for the pairs that TRL keeps with a completion of which no token can be scored."""
+    torch.set_num_threads(1)
+    theirs = trl_tokens(dataset, tokenizer, max_length, folder)
+    triples = [theirs[i : i + 3] for i in range(0, len(theirs), 3)]
+    scored = [t for t in triples if all(len(t[0]) + len(side) > 1 and side for side in t[1:])]
+    assert [part for triple in scored for part in triple] == our_tokens(dataset, tokenizer, max_length)
+    print(f"\n{len(scored):,} pairs, {sum(map(len, theirs)):,} tokens equal ({len(triples):,} kept by TRL)")
+
+
+def load(name: str) -> Any:
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{name} is absent")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def merging_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that merges " pear" across a prompt that ends in a space, with BOS in front or not."""
+    text = ["pick a pear", "pick a pearl", "an apple or a pear", "a peach", "<s></s>"] * 4
+    inner = Tokenizer(models.BPE(unk_token=None))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>" if bos else None, eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("max_length", [None, 64, 256, 1024])
+@pytest.mark.parametrize("tokenizer_name", ["models/stories260K", "tokenizers/gpt2"])
+@pytest.mark.parametrize("name", FILES)
+def test_real_pairs_have_the_tokens_of_trl(name, tokenizer_name, max_length, tmp_path):
+    tokenizer = load(tokenizer_name)
+    if not (DATA / "pairs" / name).exists():
+        pytest.skip(f"{name} is absent")
+    tokenizer.chat_template = CHATML if "gpt2" in tokenizer_name else THINKING
+    compare(read_pairs(str(DATA / "pairs" / name), "train"), tokenizer, max_length, tmp_path)
+
+
+TEXTS = [
+    {"prompt": "pick a", "chosen": " pear", "rejected": " peach"},
+    {"prompt": "pick a ", "chosen": "pear", "rejected": "peach"},  # the space merges into " pear"
+    {"prompt": "pick a pear", "chosen": "l", "rejected": " or a peach</s>"},  # "pearl" takes the prompt's end
+    {"prompt": "", "chosen": "pear", "rejected": "peach"},
+    {"prompt": "", "chosen": "", "rejected": "peach"},  # only the end token
+    {"prompt": "pick", "chosen": "", "rejected": ""},
+    {"prompt": "<s>pick", "chosen": " pear", "rejected": " pear"},
+    {"prompt": "\n\nÄpfel 🍎", "chosen": "🍐\n", "rejected": "é"},
+]
+
+
+@pytest.mark.parametrize("max_length", [None, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("bos", [True, False])
+def test_awkward_texts_have_the_tokens_of_trl(bos, max_length, tmp_path):
+    if max_length == 1:
+        pytest.importorskip("trl")
+        rows = TEXTS[3:5] if bos else TEXTS  # one token never leaves room for a prompt and a scored completion
+        with pytest.raises(Exception, match="no pair is left"):
+            our_tokens(Dataset.from_list(rows), merging_tokenizer(bos), max_length)
+        return
+    compare(Dataset.from_list(TEXTS), merging_tokenizer(bos), max_length, tmp_path)
+
+
+def test_implicit_prompts_of_text_have_the_tokens_of_trl(tmp_path):
+    rows = [
+        {"chosen": "pick a pear", "rejected": "pick a peach"},
+        {"chosen": "pick a ", "rejected": "pick a pear"},  # one begins the other
+        {"chosen": "a pear", "rejected": "a pear"},  # identical
+        {"chosen": "pear", "rejected": "apple"},  # nothing shared
+    ]
+    compare(Dataset.from_list(rows), merging_tokenizer(bos=True), None, tmp_path)
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+MESSAGES = [
+    {
+        "prompt": [said("user", "pick a fruit")],
+        "chosen": [said("assistant", "pear")],
+        "rejected": [said("assistant", "peach")],
+    },
+    {
+        "prompt": [said("system", "be brief"), said("user", " a? "), said("assistant", "an apple")],
+        "chosen": [said("assistant", "or a pear"), said("user", "no"), said("assistant", "a peach")],
+        "rejected": [said("assistant", "")],
+    },
+]
+
+
+@pytest.mark.parametrize("max_length", [None, 12, 40])
+@pytest.mark.parametrize("template", [CHATML, THINKING, TOOLS])
+def test_messages_with_tools_and_template_arguments_have_the_tokens_of_trl(template, max_length, tmp_path):
+    tool = {"type": "function", "function": {"name": "basket"}}
+    extras: list[dict[str, Any]] = [
+        {"tools": '[{"type": "function", "function": {"name": "basket"}}]'},
+        {"tools": [tool]},
+        {"chat_template_kwargs": {"shout": True}},
+        {},
+    ]
+    for extra in extras:
+        tokenizer = merging_tokenizer(bos=True)
+        tokenizer.chat_template = template
+        compare(Dataset.from_list([{**row, **extra} for row in MESSAGES]), tokenizer, max_length, tmp_path)
