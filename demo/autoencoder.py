@@ -36,8 +36,8 @@ class AutoencoderSettings:
     k: int = 16
     """Features per token that training keeps, on the average over a batch."""
 
-    stories: int = 1200
-    steps: int = 800
+    stories: int = 800
+    steps: int = 600
     batch_size: int = 512
     learning_rate: float = 2e-3
     warmup_steps: int = 100

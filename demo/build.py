@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from demo.autoencoder import AutoencoderSettings, save_saelens, train_autoencoder
 from demo.grammar import STORIES
@@ -70,6 +71,7 @@ def build_world(output: Path, settings: WorldSettings | None = None) -> tuple[di
         raise RunError(
             f"{output}: holds something that is not a demo world (no {CARD}); choose another --output"
         )
+    output = output.resolve()
     building = output.with_name(output.name + ".building")
     shutil.rmtree(building, ignore_errors=True)  # what a killed build left
     building.mkdir(parents=True)
@@ -199,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("demo-world"), help="folder (default: demo-world)"
     )
     options = parser.parse_args(arguments)
+    logging.disable_progress_bar()  # one bar per file that transformers writes
     start = time.perf_counter()
     try:
         card, built = build_world(options.output)

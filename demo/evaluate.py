@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from demo.build import read_card
 from demo.grammar import gold_reward
@@ -174,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=400, help="openings to complete (default: 400)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
+    logging.disable_progress_bar()  # one bar per model that transformers reads
     try:
         evaluation = evaluate(options.policy, options.world, options.samples)
     except FpoError as error:

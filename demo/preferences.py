@@ -22,13 +22,13 @@ _MOST_OPENINGS = 20  # per pair wanted; the demo's settings need about 1.3
 
 @dataclass(frozen=True)
 class PreferenceSettings:
-    train_pairs: int = 1800
-    test_pairs: int = 250
+    train_pairs: int = 1500
+    test_pairs: int = 200
     label_noise: float = 0.1
     """Probability that the worse completion is called the chosen one."""
 
     max_new_tokens: int = 96
-    oversampling: float = 1.5
+    oversampling: float = 1.3
     """Openings sampled for every pair wanted: two completions that end equally well make no pair."""
 
 

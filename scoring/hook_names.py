@@ -29,7 +29,7 @@ def from_module_path(path: str) -> str:
 
 
 def from_sparsify(place: str) -> str | None:
-    """sparsify names its folder by the path inside the base model: `layers.10.mlp` -> `model.layers.10.mlp`."""
+    """sparsify names its folders by the path inside the model: `layers.10.mlp` -> `model.layers.10.mlp`."""
     name = place.rstrip("/").rpartition("/")[2]
     if re.fullmatch(r"layers\.\d+(\.[\w.]+)?|embed_tokens", name):
         return f"model.{name}"

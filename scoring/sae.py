@@ -140,8 +140,9 @@ class Sae:
     def _offset_and_scale(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Per token, what the input norm subtracts and then divides by."""
         if self.input_norm == "layer_norm":
-            # SAELens' own: the unbiased deviation, and epsilon outside the root.
-            return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+            # SAELens' own: unbiased deviation, epsilon outside the root. Tensor.std warns at no tokens.
+            mean = x.mean(-1, keepdim=True)
+            return mean, (x - mean).norm(dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + 1e-5
         if self.input_norm == "constant_norm_rescale":
             return 0.0, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
         return 0.0, 1.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -176,7 +177,7 @@ class Weights:
             else:
                 self._headers, self._start = _safetensors_headers(path)
                 self.shapes = {name: tuple(h["shape"]) for name, h in self._headers.items()}
-        except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, zipfile.BadZipFile) as error:
             raise SaeError(
                 f"SAE {source}: {path} cannot be read ({error}); is the file complete? "
                 f"Git LFS pointers and broken downloads look like this"
@@ -186,7 +187,7 @@ class Weights:
         """One tensor, float32. Raises SaeError where it is damaged, not a float, or not finite."""
         try:
             raw = self._read_npz(name) if self._path.suffix == ".npz" else self._read_safetensors(name)
-        except (ValueError, OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise SaeError(f"SAE {self._source}: {name} in {self._path} cannot be read ({error})") from error
         values = raw.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
@@ -205,7 +206,10 @@ class Weights:
         dtype, shape = header["dtype"], self.shapes[name]
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype}, expected one of {', '.join(_DTYPES)}")
-        offset = self._start + header["data_offsets"][0]
+        start, stop = header["data_offsets"]
+        if stop - start != prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+            raise ValueError(f"{stop - start} bytes for shape {shape} of {dtype}")
+        offset = self._start + start
         values = np.fromfile(self._path, _DTYPES[dtype], count=prod(shape), offset=offset).reshape(shape)
         # bfloat16 is the upper half of a float32.
         return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values

@@ -121,7 +121,8 @@ def read_decoder(source: str, hookpoint: str | None = None) -> tuple[Array, Arra
             raise SaeError(f"SAE {source}: the decoder's {name} must have shape {shape}, found {found}")
     W_dec = layout.weights.read(layout.decoder)
     if layout.scale_by_decoder_norm:
-        W_dec = W_dec / np.maximum(_row_norms(W_dec), np.finfo(np.float32).tiny)[:, None]
+        norms = np.maximum(_row_norms(W_dec), np.finfo(np.float32).tiny)
+        W_dec = (W_dec / norms[:, None]).astype(np.float32)
     return W_dec, layout.weights.read(layout.decoder_bias)
 
 

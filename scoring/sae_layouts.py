@@ -90,7 +90,8 @@ def _gemma_scope(files: SaeFiles, weights: Weights) -> Layout:
     """Gemma Scope 1 and 2. b_dec is not subtracted, the input is not normalised: the raw residual stream."""
     place, config = files.place, files.config
     kind = str(config.get("type", ""))
-    if "transcoder" in kind or re.search(r"(^|/|-)(transcoder|clt)[^/]*(/|$)", place) or config.get("affine_connection"):
+    is_transcoder = "transcoder" in kind or re.search(r"(^|/|-)(transcoder|clt)[^/]*(/|$)", place)
+    if is_transcoder or config.get("affine_connection"):
         raise refuse(files, "a transcoder", "it reads one place and predicts another")
     if "crosscoder" in kind or re.search(r"(^|/)crosscoder[^/]*(/|$)", place):
         raise refuse(files, "a crosscoder", "it reads several layers at once")
@@ -108,9 +109,9 @@ def _gemma_scope(files: SaeFiles, weights: Weights) -> Layout:
         files,
         weights,
         activation="jumprelu",
-        encoder=names.get("w_enc", "w_enc"),
+        encoder=names.get("w_enc", "W_enc"),
         encoder_bias=names.get("b_enc", "b_enc"),
-        decoder=names.get("w_dec", "w_dec"),
+        decoder=names.get("w_dec", "W_dec"),
         decoder_bias=names.get("b_dec", "b_dec"),
         threshold=names.get("threshold", "threshold"),
         advertised_l0=float(stated) if stated is not None else float(in_path[1]) if in_path else None,

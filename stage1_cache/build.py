@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from errors import CacheIncomplete, CacheMissing
 from recipe import Recipe
 from scoring import Packed, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
@@ -121,12 +122,14 @@ def _build(identity: CacheIdentity, store: Path, lazy: _LazyScorer) -> CacheRepo
     started = time.monotonic()
     key = cache_key(identity.key_recipe)
     drops = DropReport.from_dict(identity.remembered["drops"])
-    if Store(store).is_complete(key):
+    try:
         cache = open_cache(store, key)
         return CacheReport(identity.split, cache, drops, 0, time.monotonic() - started, 0, 0)
+    except (CacheMissing, CacheIncomplete):
+        pass
 
     plan = identity.plan()
-    writer = CacheWriter(store, identity.key_recipe, plan)
+    writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
     missing = writer.missing()
     checks = lazy.self_checks(identity) if missing else []
     built, pairs, tokens = _write_missing(identity, writer, plan, missing, lazy)
@@ -152,7 +155,7 @@ def _write_missing(
             progress.set_postfix_str(f"{tokens / max(progress.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
 
         for sid in _own_first(missing):
-            if not writer.is_missing(sid):
+            if sid not in writer.missing():
                 continue  # another process finished it meanwhile
             rows = plan[sid]
             ids, splits = _rows(data.input_ids, data.splits, rows)

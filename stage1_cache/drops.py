@@ -69,6 +69,14 @@ class DropReport:
         """The report in JSON types."""
         return asdict(self)
 
+    @staticmethod
+    def from_dict(facts: dict[str, Any]) -> DropReport:
+        """The report that `as_dict` wrote."""
+        findings = {
+            part: {key: Finding(**finding) for key, finding in facts[part].items()} for part in ("dropped", "noted")
+        }
+        return DropReport(facts["read"], facts["kept"], **findings)
+
     def lines(self) -> list[str]:
         """The report for people: the total, then one line per reason to drop and per thing noted."""
         found = [("dropped", self.dropped[key], DROPPED[key]) for key in DROPPED if key in self.dropped]

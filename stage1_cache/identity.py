@@ -24,7 +24,7 @@ from scoring.hookpoints import check_hookpoint
 from scoring.sae_formats import SaeFacts, sae_config, sae_facts, sae_weight_files
 from stage1_cache.pairs import data_fingerprint, read_pairs
 from stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
-from store import FORMAT_VERSION, pair_digests, pairs_digest, plan_shards, remember, weights_digest
+from store import FORMAT_VERSION, file_digest, pair_digests, pairs_digest, plan_shards, remember, weights_digest
 
 # What config.json says that changes no log-prob: bookkeeping, generation, and dropout, which is off.
 _CONFIG_NOISE = (
@@ -215,10 +215,12 @@ def _adapter_identity(folder: Path) -> dict[str, Any]:
 
 def _feature_identity(feature: Feature) -> dict[str, Any]:
     facts = sae_facts(feature.sae, feature.hookpoint)
+    files = sae_weight_files(feature.sae, feature.hookpoint)
+    is_npz = files[0].suffix == ".npz"
     return {
         "hookpoint": feature.hookpoint,
         "sae": {
-            "weights": weights_digest(sae_weight_files(feature.sae, feature.hookpoint)),
+            "weights": file_digest(files[0]) if is_npz else weights_digest(files),
             "config": sae_config(feature.sae, feature.hookpoint),
         },
         "d_sae": facts.d_sae,

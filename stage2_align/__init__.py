@@ -1,0 +1,12 @@
+"""
+Cache to policy. Nothing here loads a reference model.
+
+    order   the pairs of each step        objectives  pure losses          trainer  transformers.Trainer on a cache
+    stream  shards to packed batches      measure     scores to losses     parity   is the policy the reference?
+    align   fpo align                     evaluation  fpo evaluate         run      the run folder
+"""
+
+from stage2_align.align import AlignReport, align
+from stage2_align.evaluation import evaluate_run
+
+__all__ = ["AlignReport", "align", "evaluate_run"]

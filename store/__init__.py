@@ -13,7 +13,7 @@ from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, p
 from store.local import Store, Summary, default_store
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
-from store.plan import plan_shards
+from store.plan import permutation, plan_shards
 from store.verify import Report, verify
 from store.weights import file_digest, remember, weights_digest
 from store.writer import CacheWriter
@@ -37,6 +37,7 @@ __all__ = [
     "open_cache",
     "pair_digests",
     "pairs_digest",
+    "permutation",
     "plan_shards",
     "remember",
     "scored_lengths",

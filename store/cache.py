@@ -54,7 +54,7 @@ class Cache:
         self._facts = recipe_facts(self.recipe)
         manifest = self._read_manifest()
         self.digest = sha256_hex(manifest)
-        """sha256 of manifest.json, the output address: names these very bytes, as the key names their recipe."""
+        """sha256 of manifest.json, the output address: names these bytes, as the key names their recipe."""
         self.manifest: Manifest = parse_manifest(manifest, key, self._facts, folder.where(MANIFEST))
         self._check_sizes()
 
@@ -84,8 +84,8 @@ class Cache:
             total = len(self._facts.pairs.shard_pairs)
             done = len(finished_shards(self.folder, total))
         raise CacheIncomplete(
-            f"cache {self.key[:12]} in {self.folder.root.parent} is not complete: {done} of {total} shards are done; "
-            "finish it with: fpo cache RECIPE"
+            f"cache {self.key[:12]} in {self.folder.root.parent} is not complete: "
+            f"{done} of {total} shards are done; finish it with: fpo cache RECIPE"
         )
 
     def _check_sizes(self) -> None:

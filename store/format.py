@@ -25,7 +25,7 @@ from store.key import FORMAT_VERSION, canonical_json
 from store.pairs import Features, Pairs, TopLogits
 
 MAX_RAW_BYTES = 2**30
-"""All arrays of one shard together, before compression. Bounds what a hostile shard can make a reader allocate."""
+"""All arrays of one shard together, uncompressed: bounds what a hostile shard makes a reader allocate."""
 
 MAX_FILE_BYTES = MAX_RAW_BYTES + 2**24
 """zstd adds at most 0.4 % to incompressible data; the members' names and metadata are a few kilobytes."""
@@ -200,13 +200,15 @@ def _shape(path: str, spec: ArraySpec, members: dict[str, memoryview]) -> tuple[
 def _decode(
     path: str, spec: ArraySpec, shape: tuple[int, ...], members: dict[str, memoryview]
 ) -> NDArray[Any]:
-    array = np.empty(shape, dtype=np.dtype(spec.dtype).newbyteorder("<"))
-    if array.size:
-        frame = members[_chunk_name(path, spec)]
-        if _zstd_content_size(frame) != array.nbytes:
-            raise Invalid(f"{path} does not hold the {array.nbytes} bytes of its shape")
+    dtype = np.dtype(spec.dtype).newbyteorder("<")
+    nbytes = math.prod(shape) * dtype.itemsize
+    # Asked before anything is allocated: a frame of 32 kB may announce a gigabyte.
+    if nbytes and _zstd_content_size(members[_chunk_name(path, spec)]) != nbytes:
+        raise Invalid(f"{path} does not hold the {nbytes} bytes of its shape")
+    array = np.empty(shape, dtype)
+    if nbytes:
         try:
-            zstd.decompress(frame, array.reshape(-1).view(np.uint8))
+            zstd.decompress(members[_chunk_name(path, spec)], array.reshape(-1).view(np.uint8))
         except (RuntimeError, ValueError) as error:
             raise Invalid(f"{path} does not decompress ({error})") from error
     return array.astype(spec.dtype, copy=False)

@@ -6,6 +6,7 @@ and the JSON that carries its own checksum.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -40,11 +41,11 @@ def pair_digests(input_ids: U32, splits: U64) -> U8:
 
     The first 16 bytes of sha256 over the three token counts (uint64) and the ids (uint32), little-endian.
     """
-    ids = memoryview(np.ascontiguousarray(input_ids, dtype="<u4")).cast("B")
-    counts = memoryview(np.ascontiguousarray(lengths_of(splits), dtype="<u8")).cast("B")
+    ids = memoryview(input_ids.astype("<u4", copy=False).tobytes())
+    counts = memoryview(lengths_of(splits).astype("<u8").tobytes())
     bounds = (4 * np.asarray(splits[::3], dtype=np.int64)).tolist()
     digests = bytearray()
-    for row, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for row, (start, end) in enumerate(itertools.pairwise(bounds)):
         digest = hashlib.sha256(counts[24 * row : 24 * row + 24])
         digest.update(ids[start:end])
         digests += digest.digest()[:16]
@@ -53,7 +54,7 @@ def pair_digests(input_ids: U32, splits: U64) -> U8:
 
 def pairs_digest(digests: U8) -> str:
     """(P, 16) digests in dataset order -> the digest of the whole sequence, 64 hex digits."""
-    return hashlib.sha256(np.ascontiguousarray(digests)).hexdigest()
+    return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def checked_json(body: dict[str, Any]) -> bytes:

@@ -1,5 +1,5 @@
 """
-The three JSON files of a cache: recipe.json names it, records say that a shard is done, the manifest seals it.
+The three JSON files of a cache: recipe.json names it, records commit shards, the manifest seals it.
 
 recipe.json is canonical JSON whose sha256 is the cache's name. Records and manifest are JSON in one fixed
 spelling with a checksum of themselves inside, so that a changed byte shows without a second source.
@@ -27,7 +27,7 @@ MAX_JSON_BYTES = 2**26
 """Largest recipe, record or manifest that is read: a manifest takes about 200 bytes per shard."""
 
 Parsed = TypeVar("Parsed")
-Sha256 = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\Z")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -189,7 +189,7 @@ def _recipe(data: bytes) -> dict[str, Any]:
         raise ValueError("it is not canonical JSON")
     if recipe.get("format") != FORMAT_VERSION:
         raise CacheError(
-            f"this cache has format {recipe.get('format')!r}, this version of fpo reads format {FORMAT_VERSION}; "
+            f"this cache has format {recipe.get('format')!r}, this version of fpo reads {FORMAT_VERSION}; "
             "use the version that wrote it, or build the cache again with fpo cache"
         )
     recipe_facts(recipe)

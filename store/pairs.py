@@ -178,7 +178,8 @@ class Pairs:
 def scored_lengths(lengths: NDArray[np.integer[Any]]) -> I64:
     """(P, 3) token counts -> (P, 2) scored tokens per completion: those that something precedes."""
     counts = np.asarray(lengths, dtype=np.int64)
-    return np.maximum(counts[:, 1:] - (counts[:, :1] == 0), 0)
+    scored: I64 = np.maximum(counts[:, 1:] - (counts[:, :1] == 0), 0)
+    return scored
 
 
 def starts_of(lengths: NDArray[np.integer[Any]]) -> I64:
@@ -204,7 +205,7 @@ def _positions(rows: ArrayLike, n: int) -> I64:
 
 def _completions(rows: I64) -> I64:
     """(R,) pair positions -> (2R,) completion positions."""
-    return np.asarray(2 * rows[:, None] + np.arange(2), dtype=np.int64).ravel()
+    return np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1)
 
 
 def _gather(splits: NDArray[np.integer[Any]], segments: I64) -> tuple[I64, U64]:

@@ -36,7 +36,7 @@ def check_shard(
     folder: Folder, key: str, sid: int, data: bytes, bounds: Bounds, entry: ShardEntry | None = None
 ) -> tuple[Pairs, ShardEntry]:
     """
-    Bytes of shard `sid` -> its pairs and what a record says about it; held against `entry` where one is known.
+    Bytes of shard `sid` -> its pairs and what a record says about it; held against `entry` where known.
 
     Raises CacheDamaged naming the file.
     """
@@ -48,7 +48,8 @@ def check_shard(
     digest = sha256_hex(data)
     if entry is not None and digest != entry.sha256:
         raise CacheDamaged(
-            f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; {_repair(folder)}"
+            f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; "
+            f"{_repair(folder)}"
         )
     try:
         pairs = decode_shard(data, key, sid, bounds)

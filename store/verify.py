@@ -1,5 +1,5 @@
 """
-Doubting a cache: everything that can be checked without the model, and all that is wrong instead of the first.
+Doubting a cache: everything that can be checked without the model, and all that is wrong, not the first.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def verify(
     store: Store | Path | str, name: str, on_shard: Callable[[int, int], None] | None = None
 ) -> Report:
     """
-    Read the whole cache: sizes, checksums, encodings, invariants, the key, records against the manifest, files
-    that do not belong there. One shard is in memory at a time.
+    Read the whole cache: sizes, checksums, encodings, invariants, the key, records against the manifest,
+    files that do not belong there. One shard is in memory at a time.
 
     on_shard(done, total) is called after each shard, for a progress bar.
     Raises CacheMissing where no key starts with `name`; all else is in the report.
@@ -133,5 +133,6 @@ def _check_all_pairs(
     found = pairs_digest(digests[np.argsort(ids)])
     if found != facts.pairs.digest:
         report.problems.append(
-            f"{folder.where(SHARDS)}: the pairs have the digest {found[:12]}..., {RECIPE} says {facts.pairs.digest[:12]}..."
+            f"{folder.where(SHARDS)}: the pairs have the digest {found[:12]}..., "
+            f"{RECIPE} says {facts.pairs.digest[:12]}..."
         )

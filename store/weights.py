@@ -7,6 +7,7 @@ saves time: deleting it is always safe, and a note that is damaged or cannot be 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ _MAX_HEADER_BYTES = 10**8
 """The limit that the safetensors library sets."""
 
 _SETTLED_NS = 2 * 10**9
-"""A file changed less than this ago may change again within the same time stamp: its digest is not remembered."""
+"""A file that changed less than this ago may change again within the same time stamp: not remembered."""
 
 
 def file_digest(path: Path) -> str:
@@ -57,10 +58,9 @@ def remember(facts: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> di
     except (OSError, ValueError, KeyError, TypeError):
         pass
     value = compute()
-    try:
+    # A read-only home is no reason to fail: the next call computes again.
+    with contextlib.suppress(OSError):
         replace_file(path, checked_json({"facts": facts, "value": value}))
-    except OSError:
-        pass  # A read-only home is no reason to fail: the next call computes again.
     return value
 
 
@@ -76,8 +76,7 @@ def _remembered_digest(kind: str, files: Sequence[Path], compute: Callable[[], s
         raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
     if any(time.time_ns() - mtime < _SETTLED_NS for _path, _size, mtime, _inode in before):
         return compute()
-    digest = str(remember({kind: before}, lambda: {"digest": compute()})["digest"])
-    return digest
+    return str(remember({kind: before}, lambda: {"digest": compute()})["digest"])
 
 
 def _identity(path: Path) -> tuple[str, int, int, int]:

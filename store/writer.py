@@ -18,7 +18,7 @@ from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, Cac
 from store.files import sha256_hex
 from store.format import MAX_FILE_BYTES, encode_shard
 from store.invariants import Invalid
-from store.key import FORMAT_VERSION, cache_key, canonical_json, pairs_digest
+from store.key import cache_key, canonical_json, pairs_digest
 from store.local import Store, finished_shards
 from store.manifest import (
     MANIFEST,
@@ -101,20 +101,21 @@ class CacheWriter:
 
     def seal(self, facts: dict[str, Any]) -> Manifest:
         """
-        Read every shard once more with every check, then write the manifest: from now on readers see the cache.
+        Read every shard once more with every check, then write the manifest: readers now see the cache.
 
-        facts: JSON for the manifest (self-check result, drop report); part of the output address, so no times.
+        facts: JSON for the manifest (self-check result, drop report). They are part of the output address,
+        so no times and no paths.
         Raises CacheIncomplete where shards are missing, CacheDamaged where one is not what its record says.
         """
         if missing := self.missing():
             raise CacheIncomplete(
-                f"cache {self.key[:12]} is not complete: {len(self.plan) - len(missing)} of {len(self.plan)} shards "
-                f"are done, missing {_few(np.array(missing))}; write them before sealing"
+                f"cache {self.key[:12]} is not complete: {len(self.plan) - len(missing)} of {len(self.plan)} "
+                f"shards are done, missing {_few(np.array(missing))}; write them before sealing"
             )
         entries = tuple(self._recorded(sid) for sid in range(len(self.plan)))
         self._check_shards(entries)
         manifest = Manifest(
-            format=FORMAT_VERSION,
+            format=1,
             key=self.key,
             n_pairs=sum(entry.n_pairs for entry in entries),
             n_tokens=sum(entry.n_tokens for entry in entries),
@@ -143,7 +144,7 @@ class CacheWriter:
         if found != self.facts.pairs.digest:
             raise CacheConflict(
                 f"the pairs written to {self.folder.root} have the digest {found[:12]}..., "
-                f"its recipe says {self.facts.pairs.digest[:12]}...; move that folder away and build the cache again"
+                f"its recipe says {self.facts.pairs.digest[:12]}...; move that folder away and build it again"
             )
 
     def _load(self, entry: ShardEntry) -> Pairs:
@@ -154,13 +155,13 @@ class CacheWriter:
                 raise CacheDamaged(f"{self.folder.where(name)} holds other pairs than planned")
         except CacheDamaged as error:
             raise CacheDamaged(
-                f"{error}\n  or delete only it and {self.folder.where(record_name(entry.shard))}, and run the same "
-                "command again: one shard is computed anew"
+                f"{error}\n  or delete only it and {self.folder.where(record_name(entry.shard))}, "
+                "and run the same command again: one shard is computed anew"
             ) from None
         return pairs
 
     def _adopt_unrecorded(self) -> None:
-        """Shards whose writer was killed before their record: record them if they are whole, else remove them."""
+        """Shards whose writer was killed before their record: recorded if they are whole, else removed."""
         shards, records = set(self.folder.names(SHARDS)), set(self.folder.names(RECORDS))
         for sid in range(len(self.plan)):
             if shard_name(sid).split("/")[1] in shards and record_name(sid).split("/")[1] not in records:

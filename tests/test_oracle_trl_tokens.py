@@ -14,6 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from errors import DataError
 from stage1_cache.pairs import read_pairs
 from stage1_cache.tokenise import tokenise
 
@@ -51,18 +52,25 @@ TOOLS = (
 
 
 def trl_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None, folder: Path) -> list[list[int]]:
-    """Prompt, chosen and rejected ids of every pair that TRL trains on, from what its collator hands the model."""
+    """Prompt, chosen and rejected ids of every pair that TRL trains on, as its collator hands them over."""
     trl = pytest.importorskip("trl")
-    size = len(tokenizer) + 8
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
     )
     arguments = trl.DPOConfig(
         output_dir=str(folder), max_length=max_length, use_cpu=True, bf16=False, report_to=[]
     )
-    trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    trainer = trl.DPOTrainer(
+        model=LlamaForCausalLM(config),
+        ref_model=LlamaForCausalLM(config),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
     parts = []
     for example in trainer.train_dataset:
         batch = trainer.data_collator([example])
@@ -80,7 +88,11 @@ def trl_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None, folder:
 
 
 def our_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None) -> list[list[int]]:
-    ours = tokenise(dataset, tokenizer, max_length)
+    try:
+        ours = tokenise(dataset, tokenizer, max_length)
+    except DataError as error:
+        assert str(error).startswith("no pair is left")  # noqa: PT017 (nothing left is a result here)
+        return []
     return [part.tolist() for part in np.split(ours.input_ids, ours.splits[1:-1].astype(np.int64))]
 
 
@@ -146,15 +158,9 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("max_length", [None, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("max_length", [None, 2, 3, 5, 8])
 @pytest.mark.parametrize("bos", [True, False])
 def test_awkward_texts_have_the_tokens_of_trl(bos, max_length, tmp_path):
-    if max_length == 1:
-        pytest.importorskip("trl")
-        rows = TEXTS[3:5] if bos else TEXTS  # one token never leaves room for a prompt and a scored completion
-        with pytest.raises(Exception, match="no pair is left"):
-            our_tokens(Dataset.from_list(rows), merging_tokenizer(bos), max_length)
-        return
     compare(Dataset.from_list(TEXTS), merging_tokenizer(bos), max_length, tmp_path)
 
 
@@ -186,7 +192,7 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("max_length", [None, 12, 40])
+@pytest.mark.parametrize("max_length", [None, 70, 130])
 @pytest.mark.parametrize("template", [CHATML, THINKING, TOOLS])
 def test_messages_with_tools_and_template_arguments_have_the_tokens_of_trl(template, max_length, tmp_path):
     tool = {"type": "function", "function": {"name": "basket"}}

@@ -1,0 +1,56 @@
+"""`fpo evaluate`: held-out metrics of a run's policy, from the cache of the held-out pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from recipe import Recipe
+from scoring import Packed, disable_dropout, install_scoring, load_model, model_folder
+from stage2_align.align import training_arguments
+from stage2_align.measure import ObjectiveMeter, batch_metrics
+from stage2_align.run import read_run
+from stage2_align.stream import PairStream
+from store import Cache
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
+    """
+    The objective's loss and metrics over every pair of `cache`, by the run's policy; also written to the run folder
+    as evaluation.json. Raises RunError where there is no finished run.
+    """
+    read_run(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = ObjectiveMeter.of(recipe).to(device)
+    model = _trained_policy(recipe, run).to(device)
+    disable_dropout(model, model.config)
+    install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
+    size = training_arguments(recipe, run).per_device_eval_batch_size
+    stream = PairStream(cache, meter.feature, seed=0, per_device=size)
+    sums: dict[str, float] = {}
+    with torch.inference_mode(), tqdm(total=cache.n_pairs, desc="evaluate", unit=" pairs", disable=None) as bar:
+        for batch in stream:
+            assert batch is not None
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            scores = model(**{name: on_device[name] for name in Packed._fields})
+            metrics = batch_metrics(meter.measure(scores, on_device), on_device)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            bar.update(len(batch["ref_logps"]))
+    metrics_mean = {f"eval_{name}": total / cache.n_pairs for name, total in sorted(sums.items())}
+    (run / EVALUATION_FILE).write_text(json.dumps(metrics_mean, indent=2) + "\n", encoding="utf-8")
+    return metrics_mean
+
+
+def _trained_policy(recipe: Recipe, run: Path) -> torch.nn.Module:
+    """The policy as the run saved it: whole weights, or adapters on the model they were trained on."""
+    policy, reference = recipe.policy, recipe.reference
+    if policy.lora is None:
+        return load_model(model_folder(str(run)), policy.dtype)
+    base, revision = (policy.model, policy.revision) if policy.model else (reference.model, reference.revision)
+    return load_model(model_folder(base, revision), policy.dtype, run)

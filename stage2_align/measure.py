@@ -1,0 +1,149 @@
+"""
+From one forward pass over a batch to the loss of each pair: the policy's scores, the cached reference's, and the
+feature distance between them.
+
+Dimension key:  P pairs   C completions (2P, chosen before rejected)   N scored completion tokens   K columns
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from recipe import Dpo, Fpo, Objective, Recipe, Simpo
+from scoring import (
+    ColumnSet,
+    Packed,
+    Sae,
+    Scores,
+    SparseRows,
+    load_sae,
+    look_up,
+    policy_top,
+    reference_top,
+    sum_logps,
+    union,
+)
+from stage2_align.objectives import ObjectiveValue, PairLogps, dpo, feature_distance, fpo, simpo
+
+
+class Measurement(NamedTuple):
+    """A batch of pairs under an objective."""
+
+    value: ObjectiveValue
+    policy: PairLogps
+    reference: PairLogps
+    distances: Float[Tensor, "P 2"] | None
+    """Feature distance of chosen and rejected; None where the objective has no feature term."""
+
+
+@dataclass(frozen=True)
+class ObjectiveMeter:
+    """An objective with what it needs to be evaluated: its settings, and the SAE of its feature term."""
+
+    objective: Objective
+    sae: Sae | None
+    hookpoint: str | None
+    feature: int | None
+    """Index of the constrained hookpoint among the cache's; None where there is no feature term."""
+
+    @staticmethod
+    def of(recipe: Recipe) -> ObjectiveMeter:
+        """The recipe's objective; loads the SAE if there is a feature term."""
+        feature = recipe.constrained_feature()
+        if feature is None:
+            return ObjectiveMeter(recipe.objective, None, None, None)
+        entry = recipe.features[feature]
+        return ObjectiveMeter(recipe.objective, load_sae(entry.sae, entry.hookpoint), entry.hookpoint, feature)
+
+    def to(self, device: torch.device) -> ObjectiveMeter:
+        sae = None if self.sae is None else self.sae.to(device)
+        return ObjectiveMeter(self.objective, sae, self.hookpoint, self.feature)
+
+    def measure(self, scores: Scores, batch: dict[str, Tensor]) -> Measurement:
+        """
+        scores  what the policy says about the batch
+        batch   from `batch_tensors`, on the policy's device
+        """
+        packed = Packed(*(batch[name] for name in Packed._fields))
+        counts = packed.lengths.view(-1, 2)
+        logps = sum_logps(scores.token_logps, packed.completion, len(packed.lengths)).view(-1, 2)
+        policy = PairLogps(logps, logps / counts)
+        reference = PairLogps(batch["ref_logps"], batch["ref_logps"] / counts)
+        distances = None
+        if self.sae is not None:
+            assert isinstance(self.objective, Fpo)
+            distances = feature_distances(self.sae, self.objective, scores.residuals[0], packed, _cached(batch))
+        return Measurement(evaluate(self.objective, policy, reference, distances), policy, reference, distances)
+
+
+def evaluate(
+    objective: Objective, policy: PairLogps, reference: PairLogps, distances: Float[Tensor, "P 2"] | None
+) -> ObjectiveValue:
+    """The objective's function with its own settings."""
+    match objective:
+        case Dpo():
+            return dpo(policy, reference, beta=objective.beta)
+        case Simpo():
+            return simpo(policy, beta=objective.beta, gamma=objective.gamma)
+        case Fpo():
+            return fpo(policy, reference, distances, beta=objective.beta, alpha=objective.alpha)
+    raise AssertionError(f"no function for {objective}")
+
+
+def feature_distances(
+    sae: Sae, objective: Fpo, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
+) -> Float[Tensor, "P 2"]:
+    """
+    D of chosen and rejected (Eq. 10 of https://arxiv.org/abs/2411.07618) over the objective's feature set.
+
+    Only the rejected completions carry a gradient: the chosen side enters the objective detached.
+    """
+    columns = _feature_set(sae, objective, residual, packed, reference)
+    stored = look_up(reference, columns.columns, sae.facts.d_sae)
+    side_of_token = packed.completion % 2
+    sides = []
+    for side in (0, 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and side == 1):
+            acts = sae.pooled_columns(
+                residual[side_of_token == side], packed.lengths[side::2].tolist(), columns.columns[side::2]
+            )
+            sides.append(feature_distance(acts, stored[side::2], columns.valid[side::2], k=objective.k))
+    return torch.stack(sides, dim=1)
+
+
+def _feature_set(
+    sae: Sae, objective: Fpo, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
+) -> ColumnSet:
+    if objective.feature_set == "reference":
+        return reference_top(reference, objective.k)
+    own = policy_top(sae, residual.detach(), packed.lengths, objective.k)
+    return own if objective.feature_set == "policy" else union(own, reference_top(reference, objective.k))
+
+
+def _cached(batch: dict[str, Tensor]) -> SparseRows:
+    return SparseRows(batch["ref_indices"], batch["ref_acts"], batch["ref_counts"])
+
+
+def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the batch's pairs of every metric that is logged, under TRL's names where TRL has one."""
+    rewards = measurement.value.rewards
+    metrics = {
+        "loss": measurement.value.losses,
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float(),
+        "logps/chosen": measurement.policy.logps[:, 0],
+        "logps/rejected": measurement.policy.logps[:, 1],
+    }
+    if measurement.distances is not None:
+        metrics["features/distance_chosen"] = measurement.distances[:, 0]
+        metrics["features/distance_rejected"] = measurement.distances[:, 1]
+        # What the cache does not hold: squares of the missing reference activations sum to this per completion.
+        metrics["features/unknown_sq"] = batch["ref_tail_sq"].mean(1)
+    return {name: values.detach().double().sum() for name, values in metrics.items()}

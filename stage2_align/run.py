@@ -1,0 +1,116 @@
+"""
+The run folder: what one training result is, on disk.
+
+    recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step
+    run.json        cache key, manifest digest,  checkpoint-N/   as Trainer writes them
+                    library versions, figures    and the policy as save_pretrained + tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from errors import RunError
+from recipe import Recipe, dump_recipe, validate_recipe
+from store import Cache
+
+RECIPE_FILE, RUN_FILE, METRICS_FILE = "recipe.yaml", "run.json", "metrics.jsonl"
+_VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
+
+
+def open_run(folder: Path, recipe: Recipe, cache: Cache, resume: bool) -> Path | None:
+    """
+    Prepare the run folder: a new one, or with `resume` one that the same recipe and cache began.
+
+    Returns the checkpoint to continue from, or None to begin. Raises RunError.
+    """
+    if not resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise RunError(f"{folder}: this run exists; continue it with --resume, or give another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / RECIPE_FILE, dump_recipe(recipe))
+        write_run(folder, identity(cache))
+        return None
+    known = read_run(folder)
+    if known["manifest_digest"] != cache.digest:
+        raise RunError(
+            f"{folder}: this run began from another cache\n"
+            f"  the run has {known['cache'][:12]}, manifest {known['manifest_digest'][:12]}\n"
+            f"  the recipe asks for {cache.key[:12]}, manifest {cache.digest[:12]}"
+        )
+    changed = _changed_fields(read_recipe(folder), recipe)
+    if changed:
+        name, before, now = changed[0]
+        raise RunError(f"{folder}: this run began with {name}: {before}, the recipe says {now}; give another --output")
+    return last_checkpoint(folder)
+
+
+def identity(cache: Cache) -> dict[str, Any]:
+    """What run.json says from the beginning."""
+    versions = {name: version(name) for name in _VERSIONS}
+    return {"cache": cache.key, "manifest_digest": cache.digest, "versions": versions, "complete": False}
+
+
+def write_run(folder: Path, facts: dict[str, Any]) -> None:
+    """Write run.json; readers see the old or the new one, never a part."""
+    _write(folder / RUN_FILE, json.dumps(facts, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json. Raises RunError where the folder is no run."""
+    try:
+        facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{folder}: no run here ({RUN_FILE} is missing)") from None
+    except ValueError as error:
+        raise RunError(f"{folder / RUN_FILE}: not JSON ({error})") from None
+    assert isinstance(facts, dict)
+    return facts
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run."""
+    path = folder / RECIPE_FILE
+    return validate_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """
+    The newest checkpoint that is whole; newer ones that a killed run left unfinished are removed.
+
+    Trainer writes trainer_state.json last, so a checkpoint is whole where that file can be read.
+    """
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+            continue
+        return path
+    return None
+
+
+def _changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
+    """Dotted name and both values of every field that differs."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+
+    old, new = flat(before.model_dump(mode="json"), ""), flat(now.model_dump(mode="json"), "")
+    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,168 @@
+"""
+Shard files to batches on the way into the model. One background thread decodes and verifies the next block of
+shards, another packs the next batches; the trainer takes them from a queue and never waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from scoring import pack
+from stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
+from store import Cache, Pairs
+
+T = TypeVar("T")
+
+# Packed batches that wait for the trainer: enough to cover the moment when a block's arrays are put together.
+QUEUE_BATCHES = 64
+
+Batch = dict[str, Tensor]
+
+
+def batch_tensors(pairs: Pairs, feature: int | None) -> Batch:
+    """
+    What a step needs of these pairs: the fields of `Packed`, and the reference's side under `ref_`.
+
+    feature  which hookpoint's features to bring; None brings none
+    """
+    batch: dict[str, Any] = dict(pack(pairs.input_ids, pairs.splits)._asdict())
+    batch["ref_logps"] = torch.from_numpy(pairs.ref_logps)
+    if feature is not None:
+        kept = pairs.features[feature]
+        batch["ref_indices"] = torch.from_numpy(kept.indices.astype(np.int64))
+        batch["ref_acts"] = torch.from_numpy(kept.acts)
+        batch["ref_counts"] = torch.from_numpy(np.diff(kept.splits.astype(np.int64)))
+        batch["ref_tail_sq"] = torch.from_numpy(kept.tail_sq)
+    return batch
+
+
+class PairStream(IterableDataset[Batch | None]):
+    """
+    The micro-batches of one process, epoch by epoch.
+
+    A step's pairs are the same whatever the number of processes: each takes its slice of every global batch.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        feature: int | None,
+        *,
+        seed: int,
+        per_device: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        block_shards: int = BLOCK_SHARDS,
+    ) -> None:
+        """
+        per_device    pairs per forward of one process
+        accumulation  forwards per optimiser step
+        """
+        self.cache, self.feature, self.seed, self.block_shards = cache, feature, seed, block_shards
+        self.per_device, self.accumulation = per_device, accumulation
+        self.rank, self.world = rank, world
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch."""
+        full, rest = divmod(self.cache.n_pairs, self.global_batch)
+        return full * self.accumulation + -(-rest // (self.per_device * self.world))
+
+    @property
+    def global_batch(self) -> int:
+        """Pairs per optimiser step, over all processes."""
+        return self.per_device * self.accumulation * self.world
+
+    def start(self, epoch: int, skip: int = 0) -> None:
+        """Let the next iteration give epoch `epoch`, its first `skip` micro-batches as None, undecoded."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        skipped, self.skip = self.skip, 0
+        yield from (None for _ in range(skipped))
+        micro = self._micro_batches(skipped // self.accumulation)
+        tensors = (batch_tensors(pairs, self.feature) for pairs in micro)
+        ready = _in_background(tensors, QUEUE_BATCHES)
+        for _ in range(skipped % self.accumulation):
+            next(ready)
+        yield from ready
+
+    def _micro_batches(self, first_step: int) -> Iterator[Pairs]:
+        for pairs in self._global_batches(first_step):
+            width = self.per_device * self.world
+            for start in range(0, len(pairs), width):
+                positions = np.arange(start, min(start + width, len(pairs)))
+                # Every process needs the same number of pairs; the epoch's last slice repeats some to get there.
+                short = -len(positions) % self.world
+                positions = np.concatenate([positions, np.resize(positions, short)])
+                own = len(positions) // self.world
+                yield pairs.take(positions[self.rank * own : (self.rank + 1) * own])
+
+    def _global_batches(self, first_step: int) -> Iterator[Pairs]:
+        """Pairs of each optimiser step from `first_step` of the epoch on; blocks before it are not decoded."""
+        blocks = epoch_blocks(
+            self.cache.shard_pairs,
+            seed=self.seed,
+            epoch=self.epoch,
+            batch=self.global_batch,
+            block_shards=self.block_shards,
+        )
+        counts = [block.n_batches(self.global_batch) for block in blocks]
+        number, skip = 0, first_step
+        while number < len(blocks) and skip >= counts[number]:
+            skip -= counts[number]
+            number += 1
+        for index, pairs in _in_background(self._read_blocks(blocks, number), 1):
+            lengths = pairs.lengths.sum(1)
+            cut = cut_batches(lengths, index, seed=self.seed, epoch=self.epoch, batch=self.global_batch)
+            for positions in cut[skip:]:
+                yield pairs.take(positions)
+            skip = 0
+
+    def _read_blocks(self, blocks: list[Block], first: int) -> Iterator[tuple[int, Pairs]]:
+        """Number and pairs of each block from `first` on, in the order of its rows and without its leftovers."""
+        carried: Pairs | None = None
+        if first < len(blocks) and blocks[first].carried:
+            carried = self._rows(blocks[first].rows[: blocks[first].carried])
+        for index in range(first, len(blocks)):
+            block = blocks[index]
+            own = self._rows(block.rows[block.carried :])
+            pairs = own if carried is None else Pairs.concat([carried, own])
+            used = len(pairs) - block.leftover
+            carried = pairs.take(np.arange(used, len(pairs))) if block.leftover else None
+            if used:
+                yield index, pairs.take(np.arange(used)) if block.leftover else pairs
+
+    def _rows(self, rows: np.ndarray) -> Pairs:
+        """Pairs by cache row, read shard by shard."""
+        offsets = np.concatenate([[0], np.cumsum(self.cache.shard_pairs)])
+        shard_of = np.searchsorted(offsets, rows, side="right") - 1
+        parts, places = [], []
+        for shard in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == shard)
+            parts.append(self.cache.shard(int(shard)).take(rows[here] - offsets[shard]))
+            places.append(here)
+        back = np.argsort(np.concatenate(places), kind="stable")
+        return Pairs.concat(parts).take(back)
+
+
+def _in_background(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items, up to `depth` of them made ahead by one thread. An exception arrives where its item would."""
+    end = object()
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting: deque[Future[Any]] = deque(pool.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield item
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

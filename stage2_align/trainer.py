@@ -1,0 +1,190 @@
+"""
+`transformers.Trainer` over a cache. Its arguments, checkpoints, resume, loggers, PEFT, DDP and FSDP come with it;
+here stand the data (a stream), the loss (an objective) and the metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from scoring import Packed
+from stage2_align.measure import ObjectiveMeter, batch_metrics
+from stage2_align.stream import Batch, PairStream
+
+
+class PairTrainer(Trainer):
+    """Trains a policy on the pairs of a cache under an objective. No reference model is in memory."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        stream: PairStream,
+        meter: ObjectiveMeter,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics_file: Path,
+    ) -> None:
+        """
+        model  causal LM with scoring installed, or a PEFT model around one
+        """
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=stream,
+            processing_class=tokenizer,
+            callbacks=[_StreamPosition(stream), _Progress(stream), MetricsFile(metrics_file)],
+        )
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.stream = stream
+        self.meter = meter.to(args.device)
+        # The loss is a mean over pairs; Trainer must divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self._sums: dict[str, Tensor] = {}
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """The stream as it is: it does the shuffling, batching and the split over processes."""
+        return DataLoader(self.stream, batch_size=None, collate_fn=_unchanged)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss over the batch's pairs."""
+        scores = model(**{name: inputs[name] for name in Packed._fields})
+        measurement = self.meter.measure(scores, inputs)
+        sums = batch_metrics(measurement, inputs)
+        sums["pairs"] = torch.tensor(float(len(measurement.value.losses)), device=sums["loss"].device).double()
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        loss = measurement.value.losses.mean()
+        return (loss, measurement) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the objective's metrics, averaged over the pairs of all processes since the last log."""
+        if self._sums:
+            names = sorted(self._sums)
+            totals = torch.stack([self._sums[name] for name in names])
+            if self.accelerator.num_processes > 1:
+                totals = self.accelerator.reduce(totals, reduction="sum")
+            values = dict(zip(names, totals.tolist(), strict=True))
+            pairs = values.pop("pairs")
+            logs = {**logs, **{name: value / pairs for name, value in values.items()}}
+            self._sums = {}
+        super().log(logs, start_time)
+
+
+def _unchanged(batch: Batch | None) -> Batch | None:
+    return batch
+
+
+class _StreamPosition(TrainerCallback):  # type: ignore[misc]
+    """Tells the stream which epoch begins, and how far into it a resumed run is."""
+
+    def __init__(self, stream: PairStream) -> None:
+        self.stream = stream
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        updates = -(-len(self.stream) // self.stream.accumulation)
+        epoch, done = divmod(state.global_step, updates)
+        self.stream.start(epoch, done * self.stream.accumulation)
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """A progress bar in pairs, on stderr, with the latest loss and reward margin."""
+
+    def __init__(self, stream: PairStream) -> None:
+        self.stream = stream
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            total = math.ceil(self.stream.cache.n_pairs * args.num_train_epochs)
+            if args.max_steps > 0:
+                total = args.max_steps * self.stream.global_batch
+            done = min(state.global_step * self.stream.global_batch, total)
+            self.bar = tqdm(total=total, initial=done, desc="align", unit=" pairs", disable=None)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(min(self.stream.global_batch, int(self.bar.total) - self.bar.n))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.bar is not None and logs and "rewards/margins" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, reward margin {logs['rewards/margins']:.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """metrics.jsonl: one object per logged step, floats in full; a resumed run continues where its checkpoint was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and "rewards/margins" in logs:
+            row = {"step": state.global_step, **{name: value for name, value in logs.items() if name != "step"}}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, without a last line that a killed run left unfinished."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

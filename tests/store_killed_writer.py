@@ -1,0 +1,65 @@
+"""
+A writer that is killed at its n-th system call, for every n: python store_killed_writer.py FOLDER
+
+For n = 1, 2, ... a forked child fills the store FOLDER/n and gets SIGKILL right before call n and,
+in FOLDER/n-after, right behind it. Stops at the first n that a writer does not reach.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from store_cases import World
+
+CALLS = ("mkdir", "open", "write", "fsync", "link", "unlink", "rename")
+
+
+def die_at(n: int, after: bool) -> None:
+    """Wrap what the writer asks of the system; the n-th call is its last."""
+    made = 0
+
+    def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == n and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = call(*args, **kwargs)
+            if made == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return counted
+
+    for name in CALLS:
+        setattr(os, name, wrapped(getattr(os, name)))
+
+
+def killed(root: Path, n: int, after: bool) -> bool:
+    child = os.fork()
+    if child == 0:
+        world = World(root)
+        die_at(n, after)
+        world.fill()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status) != 0:
+        raise RuntimeError(f"the writer failed before call {n}")
+    return os.WIFSIGNALED(status)
+
+
+def main(folder: Path) -> None:
+    n = 1
+    while killed(folder / f"{n}", n, after=False):
+        killed(folder / f"{n}-after", n, after=True)
+        n += 1
+    print(n - 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,207 @@
+"""
+Activations equal those of the libraries that made the formats. SAELens loads its own format from disk and
+Gemma Scope through its own loader; sparsify its own (SAELens' loader of sparsify folders is wrong at 6.54).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny_saes import (
+    Tensors,
+    random_sae,
+    random_tokens,
+    write_gemma_scope,
+    write_gemma_scope_2,
+    write_saelens,
+    write_sparsify,
+)
+
+from scoring.sae import load_sae
+from scoring.sae_formats import read_decoder, sae_facts
+
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
+
+D_IN, D_SAE = 48, 256
+
+
+@pytest.fixture
+def tensors() -> Tensors:
+    return random_sae(3, D_IN, D_SAE)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.from_numpy(random_tokens(64, d_in=D_IN))
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert torch.equal(ours > 0, theirs > 0)
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk", "topk rescaled"])
+def test_saelens_encodes_and_reconstructs_alike(architecture, norm, subtracts, tensors, x, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    name, _, rescaled = architecture.partition(" ")
+    options = {"k": 16, "rescale_acts_by_decoder_norm": bool(rescaled)} if name == "topk" else {}
+    source = write_saelens(
+        tmp_path,
+        tensors,
+        name,
+        apply_b_dec_to_input=subtracts,
+        normalize_activations=norm,
+        reshape_activations="none",
+        metadata={"sae_lens_version": "6.54.12", "hook_name": "blocks.1.hook_resid_post"},
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = sae_lens.SAE.load_from_disk(source)
+    ours = load_sae(source)
+    with torch.no_grad():
+        assert_same(ours.encode(x), theirs.encode(x))
+        reconstruction = theirs(x)
+    missed = (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+    assert ours.fvu_and_l0(x, read_decoder(source))[0] == pytest.approx(float(missed), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("standard", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 16}}),
+        ("standard", {"activation_fn_str": "relu", "normalize_activations": False}),
+        ("jumprelu", {"normalize_activations": True, "apply_b_dec_to_input": False}),
+        ("gated", {"activation_fn_str": "relu"}),
+    ],
+)
+def test_saelens_reads_legacy_configs_alike(architecture, options, tensors, x, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    source = write_saelens(tmp_path, tensors, architecture, hook_point="blocks.1.hook_resid_post", **options)
+    theirs = sae_lens.SAE.load_from_disk(source)
+    with torch.no_grad():
+        assert_same(load_sae(source).encode(x), theirs.encode(x))
+
+
+@pytest.mark.parametrize("training_architecture", ["batchtopk", "matryoshka_batchtopk", "jumprelu"])
+def test_what_saelens_exports_after_training_encodes_alike(training_architecture, x, tmp_path):
+    """save_inference_model turns a BatchTopK into a JumpReLU."""
+    sae_lens = pytest.importorskip("sae_lens")
+    names = {
+        "batchtopk": "BatchTopKTrainingSAE",
+        "matryoshka_batchtopk": "MatryoshkaBatchTopKTrainingSAE",
+        "jumprelu": "JumpReLUTrainingSAE",
+    }
+    options = {
+        "batchtopk": {"k": 16},
+        "matryoshka_batchtopk": {"k": 16, "matryoshka_widths": [64, D_SAE]},
+        "jumprelu": {},
+    }[training_architecture]
+    torch.manual_seed(0)
+    trained = getattr(sae_lens, names[training_architecture])(
+        getattr(sae_lens, names[training_architecture] + "Config")(d_in=D_IN, d_sae=D_SAE, **options)
+    )
+    with torch.no_grad():
+        trained.b_enc += torch.randn(D_SAE) * 0.1
+        if hasattr(trained, "topk_threshold"):
+            trained.topk_threshold.fill_(0.5)
+    trained.save_inference_model(str(tmp_path))
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
+    assert sae_facts(str(tmp_path)).architecture == "jumprelu"
+    with torch.no_grad():
+        assert_same(load_sae(str(tmp_path)).encode(x), theirs.encode(x))
+
+
+def repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SAELens' own hub loaders, on files of this disk."""
+    loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: object) -> str:
+        return str(root / subfolder / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", download)
+
+
+def test_gemma_scope_encodes_as_saelens_own_loader_says(tensors, x, tmp_path, monkeypatch):
+    repository(tmp_path, monkeypatch)
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    folder = "layer_1/width_16k/average_l0_7"
+    source = write_gemma_scope(tmp_path / folder, tensors)
+    config, state, _ = loaders.gemma_2_sae_huggingface_loader("google/gemma-scope-2b-pt-res", folder)
+    assert_same(load_sae(source).encode(x), saelens_encode(config, state, x))
+
+
+def test_gemma_scope_2_encodes_as_saelens_own_loader_says(tensors, x, tmp_path, monkeypatch):
+    repository(tmp_path, monkeypatch)
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    shapes = {"w_enc": (D_IN, D_SAE), "w_dec": (D_SAE, D_IN)}
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_, **__: shapes)
+    folder = "resid_post/layer_1_width_16k_l0_small"
+    config = {
+        "architecture": "jump_relu",
+        "model_name": "gemma-v3-1b-pt",
+        "hf_hook_point_in": "model.layers.1.output",
+        "l0": 10,
+    }
+    source = write_gemma_scope_2(tmp_path / folder, tensors, config)
+    config, state, _ = loaders.gemma_3_sae_huggingface_loader("google/gemma-scope-2-1b-pt", folder)
+    assert_same(load_sae(source).encode(x), saelens_encode(config, state, x))
+
+
+def saelens_encode(config: dict, state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    # Its loader takes Gemma's sizes from a table, not from the file.
+    d_in, d_sae = state["W_enc"].shape
+    norm = config["normalize_activations"] or "none"
+    subtracts = config["apply_b_dec_to_input"]
+    options = {"apply_b_dec_to_input": subtracts, "normalize_activations": norm}
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, **options))
+    sae.load_state_dict({name: value.float() for name, value in state.items()})
+    with torch.no_grad():
+        return sae.encode(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+def test_sparsify_encodes_and_reconstructs_alike(activation, dtype, x, tmp_path):
+    """bfloat16 weights are computed with in float32 by both: theirs are loaded and then widened."""
+    sparsify = pytest.importorskip("sparsify")
+    torch.manual_seed(0)
+    config = sparsify.SparseCoderConfig(activation=activation, k=16, expansion_factor=8)
+    made = sparsify.SparseCoder(D_IN, config, dtype=dtype)
+    with torch.no_grad():
+        made.b_dec += torch.randn(D_IN).to(dtype)
+        made.encoder.bias += torch.randn(8 * D_IN).to(dtype)
+    made.save_to_disk(tmp_path / "layers.1")
+    assert json.loads((tmp_path / "layers.1/cfg.json").read_text())["num_latents"] == 0
+    theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "layers.1").float()
+    ours = load_sae(str(tmp_path), "model.layers.1")
+    with torch.no_grad():
+        encoded = theirs.encode(x)
+        dense = torch.zeros(len(x), 8 * D_IN).scatter_(1, encoded.top_indices, encoded.top_acts)
+        missed = float((x - theirs.decode(*encoded[:2])).square().sum() / (x - x.mean(0)).square().sum())
+    assert_same(ours.encode(x), dense)
+    decoder = read_decoder(str(tmp_path), "model.layers.1")
+    assert ours.fvu_and_l0(x, decoder)[0] == pytest.approx(missed, rel=1e-4)
+
+
+def test_sparsify_tensors_of_our_own_writer_encode_alike(tensors, x, tmp_path):
+    sparsify = pytest.importorskip("sparsify")
+    source = write_sparsify(tmp_path, tensors, k=9)
+    encoded = sparsify.SparseCoder.load_from_disk(tmp_path).encode(x)
+    dense: NDArray[np.float32] = load_sae(source).encode(x).numpy()
+    assert_same(
+        torch.from_numpy(dense),
+        torch.zeros(dense.shape).scatter_(1, encoded.top_indices, encoded.top_acts.detach()),
+    )

@@ -1,0 +1,280 @@
+"""Reading pairs: sources, splits, formats, and what is refused with its file, row and column."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from errors import DataError
+from stage1_cache import pairs
+from stage1_cache.pairs import data_fingerprint, read_pairs
+
+REAL = Path(__file__).parents[2] / "shared/data/pairs"
+TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.fixture(autouse=True)
+def _cache_in_a_temporary_folder(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+def lines(*rows: Any) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def texts(count: int) -> list[dict[str, str]]:
+    return [{**TEXT, "chosen": f"a{number}"} for number in range(count)]
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def refusal(path: Path, split: str = "train") -> str:
+    with pytest.raises(DataError) as caught:
+        read_pairs(str(path), split)
+    return str(caught.value)
+
+
+def refused_rows(tmp_path: Path, *rows: Any) -> str:
+    (tmp_path / "pairs.jsonl").write_text(lines(*rows))
+    message = refusal(tmp_path / "pairs.jsonl")
+    assert str(tmp_path / "pairs.jsonl") in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv"])
+def test_every_file_format_reads_the_same_pairs(tmp_path, suffix):
+    path = tmp_path / f"pairs{suffix}"
+    rows = Dataset.from_list(texts(3))
+    match suffix:
+        case ".jsonl":
+            path.write_text(lines(*texts(3)))
+        case ".json":
+            path.write_text(json.dumps(texts(3), indent=1))
+        case ".jsonl.gz":
+            path.write_bytes(gzip.compress(lines(*texts(3)).encode()))
+        case ".parquet":
+            rows.to_parquet(path)
+        case ".csv":
+            rows.to_csv(path)
+    assert read_pairs(str(path), "train").to_list() == texts(3)
+
+
+def test_a_split_may_be_sliced(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(lines(*texts(10)))
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[:90%]").to_list() == texts(9)
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[8:]").to_list() == texts(10)[8:]
+
+
+def test_the_files_of_a_folder_are_its_splits(tmp_path):
+    (tmp_path / "train_prefs.jsonl").write_text(lines(*texts(4)))
+    (tmp_path / "test_prefs-00000-of-00002.jsonl").write_text(lines(*texts(1)))
+    (tmp_path / "test_prefs-00001-of-00002.jsonl").write_text(lines(*texts(2)))
+    (tmp_path / "README.md").write_text("not data")
+    assert len(read_pairs(str(tmp_path), "train_prefs[:50%]")) == 2
+    assert len(read_pairs(str(tmp_path), "test_prefs")) == 3
+    assert len(read_pairs(str(tmp_path), "train_prefs+test_prefs")) == 7
+    assert refusal(tmp_path, "tran_prefs") == (
+        f"{tmp_path}: no split 'tran_prefs' (did you mean 'train_prefs'?); "
+        "its splits: test_prefs, train_prefs"
+    )
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_folder_of_save_to_disk_reads_with_slices(tmp_path, single):
+    rows = Dataset.from_list(texts(10))
+    (rows if single else DatasetDict(train=rows, test=rows.select(range(2)))).save_to_disk(tmp_path / "saved")
+    assert read_pairs(str(tmp_path / "saved"), "train[:30%]").to_list() == texts(3)
+    assert "no split 'dev'" in refusal(tmp_path / "saved", "dev")
+    if not single:
+        assert len(read_pairs(str(tmp_path / "saved"), "train+test")) == 12
+
+
+def test_columns_that_pairs_do_not_have_are_left_out_and_tools_pass(tmp_path):
+    row = {
+        "prompt": [turn("user", "p")],
+        "chosen": [turn("assistant", "a")],
+        "rejected": [turn("assistant", "b")],
+    }
+    extras = {"tools": "[]", "chat_template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "pairs.jsonl").write_text(lines({**row, **extras, "score_chosen": 1.0, "messages": []}))
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").to_list() == [{**row, **extras}]
+
+
+def test_ultrafeedback_takes_the_prompt_from_the_conversations(tmp_path):
+    sides = {side: [turn("user", "p"), turn("assistant", side)] for side in ("chosen", "rejected")}
+    row = {"prompt": "p", "prompt_id": "0", **sides, "messages": sides["chosen"], "score_chosen": 8.0}
+    (tmp_path / "train_prefs.jsonl").write_text(lines(row))
+    assert read_pairs(str(tmp_path), "train_prefs").to_list() == [sides]
+
+
+def test_a_text_prompt_beside_answers_in_messages_is_refused(tmp_path):
+    row = {"prompt": "p", "chosen": [turn("assistant", "a")], "rejected": [turn("assistant", "b")]}
+    assert "row 0: column 'prompt' is text" in refused_rows(tmp_path, row)
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path):
+    message = refused_rows(tmp_path, {"prompt": "p", "choosen": "a", "rejected": "b"})
+    assert "no column 'chosen' (did you mean 'choosen'?)" in message
+    assert "prompt, choosen, rejected" in message
+
+
+def test_a_column_that_looks_like_the_prompt_is_not_taken_for_an_implicit_one(tmp_path):
+    assert "'promt' looks like the prompt" in refused_rows(
+        tmp_path, {"promt": "p", "chosen": "a", "rejected": "b"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("chosen", 3, "row 1, column 'chosen': 3, where chosen of row 0 holds text"),
+        ("rejected", None, "row 1, column 'rejected': missing or null"),
+        ("prompt", [turn("user", "p")], "row 1, column 'prompt': a list, where chosen of row 0 holds text"),
+    ],
+)
+def test_mixed_types_of_text_are_refused_by_row_and_column(tmp_path, column, value, expected):
+    assert expected in refused_rows(tmp_path, TEXT, {**TEXT, column: value})
+
+
+def test_numbers_in_every_row_are_refused(tmp_path):
+    assert "row 0, column 'chosen': 3" in refused_rows(tmp_path, {**TEXT, "chosen": 3})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("text", "row 1, column 'rejected': text, where chosen of row 0 holds messages"),
+        (["text"], "row 1, column 'rejected': a list of text"),
+        ([{"from": "human", "value": "x"}], "rename from and value to role and content"),
+        ([{"content": "x"}], "row 1, column 'rejected': a message without a role (its keys: content)"),
+        (None, "row 1, column 'rejected': missing or null"),
+    ],
+)
+def test_what_is_no_list_of_messages_is_refused(tmp_path, value, expected):
+    good = {"chosen": [turn("user", "p"), turn("assistant", "a")], "rejected": [turn("user", "p")]}
+    assert expected in refused_rows(tmp_path, good, {**good, "rejected": value})
+
+
+def test_a_message_of_tool_calls_needs_no_content(tmp_path):
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    row = {"prompt": [turn("user", "p")], "chosen": [call], "rejected": [turn("assistant", "b")]}
+    (tmp_path / "pairs.jsonl").write_text(lines(row))
+    assert len(read_pairs(str(tmp_path / "pairs.jsonl"), "train")) == 1
+
+
+def test_images_are_refused(tmp_path):
+    assert "column 'images'" in refused_rows(tmp_path, {**TEXT, "images": ["x.png"]})
+
+
+def test_unreadable_json_is_named_by_line(tmp_path):
+    assert "line 3: not JSON" in refused_rows(tmp_path, TEXT, TEXT, '{"prompt": "p", "cho')
+    assert "line 2: not a JSON object" in refused_rows(tmp_path, TEXT, "[1, 2]")
+
+
+def test_a_damaged_gzip_file_is_refused(tmp_path):
+    whole = gzip.compress(lines(*texts(500)).encode())
+    (tmp_path / "pairs.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    assert "cannot be decompressed" in refusal(tmp_path / "pairs.jsonl.gz")
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "pairs.jsonl").write_bytes(
+        lines(TEXT).encode() + b'{"prompt": "p", "chosen": "\xe9", "rejected": "b"}\n'
+    )
+    assert "not UTF-8" in refusal(tmp_path / "pairs.jsonl")
+
+
+def test_empty_files_and_empty_slices_are_refused(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("")
+    assert "the file is empty" in refusal(tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").write_text(lines(TEXT))
+    assert "corresponds to no data" in refusal(tmp_path / "pairs.jsonl", "train[:0]")
+
+
+def test_a_file_that_is_not_there_names_the_nearest(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(lines(TEXT))
+    assert refusal(tmp_path / "pears.jsonl").endswith("no such file or folder (did you mean 'pairs.jsonl'?)")
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    (tmp_path / "pairs.txt").write_text("p")
+    assert "not one of the formats .jsonl" in refusal(tmp_path / "pairs.txt")
+
+
+def test_a_single_file_has_the_split_train(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(lines(TEXT))
+    assert "a single file is the split 'train', not 'test'" in refusal(tmp_path / "pairs.jsonl", "test")
+
+
+def test_subset_and_revision_are_for_the_hub(tmp_path):
+    with pytest.raises(DataError, match="subset and revision are for hub datasets"):
+        read_pairs(str(tmp_path), "train", subset="default")
+
+
+def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch):
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        if kwargs["split"] == "train":
+            return Dataset.from_list(texts(1))
+        raise ValueError("Unknown split \"dev\".\nShould be one of ['train'].")
+
+    monkeypatch.setattr(pairs, "load_dataset", load)
+    assert len(read_pairs("someone/pairs", "train", "small", "v1")) == 1
+    assert asked == [(("someone/pairs", "small"), {"split": "train", "revision": "v1"})]
+    with pytest.raises(
+        DataError, match=r"^hub dataset 'someone/pairs': Unknown split \"dev\". Should be one of"
+    ):
+        read_pairs("someone/pairs", "dev")
+
+
+def test_the_fingerprint_of_files_moves_with_the_files_of_the_split(tmp_path):
+    (tmp_path / "train.jsonl").write_text(lines(TEXT))
+    (tmp_path / "test.jsonl").write_text(lines(TEXT))
+    before = data_fingerprint(str(tmp_path), "train")
+    assert json.loads(json.dumps(before)) == before
+    assert [Path(file["path"]).name for file in before["files"]] == ["train.jsonl"]
+    (tmp_path / "test.jsonl").write_text(lines(TEXT, TEXT))
+    assert data_fingerprint(str(tmp_path), "train") == before
+    (tmp_path / "train.jsonl").write_text(lines(TEXT, TEXT))
+    assert data_fingerprint(str(tmp_path), "train") != before
+    assert data_fingerprint(str(tmp_path / "train.jsonl"), "train")["files"][0]["size"] == len(
+        lines(TEXT, TEXT)
+    )
+
+
+def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):
+    builder = SimpleNamespace(config=SimpleNamespace(name="small"), hash="abc")
+    monkeypatch.setattr(pairs, "load_dataset_builder", lambda *args, **kwargs: builder)
+    assert data_fingerprint("someone/pairs", "train")["hub"] == {
+        "repo": "someone/pairs",
+        "subset": "small",
+        "commit": "abc",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llms_from_scratch.str.jsonl", 1094),
+        ("hh_harmless_raw_test.jsonl.gz", 2312),
+        ("lf_dpo_en_demo.messages.jsonl", 300),
+        ("orca_dpo_val.implicit.jsonl", 284),
+    ],
+)
+def test_real_files_are_read_whole(name, count):
+    if not (REAL / name).exists():
+        pytest.skip(f"{name} is absent")
+    assert len(read_pairs(str(REAL / name), "train")) == count

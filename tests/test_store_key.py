@@ -1,0 +1,237 @@
+import enum
+import hashlib
+import itertools
+import json
+import os
+import struct
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import ModelError
+from store import cache_key, canonical_json, file_digest, plan_shards, remember, weights_digest
+from store.plan import permutation
+
+
+@pytest.fixture(autouse=True)
+def memo(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fpo-memo"
+
+
+def test_canonical_json_is_spelled_out():
+    assert (
+        canonical_json({"b": [1, True, None], "a": {"ü": "x\n"}})
+        == '{"a":{"ü":"x\\n"},"b":[1,true,null]}'.encode()
+    )
+    assert canonical_json((1, 2)) == b"[1,2]"
+
+
+def test_a_golden_key():
+    """sha256sum of the very text, so that no refactoring renames everybody's caches."""
+    text = b'{"format":1,"pairs":{"seed":0},"scorer":{"dtype":"float32"}}'
+    key = cache_key({"scorer": {"dtype": "float32"}, "pairs": {"seed": 0}, "format": 1})
+    assert key == hashlib.sha256(text).hexdigest()
+    assert key == "b6724bd5e049c1de7bbd2c264ca02a312a21c46d679e5f833916b23b4616c7e0"
+
+
+class Level(enum.IntEnum):
+    ONE = 1
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, float("nan"), np.float64(1), np.int64(1), b"x", {1: 2}, {1, 2}, Level.ONE], ids=repr
+)
+def test_what_has_several_spellings_is_refused(value):
+    with pytest.raises(TypeError, match=r"canonical JSON: .*\$\.a\[0\]"):
+        canonical_json({"a": [value]})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+    ),
+)
+
+
+@settings(deadline=None)
+@given(json_values)
+def test_canonical_json_reads_back_and_is_a_fixed_point(value):
+    data = canonical_json(value)
+    assert json.loads(data) == value
+    assert canonical_json(json.loads(data)) == data
+
+
+def safetensors(path, tensors, order=None):
+    """name -> (dtype, shape, bytes), laid out in this order."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name in order or tensors:
+        dtype, shape, data = tensors[name]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+TENSORS = {
+    "b": ("F32", [2], struct.pack("<2f", 1, 2)),
+    "a": ("BF16", [1, 2], b"\x01\x02\x03\x04"),
+    "empty": ("F32", [0], b""),
+}
+
+
+def test_weights_digest_follows_its_definition(tmp_path):
+    rows = [
+        [n, TENSORS[n][0], TENSORS[n][1], hashlib.sha256(TENSORS[n][2]).hexdigest()]
+        for n in ("a", "b", "empty")
+    ]
+    text = json.dumps(rows, separators=(",", ":"))
+    found = weights_digest([safetensors(tmp_path / "m.safetensors", TENSORS)])
+    assert found == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_weights_digest_survives_sharding_order_and_metadata(tmp_path):
+    whole = safetensors(tmp_path / "m.safetensors", TENSORS)
+    turned = safetensors(tmp_path / "t.safetensors", TENSORS, ["empty", "a", "b"])
+    parts = [safetensors(tmp_path / f"{n}.safetensors", {n: TENSORS[n]}) for n in ("b", "empty", "a")]
+    assert weights_digest([whole]) == weights_digest([turned]) == weights_digest(parts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"a": ("F16", [1, 2], b"\x01\x02\x03\x04")}, {"a": ("BF16", [2], b"\x01\x02\x03\x04")},
+     {"a": ("BF16", [1, 2], b"\x01\x02\x03\x05")}, {"c": ("F32", [0], b"")}],
+)  # fmt: skip
+def test_weights_digest_changes_with_dtype_shape_bytes_and_names(tmp_path, change):
+    one = weights_digest([safetensors(tmp_path / "one", TENSORS)])
+    assert one != weights_digest([safetensors(tmp_path / "other", TENSORS | change)])
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    files = [safetensors(tmp_path / n, {"a": TENSORS["a"]}) for n in ("x", "y")]
+    with pytest.raises(ModelError, match="y: the tensor a stands in another of these files too"):
+        weights_digest(files)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x02", struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 4) + b"{..}",
+     struct.pack("<Q", 9) + b'{"a": {}}'],
+)  # fmt: skip
+def test_other_files_are_no_safetensors(tmp_path, data):
+    (tmp_path / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin is not a whole safetensors file"):
+        weights_digest([tmp_path / "pytorch_model.bin"])
+
+
+def test_truncated_and_missing_weights_are_named(tmp_path):
+    path = safetensors(tmp_path / "m.safetensors", TENSORS)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ModelError, match=r"m\.safetensors is not a whole safetensors file \(it ends 1 bytes early\)"
+    ):
+        weights_digest([path])
+    for digest in (lambda: weights_digest([tmp_path / "no"]), lambda: file_digest(tmp_path / "no")):
+        with pytest.raises(ModelError, match=r"cannot read .*no: No such file"):
+            digest()
+
+
+def old_file(path, data):
+    path.write_bytes(data)
+    os.utime(path, ns=(0, time.time_ns() - 10**11))
+    return path
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, memo, monkeypatch):
+    hashed = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(1) or real(file, name))
+    path = old_file(tmp_path / "w", b"one")
+    assert file_digest(path) == file_digest(path) == hashlib.sha256(b"one").hexdigest()
+    assert len(hashed) == 1
+    assert len(list(memo.iterdir())) == 1
+    path.write_bytes(b"two")
+    assert file_digest(path) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, memo):
+    """It may change again within one tick of the file system's clock, and nothing would show it."""
+    (tmp_path / "w").write_bytes(b"one")
+    file_digest(tmp_path / "w")
+    assert not memo.exists()
+
+
+def test_remember_computes_once_per_question(memo):
+    asked = []
+
+    def compute():
+        asked.append(1)
+        return {"fvu": 0.25}
+
+    assert remember({"a": 1}, compute) == remember({"a": 1}, compute) == {"fvu": 0.25}
+    assert remember({"a": 2}, compute) == {"fvu": 0.25}
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: b"", lambda d: d.replace(b"11", b"12"), lambda d: d[:-3], lambda d: b"[1]"]
+)
+def test_a_damaged_note_is_not_believed(memo, damage):
+    remember({"a": 1}, lambda: {"x": 11})
+    (note,) = memo.iterdir()
+    note.write_bytes(damage(note.read_bytes()))
+    assert remember({"a": 1}, lambda: {"x": 13}) == {"x": 13}
+    assert remember({"a": 1}, lambda: {"x": 14}) == {"x": 13}
+
+
+def test_without_a_writable_home_everything_still_works(memo, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr("store.weights.replace_file", refuse)
+    assert remember({"a": 1}, lambda: {"x": 1}) == {"x": 1}
+
+
+def test_a_golden_permutation():
+    """The order of the raw Philox numbers of key 7: numpy promises that stream for ever."""
+    numbers = [int(n) for n in np.random.Philox(key=7).random_raw(6)]
+    assert permutation(6, 7).tolist() == sorted(range(6), key=lambda i: numbers[i])
+    assert permutation(6, 7).tolist() == [4, 1, 3, 2, 5, 0]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)), max_size=40),
+    st.integers(0, 2**64 - 1), st.integers(1, 9), st.integers(1, 60), st.integers(1, 900),
+)  # fmt: skip
+def test_a_plan_holds_every_pair_once_and_closes_shards_as_late_as_it_may(
+    lengths, seed, pairs, tokens, n_bytes
+):
+    counts = np.array(lengths, dtype=np.int64).reshape(-1, 3)
+    extra = np.full(len(counts), 10)
+    plan = plan_shards(counts, extra, seed, pairs, tokens, n_bytes)
+    assert sorted(np.concatenate([*plan, np.empty(0, np.int64)]).tolist()) == list(range(len(counts)))
+
+    def fits(ids):
+        scored = sum(max(c - (p == 0), 0) for p, *sides in counts[ids] for c in sides)
+        raw = 4 * (counts[ids].sum() + scored) + len(ids) * (8 + 16 + 24 + 8 + 10)
+        return len(ids) <= pairs and counts[ids].sum() <= tokens and raw <= n_bytes
+
+    assert all(len(shard) == 1 or fits(shard) for shard in plan)
+    assert not any(fits(np.append(shard, after[0])) for shard, after in itertools.pairwise(plan))
+
+
+def test_the_plan_shuffles_and_depends_on_the_seed_alone():
+    lengths = np.ones((5000, 3), np.int64)
+    one, again, other = (plan_shards(lengths, np.zeros(5000, int), seed) for seed in (1, 1, 2))
+    assert [len(ids) for ids in one] == [2048, 2048, 904]
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not np.array_equal(one[0], other[0])
+    # 2048 of 0..4999 drawn without order: mean 2499.5, standard error below 25.
+    assert abs(one[0].mean() - 2499.5) < 100

@@ -1,0 +1,341 @@
+import errno
+import os
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from store_cases import PLAN, World, make_pairs, make_recipe, same, tree
+
+from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete
+from store import CacheWriter, Store, open_cache, verify
+from store.files import Folder
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path / "store")
+
+
+def test_a_sealed_cache_gives_back_its_pairs(world):
+    key = world.fill().key
+    cache = open_cache(world.store.root, key[:6])
+    assert (cache.key, cache.shard_pairs, cache.n_pairs) == (key, [2, 2, 1], 5)
+    assert all(same(cache.shard(sid), world.shard(sid)) for sid in range(3))
+    assert cache.recipe == world.recipe
+    assert cache.manifest.facts == {"self_check": {"fvu": "0.12"}}
+    assert verify(world.store, key).ok
+
+
+def test_the_same_pairs_give_the_same_cache(world, tmp_path):
+    other = World(tmp_path / "other")
+    assert tree(world.store.path(world.fill().key)) == tree(other.store.path(other.fill().key))
+
+
+def test_shards_may_come_in_any_order_from_several_writers(world):
+    first, second = world.writer(), world.writer()
+    first.write(2, world.shard(2), {})
+    assert second.missing() == [0, 1]
+    second.write(1, world.shard(1), {})
+    first.write(0, world.shard(0), {})
+    assert first.missing() == second.missing() == []
+    assert first.seal({}) == second.seal({})
+
+
+def test_threads_that_write_everything_agree(world):
+    errors = []
+
+    def fill():
+        try:
+            writer = world.writer()
+            for sid in np.random.default_rng(threading.get_ident() % 2**32).permutation(3):
+                writer.write(int(sid), world.shard(int(sid)), {"thread": threading.get_ident()})
+            writer.seal({})
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=fill) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert verify(world.store, world.writer().key).ok
+    assert os.listdir(world.store.path(world.writer().key) / "tmp") == []
+
+
+def nudged(pairs):
+    """The same pairs scored on another device: other low bits."""
+    features = tuple(replace(f, acts=np.nextafter(f.acts, np.float32(9))) for f in pairs.features)
+    return replace(pairs, features=features)
+
+
+def test_the_first_writer_wins(world):
+    first, second = world.writer(), world.writer()
+    first.write(0, world.shard(0), {"who": "first"})
+    before = tree(world.store.path(first.key))
+    second.write(0, nudged(world.shard(0)), {"who": "second"})
+    assert tree(world.store.path(first.key)) == before
+
+
+def test_the_first_seal_wins(world):
+    first = world.fill().key
+    before = tree(world.store.path(first))
+    manifest = world.writer().seal({"another": "fact"})
+    assert manifest.facts == {"self_check": {"fvu": "0.12"}}
+    assert tree(world.store.path(first)) == before
+
+
+def test_a_shard_without_a_record_is_adopted(world):
+    writer = world.writer()
+    writer.write(0, world.shard(0), {"who": "killed"})
+    folder = world.store.path(writer.key)
+    (folder / "records/000000.json").unlink()
+    assert world.writer().missing() == [1, 2]
+    assert b'"adopted": true' in (folder / "records/000000.json").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None], ids=["empty", "junk", "planned elsewhere"])
+def test_a_damaged_shard_without_a_record_is_computed_again(world, damage):
+    writer = world.writer()
+    writer.write(1, world.shard(1), {})
+    folder = world.store.path(writer.key)
+    other = (folder / "shards/000001.zarr.zip").read_bytes()
+    (folder / "shards/000000.zarr.zip").write_bytes(other if damage is None else damage)
+    assert world.writer().missing() == [0, 2]
+    world.fill()
+    assert verify(world.store, writer.key).ok
+    assert os.listdir(folder / "tmp") == []
+
+
+def test_a_damaged_shard_that_appears_under_a_running_writer_does_not_stop_it(world):
+    writer = world.writer()
+    (world.store.path(writer.key) / "shards/000000.zarr.zip").write_bytes(b"junk")
+    writer.write(0, world.shard(0), {})
+    assert writer.missing() == [1, 2]
+
+
+def test_a_whole_shard_that_replaced_a_damaged_one_meanwhile_is_kept(world):
+    """Two writers saw junk; one has put the real shard there before the other removes what it saw."""
+    writer = world.writer()
+    writer.write(0, world.shard(0), {})
+    before = tree(world.store.path(writer.key))
+    writer._discard(0)
+    assert tree(world.store.path(writer.key)) == before
+
+
+def test_seal_names_the_missing_shards(world):
+    writer = world.writer()
+    writer.write(1, world.shard(1), {})
+    with pytest.raises(CacheIncomplete, match=r"1 of 3 shards are done, missing \[0, 2\]"):
+        writer.seal({})
+
+
+def test_seal_refuses_a_shard_that_changed_since_and_says_how_to_repair_it(world):
+    writer = world.writer()
+    for sid in range(3):
+        writer.write(sid, world.shard(sid), {})
+    folder = world.store.path(writer.key)
+    shard = folder / "shards/000001.zarr.zip"
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(
+        CacheDamaged, match=r"000001\.zarr\.zip has the sha256 .*\n  or delete only it and"
+    ) as caught:
+        writer.seal({})
+    assert "records/000001.json" in str(caught.value)
+    shard.unlink()
+    (folder / "records/000001.json").unlink()
+    world.fill()
+    assert verify(world.store, writer.key).ok
+
+
+def test_a_record_whose_shard_is_gone_takes_the_same_shard_back_and_no_other(world):
+    writer = world.writer()
+    writer.write(0, world.shard(0), {})
+    shard = world.store.path(writer.key) / "shards/000000.zarr.zip"
+    shard.unlink()
+    assert writer.missing() == [0, 1, 2]
+    writer.write(0, world.shard(0), {})
+    assert writer.missing() == [1, 2]
+    shard.unlink()
+    with pytest.raises(CacheConflict, match=r"records/000000\.json commits a shard with sha256"):
+        writer.write(0, nudged(world.shard(0)), {})
+
+
+def test_pairs_must_be_the_planned_ones(world):
+    with pytest.raises(ValueError, match=r"shard 0 must hold the pairs \[3, 0\], got \[4, 1\]"):
+        world.writer().write(0, world.shard(1), {})
+
+
+def test_a_nan_from_the_model_is_not_written(world):
+    shard = world.shard(0)
+    broken = replace(shard, token_logps=np.full_like(shard.token_logps, np.nan))
+    writer = world.writer()
+    with pytest.raises(CacheError, match=r"shard 0 is not written to .*: token_logps holds nan at \[0\]"):
+        writer.write(0, broken, {})
+    assert writer.missing() == [0, 1, 2]
+
+
+def test_other_pairs_than_the_recipe_promises_are_not_sealed(world):
+    """Same ids, other tokens: only the digest over all pairs can tell."""
+    other = make_pairs([(2, 2, 2)] * 5, seed=9)
+    writer = world.writer()
+    for sid, ids in enumerate(PLAN):
+        writer.write(sid, other.take(ids), {})
+    with pytest.raises(CacheConflict, match=r"have the digest .*, its recipe says"):
+        writer.seal({})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format: Input should be 1"),
+        ({"pairs": {}}, "pairs.digest: Field required"),
+        (
+            {"scorer": {"vocab_size": "100", "features": []}},
+            "scorer.vocab_size: Input should be a valid integer",
+        ),
+        ({"scorer": {"vocab_size": 9, "features": [{"d_sae": 9, "top_k": 0}]}}, "scorer.features.0.top_k"),
+    ],
+)
+def test_a_recipe_that_the_store_cannot_use_is_refused(world, change, message):
+    with pytest.raises(ValueError, match=message):
+        CacheWriter(world.store, world.recipe | change, world.plan)
+
+
+def test_a_plan_that_does_not_fit_the_recipe_is_refused(world):
+    with pytest.raises(ValueError, match=r"must be \[len\(ids\) for ids in plan\]"):
+        CacheWriter(world.store, world.recipe, world.plan[:2])
+    with pytest.raises(ValueError, match="holds a pair twice"):
+        CacheWriter(world.store, world.recipe, [PLAN[0], PLAN[0], PLAN[2]])
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_caches_of_no_pair_and_of_one_pair_work(tmp_path, n):
+    pairs = make_pairs([(1, 2, 1)] * n)
+    plan = [np.arange(n)] * n
+    writer = CacheWriter(Store(tmp_path), make_recipe(pairs, plan), plan)
+    for sid in writer.missing():
+        writer.write(sid, pairs, {})
+    writer.seal({})
+    cache = open_cache(tmp_path, writer.key)
+    assert cache.n_pairs == n
+    assert all(same(cache.shard(sid), pairs) for sid in range(n))
+    assert verify(tmp_path, writer.key).ok
+
+
+def test_pairs_may_keep_the_row_numbers_of_a_dataset_with_gaps(tmp_path):
+    pairs = make_pairs([(1, 1, 1), (1, 2, 1)], ids=[17, 90])
+    plan = [np.array([90]), np.array([17])]
+    writer = CacheWriter(Store(tmp_path), make_recipe(pairs, plan), plan)
+    writer.write(0, pairs.take([1]), {})
+    writer.write(1, pairs.take([0]), {})
+    writer.seal({})
+    assert verify(tmp_path, writer.key).ok
+
+
+def failing(name, code, monkeypatch, only=""):
+    """os.NAME fails with this errno for paths that contain `only`."""
+    real = getattr(os, name)
+
+    def call(*args, **kwargs):
+        if not only or any(only in str(arg) for arg in args):
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "message"),
+    [
+        ("write", errno.ENOSPC, "No space left on device; free some space and run the same command again"),
+        ("fsync", errno.EIO, "Input/output error; the disk reports a failure"),
+        ("open", errno.EROFS, "Read-only file system; choose a writable store with --store or FPO_STORE"),
+        ("open", errno.EACCES, "Permission denied; check its permissions"),
+        ("link", errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_disk_that_refuses_gives_one_clear_line_and_loses_nothing(world, monkeypatch, call, code, message):
+    writer = world.writer()
+    writer.write(0, world.shard(0), {})
+    with monkeypatch.context() as broken:
+        failing(call, code, broken)
+        with pytest.raises(CacheError, match=message) as caught:
+            writer.write(1, world.shard(1), {})
+    assert "\n" not in str(caught.value)
+    assert "000001.zarr.zip" in str(caught.value)
+    assert os.listdir(writer.folder.root / "tmp") == []
+    world.fill()
+    assert verify(world.store, writer.key).ok
+
+
+def test_short_writes_are_continued(world, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:100])))
+    assert verify(world.store, world.fill().key).ok
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="renameat2")
+def test_without_hard_links_files_are_still_created_once(world, monkeypatch):
+    failing("link", errno.EPERM, monkeypatch)
+    key = world.fill().key
+    folder = world.store.folder(key)
+    assert verify(world.store, key).ok
+    assert folder.create("manifest.json", b"other") is False
+    assert open_cache(world.store, key).n_pairs == 5
+    assert os.listdir(folder.root / "tmp") == []
+
+
+def test_without_any_way_not_to_replace_the_store_refuses(world, monkeypatch):
+    failing("link", errno.EPERM, monkeypatch)
+    monkeypatch.setattr("store.files.sys.platform", "plan9")
+    with pytest.raises(CacheError, match=r"cannot write .*recipe\.json"):
+        world.writer()
+
+
+def test_a_link_whose_answer_was_lost_counts_as_made(tmp_path, monkeypatch):
+    """NFS repeats the request and reports that the name is taken: by ourselves."""
+    real = os.link
+
+    def answer_lost(source, target):
+        real(source, target)
+        raise FileExistsError(errno.EEXIST, "exists")
+
+    folder = Folder(tmp_path)
+    folder.prepare()
+    monkeypatch.setattr(os, "link", answer_lost)
+    assert folder.create("a", b"mine") is True
+    monkeypatch.setattr(os, "link", real)
+    assert folder.create("a", b"other") is False
+    assert folder.read("a", 10) == b"mine"
+
+
+def test_a_shard_is_on_disk_before_its_name_and_its_name_before_its_record(world, monkeypatch):
+    """kill -9 keeps the page cache, so durability is shown by the order of the calls."""
+    writer = world.writer()
+    calls = []
+
+    def traced(name, describe):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            calls.append(describe(*args))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, call)
+
+    def place(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        kind = "folder" if os.path.isdir(path) else "file"
+        return f"fsync {kind} {os.path.basename(path).split('.')[0]}"
+
+    traced("fsync", place)
+    traced("link", lambda source, target: f"link {target.parent.name}/{target.name.split('.')[0]}")
+    writer.write(2, world.shard(2), {})
+    assert calls == [
+        "fsync file 000002", "link shards/000002", "fsync folder shards",
+        "fsync file 000002", "link records/000002", "fsync folder records",
+    ]  # fmt: skip

@@ -1,0 +1,89 @@
+"""Small random SAEs, written to disk as each format writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+D_IN, D_SAE = 6, 24
+Tensors = dict[str, NDArray[np.float32]]
+
+
+def random_sae(seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> Tensors:
+    """All tensors that any format knows; a threshold that a quarter of the active features do not pass."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "W_enc": (d_in, d_sae),
+        "W_dec": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "b_dec": (d_in,),
+        "b_gate": (d_sae,),
+        "b_mag": (d_sae,),
+        "r_mag": (d_sae,),
+    }
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {**tensors, "threshold": rng.uniform(0.2, 1.5, d_sae).astype(np.float32)}
+
+
+def random_tokens(n: int = 40, seed: int = 1, d_in: int = D_IN) -> NDArray[np.float32]:
+    return (np.random.default_rng(seed).standard_normal((n, d_in)) + 0.5).astype(np.float32)
+
+
+def write_gemma_scope(folder: Path, t: Tensors) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "params.npz", **pick(t, "W_enc", "W_dec", "b_enc", "b_dec", "threshold"))
+    return str(folder)
+
+
+def write_gemma_scope_2(folder: Path, t: Tensors, config: dict[str, Any] | None = None) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = pick(t, "W_enc", "W_dec", "b_enc", "b_dec", "threshold", *(n for n in t if "affine" in n))
+    save_file({name.lower(): array for name, array in tensors.items()}, folder / "params.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+SAELENS_TENSORS = {
+    "standard": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "topk": ("b_enc",),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+
+
+def write_saelens(folder: Path, t: Tensors, architecture: str, **config: Any) -> str:
+    """`config` goes into cfg.json as it is; without `metadata` the file is a legacy one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = SAELENS_TENSORS.get(architecture, ("b_enc",))
+    extra = [n for n in ("scaling_factor", "log_threshold") if n in t]
+    kept = [n for n in names if n in t]
+    save_file(pick(t, "W_enc", "W_dec", "b_dec", *kept, *extra), folder / "sae_weights.safetensors")
+    d_in, d_sae = t["W_enc"].shape
+    cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
+    (folder / "cfg.json").write_text(json.dumps({**cfg, **config}))
+    return str(folder)
+
+
+def write_sparsify(folder: Path, t: Tensors, **config: Any) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "encoder.weight": np.ascontiguousarray(t["W_enc"].T),
+        "encoder.bias": t["b_enc"],
+        "W_dec": t["W_dec"],
+        "b_dec": t["b_dec"],
+    }
+    save_file(tensors, folder / "sae.safetensors")
+    d_in, d_sae = t["W_enc"].shape
+    cfg = {"activation": "topk", "num_latents": d_sae, "k": 4, "d_in": d_in, **config}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return str(folder)
+
+
+def pick(t: Tensors, *names: str) -> Tensors:
+    return {name: t[name] for name in names}
