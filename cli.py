@@ -34,7 +34,8 @@ StorePath = Annotated[
     Path | None, typer.Option("--store", help="Folder of caches; else $FPO_STORE, else ~/.cache/fpo.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a field: --set objective.alpha=1.", metavar="FIELD=VALUE")
+    list[str] | None,
+    typer.Option("--set", help="Override a field: --set objective.alpha=1.", metavar="FIELD=VALUE"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Key = Annotated[str, typer.Argument(help="Cache key, or any unique prefix of it.", metavar="KEY")]
@@ -70,7 +71,8 @@ def align_command(
     recipe: RecipePath,
     store: StorePath = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Run folder; else runs/<recipe>-<objective>.", metavar="RUN")
+        Path | None,
+        typer.Option("--output", help="Run folder; else runs/<recipe>-<objective>.", metavar="RUN"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     overrides: Overrides = None,
@@ -89,7 +91,12 @@ def align_command(
         return
     rate = report.pairs / report.seconds if report.seconds else 0.0
     if as_json:
-        facts = {"run": str(report.run), "steps": report.steps, "pairs_per_second": rate, "parity": report.parity}
+        facts = {
+            "run": str(report.run),
+            "steps": report.steps,
+            "pairs_per_second": rate,
+            "parity": report.parity,
+        }
         print(json.dumps({**facts, "last": report.last}, indent=2))
         return
     print(f"run         {report.run}")
@@ -173,7 +180,12 @@ def store_verify(key: Key, store: StorePath = None, as_json: AsJson = False) -> 
 
         report = verify(root, key, advance)
     if as_json:
-        facts = {"key": report.key, "shards": report.shards, "pairs": report.pairs, "problems": report.problems}
+        facts = {
+            "key": report.key,
+            "shards": report.shards,
+            "pairs": report.pairs,
+            "problems": report.problems,
+        }
         print(json.dumps(facts, indent=2))
     elif report.ok:
         print(f"{report.key[:12]}: {report.shards} shards, {report.pairs:,} pairs: all as the manifest says")
@@ -241,12 +253,18 @@ def _print_cache(report: Any, root: Path) -> None:
     print(f"  path        {Store(root).path(cache.key)}")
     for number, line in enumerate(report.drops.lines()):
         print(f"  {'pairs' if number == 0 else '':<12}{line.strip()}")
-    print(f"  size        {_size(size)}, {size / max(cache.n_pairs, 1):,.0f} bytes per pair, {len(cache.shard_pairs)} shards")
+    print(
+        f"  size        {_size(size)}, {size / max(cache.n_pairs, 1):,.0f} bytes per pair, "
+        f"{len(cache.shard_pairs)} shards"
+    )
     for check in cache.manifest.facts["self_check"]:
         print(f"  {'self-check':<12}{_check_line(check)}")
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
-        print(f"  built       {report.built_shards} shards in {report.seconds:.1f} s: {rate:,.1f} pairs/s, {tokens:,.0f} tokens/s")
+        print(
+            f"  built       {report.built_shards} shards in {report.seconds:.1f} s: {rate:,.1f} pairs/s, "
+            f"{tokens:,.0f} tokens/s"
+        )
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
 

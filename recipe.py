@@ -37,9 +37,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of the recipe: frozen, unknown fields refused, no silent conversion of types."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Reference(Section):
@@ -270,9 +268,7 @@ def _check_fpo(objective: Fpo, features: tuple[Feature, ...]) -> None:
         raise ValueError(f"objective.hookpoint: {objective.hookpoint} is not among features; nearest is {near}")
     chosen = features[hookpoints.index(objective.hookpoint or hookpoints[0])]
     if chosen.top_k != "all" and chosen.top_k < objective.k:
-        raise ValueError(
-            f"objective.k: {objective.k} features are asked for, the cache keeps top_k: {chosen.top_k}"
-        )
+        raise ValueError(f"objective.k: {objective.k} features are asked for, the cache keeps top_k: {chosen.top_k}")
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -322,12 +318,10 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but `5e-7` is a number and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"`{key}` is given twice", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -377,9 +371,7 @@ def _position(name: str, items: list[Any], override: str) -> int:
 def _explain(error: Any, raw: dict[str, Any]) -> str:
     """One line for one pydantic error: field, value, nearest valid name."""
     # The alternatives of a union stand in the location as parts of their own.
-    location = [
-        part for part in error["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)
-    ]
+    location = [part for part in error["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
     location = [part for part in location if part not in OBJECTIVES]
     field = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in location))
     kind, value = error["type"], error.get("input")

@@ -113,9 +113,7 @@ def measure(sae: JumpReluSae, x: Float[Tensor, "N D"]) -> SaeQuality:
     return SaeQuality(float((f > 0).sum(1).float().mean()), float(unexplained), int((f == 0).all(0).sum()))
 
 
-def save_saelens(
-    sae: JumpReluSae, folder: Path, quality: SaeQuality, hookpoint: str, model_name: str
-) -> None:
+def save_saelens(sae: JumpReluSae, folder: Path, quality: SaeQuality, hookpoint: str, model_name: str) -> None:
     """`cfg.json` and `sae_weights.safetensors` as SAELens 6 writes them; `metadata.l0` advertises the L0."""
     d_in, d_sae = sae.W_enc.shape
     layer = int(hookpoint.rsplit(".", 1)[1])

@@ -43,8 +43,8 @@ class WorldSettings:
     """Everything a world depends on besides the code."""
 
     seed: int = 0
-    threads: int = 2
-    """Threads of torch while building: their number decides the last bits of every sum."""
+    threads: int = 1
+    """Threads of torch while building. Two wait for each other wherever the cores are shared."""
 
     vocab_size: int = 768
     tokenizer_stories: int = 3000
@@ -61,16 +61,10 @@ def build_world(output: Path, settings: WorldSettings | None = None) -> tuple[di
     """
     settings = settings or WorldSettings()
     card = read_card(output)
-    if (
-        card is not None
-        and card["digest"] == world_digest(settings)
-        and card["files"] == _file_digests(output)
-    ):
+    if card is not None and card["digest"] == world_digest(settings) and card["files"] == _file_digests(output):
         return card, False
     if card is None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(
-            f"{output}: holds something that is not a demo world (no {CARD}); choose another --output"
-        )
+        raise RunError(f"{output}: holds something that is not a demo world (no {CARD}); choose another --output")
     output = output.resolve()
     building = output.with_name(output.name + ".building")
     shutil.rmtree(building, ignore_errors=True)  # what a killed build left
@@ -197,9 +191,7 @@ def _summary(output: Path, card: dict[str, Any], outcome: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.build", description="Build the demo world.")
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo-world"), help="folder (default: demo-world)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo-world"), help="folder (default: demo-world)")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()  # one bar per file that transformers writes
     start = time.perf_counter()

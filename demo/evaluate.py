@@ -104,9 +104,7 @@ def _compare(
     before = sample_completions(reference, prompts, uniforms, "reference")
     after = sample_completions(policy, prompts, uniforms, "policy")
     logratios = completion_logps(policy, prompts, after) - completion_logps(reference, prompts, after)
-    texts = [
-        [tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_of] for ids_of in (before, after)
-    ]
+    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_of] for ids_of in (before, after)]
     rewards = np.array([[gold_reward(text) for text in side] for side in texts])
     gain = rewards[1] - rewards[0]
     better = np.flatnonzero(gain > 0)
@@ -155,9 +153,7 @@ def table(evaluation: Evaluation) -> str:
 
 def _load(folder: Path) -> LlamaForCausalLM:
     if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder}: no model here (config.json is missing); give a run folder or a saved model"
-        )
+        raise ModelError(f"{folder}: no model here (config.json is missing); give a run folder or a saved model")
     return LlamaForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 

@@ -78,9 +78,7 @@ class Grammar:
             pieces = _SYMBOL.split(template)  # text, symbol, text, symbol, ..., text
             choices = [list(self.enumerate(child)) for child in pieces[1::2]]
             for chosen in product(*choices):
-                text = pieces[0] + "".join(
-                    t + after for (t, _), after in zip(chosen, pieces[2::2], strict=True)
-                )
+                text = pieces[0] + "".join(t + after for (t, _), after in zip(chosen, pieces[2::2], strict=True))
                 yield text, probability * math.prod(p for _, p in chosen)
 
     def _expand(self, symbol: str, rng: np.random.Generator) -> tuple[str, float]:

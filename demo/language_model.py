@@ -38,7 +38,7 @@ class LanguageModelSettings:
     learning_rate: float = 3e-3
     warmup_steps: int = 20
     initializer_range: float = 0.05
-    """At 0.02 a model this narrow copies names late: 0.43 nats/token after these steps, not 0.345."""
+    """Of the weights, standard deviation. One run each: 0.43 held-out nats/token at 0.02, 0.345 at 0.05."""
 
     heldout_stories: int = 300
 
@@ -60,16 +60,14 @@ def train_language_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer, settings))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     progress = tqdm(range(settings.steps), desc="language model", unit="step", disable=None)
     for _ in progress:
         stories = [STORIES.sample(rng) for _ in range(settings.batch_size)]
         loss = _nats(model, pad_stories(tokenizer, stories)).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -78,9 +76,7 @@ def train_language_model(
 
 
 @torch.no_grad()
-def heldout_loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: Sequence[Story]
-) -> HeldoutLoss:
+def heldout_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: Sequence[Story]) -> HeldoutLoss:
     """The model's loss beside the grammar's: their difference is what is left to learn."""
     nats = [
         _nats(model, pad_stories(tokenizer, stories[start : start + 64])).double()

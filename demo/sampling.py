@@ -57,9 +57,7 @@ def completion_logps(
     return np.array(logps)
 
 
-def _sample_batch(
-    model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor
-) -> torch.Tensor:
+def _sample_batch(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> torch.Tensor:
     """(R, T) token ids; what follows a row's end token means nothing."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)

@@ -15,12 +15,8 @@ def _falling(*options: str) -> dict[str, float]:
     return {option: 1 / rank for rank, option in enumerate(options, start=1)}
 
 
-HAPPY_WORDS = frozenset(
-    {"happy", "smiled", "laughed", "glad", "proud", "joy", "cheered", "danced", "hugged", "sang"}
-)
-SAD_WORDS = frozenset(
-    {"sad", "cried", "tears", "lonely", "sorry", "sighed", "gloomy", "wept", "hurt", "alone"}
-)
+HAPPY_WORDS = frozenset({"happy", "smiled", "laughed", "glad", "proud", "joy", "cheered", "danced", "hugged", "sang"})
+SAD_WORDS = frozenset({"sad", "cried", "tears", "lonely", "sorry", "sighed", "gloomy", "wept", "hurt", "alone"})
 
 SLOTS: dict[str, dict[str, float]] = {
     "name": _falling(
@@ -43,9 +39,7 @@ SLOTS: dict[str, dict[str, float]] = {
     ),
     "trait": _even("little", "brave", "shy", "curious", "kind", "quiet", "clever", "sleepy"),
     "kind": _falling("girl", "boy", "rabbit", "fox", "mouse", "bear", "duck", "kitten", "hedgehog", "puppy"),
-    "home": _even(
-        "by the river", "near the sea", "in the forest", "on a hill", "in a small town", "at the old mill"
-    ),
+    "home": _even("by the river", "near the sea", "in the forest", "on a hill", "in a small town", "at the old mill"),
     "colour": _even("red", "blue", "green", "yellow", "golden", "striped"),
     "thing": _falling("ball", "kite", "boat", "drum", "lamp", "bell", "book", "hat", "wagon", "doll"),
     "time": _even("day", "morning", "summer day", "afternoon"),

@@ -118,9 +118,7 @@ def union(first: ColumnSet, second: ColumnSet) -> ColumnSet:
     """Columns of both, each once: of `second`, those that `first` holds already do not count."""
     twice = (second.columns[:, :, None] == first.columns[:, None, :]) & first.valid[:, None, :]
     fresh = second.valid & ~twice.any(-1)
-    return ColumnSet(
-        torch.cat([first.columns, second.columns], dim=1), torch.cat([first.valid, fresh], dim=1)
-    )
+    return ColumnSet(torch.cat([first.columns, second.columns], dim=1), torch.cat([first.valid, fresh], dim=1))
 
 
 def look_up(reference: SparseRows, columns: Int[Tensor, "C K"], d_sae: int) -> Float[Tensor, "C K"]:

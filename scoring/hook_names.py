@@ -39,9 +39,7 @@ def from_sparsify(place: str) -> str | None:
 def from_gemma_scope(place: str) -> str | None:
     """Repository and path: `gemma-scope-2b-pt-res/layer_25/...` -> `model.layers.25`."""
     layer = re.search(r"layer_(\d+)(?:/|_width)", place)
-    site = re.search(
-        r"gemma-scope-[\w.]+-(?:pt|it)-(res|mlp|att)\b|/(resid_post|mlp_out|attn_out)\w*/", place
-    )
+    site = re.search(r"gemma-scope-[\w.]+-(?:pt|it)-(res|mlp|att)\b|/(resid_post|mlp_out|attn_out)\w*/", place)
     if layer is None or site is None:
         return None
     hook = {

@@ -123,9 +123,7 @@ def check_hookpoint(config: Mapping[str, Any], name: str) -> None:
         return
     prefix, index, inside = name[: match.start(1) - 1], int(match[1]), match[2]
     if count is not None and index >= count:
-        raise ModelError(
-            f"no hookpoint {name}: this model has {count} layers, {prefix}.0 to {prefix}.{count - 1}"
-        )
+        raise ModelError(f"no hookpoint {name}: this model has {count} layers, {prefix}.0 to {prefix}.{count - 1}")
     if layers_path is None:
         return
     if prefix not in (layers_path, "model.layers", "model.language_model.layers"):

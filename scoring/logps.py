@@ -56,7 +56,7 @@ def token_logps(
         logits = head(hidden_chunk).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logps: Tensor = _GatheredLogSoftmax.apply(logits, target_chunk)
+        logps: Tensor = _GatheredLogSoftmax.apply(logits, target_chunk)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             best = logits.topk(top, dim=-1)
             best_logps = best.values - logits.logsumexp(-1, keepdim=True) if top else best.values
@@ -76,9 +76,7 @@ def token_logps(
     return TokenLogps(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
-def sum_logps(
-    logps: Float[Tensor, " N"], completion: Int[Tensor, " N"], n_completions: int
-) -> Float[Tensor, " C"]:
+def sum_logps(logps: Float[Tensor, " N"], completion: Int[Tensor, " N"], n_completions: int) -> Float[Tensor, " C"]:
     """Log-probability of each completion, in nats: the sum over its scored tokens, float32."""
     return logps.new_zeros(n_completions).index_add(0, completion, logps)
 

@@ -36,9 +36,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{name}: neither a folder here nor in the hub's cache, and the hub is not reached"
-        ) from None
+        raise ModelError(f"{name}: neither a folder here nor in the hub's cache, and the hub is not reached") from None
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"{name}: {str(error).strip().splitlines()[0]}") from None
 

@@ -52,8 +52,7 @@ class Sae:
         """A copy of this SAE on `device`; it shares the tensors that are there already."""
         moved = object.__new__(Sae)
         moved.__dict__ = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in self.__dict__.items()
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()
         }
         return moved
 

@@ -72,9 +72,7 @@ def _find_local(source: str, path: Path, hookpoint: str | None) -> SaeFiles:
         names, folder = [path.name], path.parent
     else:
         folders = [path, *([path / _inside_model(hookpoint)] if hookpoint else [])]
-        found = [
-            (folder, names) for folder in folders if (names := [n for n in FORMATS if (folder / n).is_file()])
-        ]
+        found = [(folder, names) for folder in folders if (names := [n for n in FORMATS if (folder / n).is_file()])]
         if not found:
             raise SaeError(f"SAE {source}: no SAE here; found {_listing(path)}; {ACCEPTED}")
         folder, names = found[0]
@@ -85,9 +83,7 @@ def _find_local(source: str, path: Path, hookpoint: str | None) -> SaeFiles:
     return SaeFiles(source, sae_format, folder / names[0], config, folder.resolve().as_posix())
 
 
-def _find_on_hub(
-    source: str, repo: str, revision: str | None, folder: str, hookpoint: str | None
-) -> SaeFiles:
+def _find_on_hub(source: str, repo: str, revision: str | None, folder: str, hookpoint: str | None) -> SaeFiles:
     """Files are asked for by name, so that one cached earlier is found without a connection."""
     stem, _, last = folder.rpartition("/")
     names = [last] if last in FORMATS else list(FORMATS)
@@ -108,9 +104,7 @@ def _find_on_hub(
             f"SAE {source}: no such folder here, not in the hub's cache, and the hub cannot be reached "
             f"({unreachable[0]})"
         )
-    raise SaeError(
-        f"SAE {source}: repository {repo} has no SAE in {' or '.join(map(repr, folders))}; {ACCEPTED}"
-    )
+    raise SaeError(f"SAE {source}: repository {repo} has no SAE in {' or '.join(map(repr, folders))}; {ACCEPTED}")
 
 
 def _download(source: str, repo: str, revision: str | None, name: str, unreachable: list[str]) -> Path | None:
@@ -129,14 +123,10 @@ def _download(source: str, repo: str, revision: str | None, name: str, unreachab
     except hub.EntryNotFoundError:
         return None
     except hub.GatedRepoError as error:
-        raise SaeError(
-            f"SAE {source}: {repo} is gated; accept its licence and run `hf auth login`"
-        ) from error
+        raise SaeError(f"SAE {source}: {repo} is gated; accept its licence and run `hf auth login`") from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
         where = f"{repo}@{revision}" if revision else repo
-        raise SaeError(
-            f"SAE {source}: neither a folder here nor a hub repository {where}; {ACCEPTED}"
-        ) from error
+        raise SaeError(f"SAE {source}: neither a folder here nor a hub repository {where}; {ACCEPTED}") from error
     except (hub.HfHubHTTPError, OSError) as error:
         raise SaeError(f"SAE {source}: cannot download {name} ({type(error).__name__}: {error})") from error
 
@@ -236,9 +226,7 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
                 read_header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 )
                 shapes[member.removesuffix(".npy")] = read_header(file)[0]
     return shapes

@@ -178,9 +178,7 @@ def _threshold(layout: Layout) -> Array | None:
 def _check_unit_scaling(layout: Layout) -> None:
     """Fine-tuned SAEs of old SAELens scale their activations; nothing since does, and neither do we."""
     if "scaling_factor" in layout.weights.shapes and (layout.weights.read("scaling_factor") != 1).any():
-        raise refuse(
-            layout.files, "a scaling_factor other than 1", "fold it into the decoder and export again"
-        )
+        raise refuse(layout.files, "a scaling_factor other than 1", "fold it into the decoder and export again")
 
 
 def _product(vector: Array, W: Array) -> NDArray[np.float64]:

@@ -62,11 +62,7 @@ class Layout:
 
     @property
     def input_norm(self) -> InputNorm:
-        return (
-            "none"
-            if self.normalisation == "expected_average_only_in"
-            else cast(InputNorm, self.normalisation)
-        )
+        return "none" if self.normalisation == "expected_average_only_in" else cast(InputNorm, self.normalisation)
 
 
 def read_layout(files: SaeFiles) -> Layout:
@@ -134,9 +130,7 @@ def _saelens(files: SaeFiles, weights: Weights) -> Layout:
     if (norm := config.get("normalize_activations") or "none") not in _NORMS:
         raise refuse(files, f"normalize_activations {norm}", f"supported: {', '.join(_NORMS)}")
     if (reshape := config.get("reshape_activations") or "none") != "none":
-        raise refuse(
-            files, f"reshape_activations {reshape}", "the SAE reads attention heads, no module's output"
-        )
+        raise refuse(files, f"reshape_activations {reshape}", "the SAE reads attention heads, no module's output")
     if architecture == "topk" and not isinstance(config.get("k"), int):
         raise SaeError(f"SAE {files.source}: a topk SAE whose cfg.json has no k")
     hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
@@ -232,9 +226,7 @@ def _check_shapes(layout: Layout) -> None:
     config = layout.files.config
     for field, found in (("d_in", d_in), ("d_sae", d_sae)):
         if config.get(field, found) != found:
-            raise SaeError(
-                f"SAE {layout.files.source}: config says {field} {config[field]}, the weights have {found}"
-            )
+            raise SaeError(f"SAE {layout.files.source}: config says {field} {config[field]}, the weights have {found}")
     expected: dict[str, tuple[int, ...]] = {layout.encoder_bias: (d_sae,)}
     expected |= {n: (d_sae,) for n in (layout.threshold, layout.gain, layout.magnitude_bias) if n}
     if layout.subtract_decoder_bias:
@@ -251,6 +243,4 @@ def _check_shapes(layout: Layout) -> None:
     if layout.k is not None and not 0 < layout.k <= d_sae:
         raise SaeError(f"SAE {layout.files.source}: k is {layout.k}, of {d_sae} features")
     if layout.activation == "groupmax" and d_sae % cast(int, layout.k):
-        raise SaeError(
-            f"SAE {layout.files.source}: {d_sae} features do not split into {layout.k} equal groups"
-        )
+        raise SaeError(f"SAE {layout.files.source}: {d_sae} features do not split into {layout.k} equal groups")

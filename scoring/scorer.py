@@ -112,12 +112,8 @@ def check_packing(model: PreTrainedModel) -> None:
             packed = Packed(*(tensor.to(device) for tensor in pack(ids, splits)))
             ours = model(**packed._asdict()).token_logps
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            raise ModelError(
-                f"{model.config.model_type}: this family cannot read packed pairs ({error})"
-            ) from error
-        theirs = torch.cat(
-            [part for p in range(2) for part in _separate_logps(model, ids, splits, p, device)]
-        )
+            raise ModelError(f"{model.config.model_type}: this family cannot read packed pairs ({error})") from error
+        theirs = torch.cat([part for p in range(2) for part in _separate_logps(model, ids, splits, p, device)])
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
     difference = float((ours - theirs).abs().mean())
     if not difference <= tolerance:

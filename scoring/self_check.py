@@ -78,7 +78,10 @@ def check_sae(model: PreTrainedModel, sae: Sae, decoder: Decoder, hookpoint: str
     model    with scoring installed, on the device of `sae` and `packed`
     decoder  what read_decoder returns
     """
-    places = [hookpoint, *(name for name in _comparable(model, hookpoint) if not same_hookpoint(name, hookpoint))]
+    places = [
+        hookpoint,
+        *(name for name in _comparable(model, hookpoint) if not same_hookpoint(name, hookpoint)),
+    ]
     with capture(model, places) as outputs:
         model(**packed._asdict())
     measured: dict[str, tuple[float, float]] = {}

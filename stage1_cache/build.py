@@ -139,7 +139,11 @@ def _build(identity: CacheIdentity, store: Path, lazy: _LazyScorer) -> CacheRepo
 
 
 def _write_missing(
-    identity: CacheIdentity, writer: CacheWriter, plan: list[np.ndarray], missing: list[int], lazy: _LazyScorer
+    identity: CacheIdentity,
+    writer: CacheWriter,
+    plan: list[np.ndarray],
+    missing: list[int],
+    lazy: _LazyScorer,
 ) -> tuple[int, int, int]:
     """Score the missing shards; returns shards, pairs and tokens that this process scored."""
     data = identity.tokens

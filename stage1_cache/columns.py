@@ -39,14 +39,10 @@ def pair_columns(dataset: Dataset, source: str) -> Dataset:
                 f"its columns are {', '.join(names)}; rename yours to prompt, chosen, rejected"
             )
     if images := [name for name in ("image", "images") if name in names]:
-        raise DataError(
-            f"{source}: column {images[0]!r}: pairs with images are not supported; remove the column"
-        )
+        raise DataError(f"{source}: column {images[0]!r}: pairs with images are not supported; remove the column")
     if "prompt" not in names and (close := difflib.get_close_matches("prompt", names, n=1)):
         # Without it the prompt would silently be taken as implicit.
-        raise DataError(
-            f"{source}: column {close[0]!r} looks like the prompt; rename it to 'prompt' or remove it"
-        )
+        raise DataError(f"{source}: column {close[0]!r} looks like the prompt; rename it to 'prompt' or remove it")
     dataset = dataset.select_columns([name for name in (*SIDES, *EXTRAS) if name in names])
     try:
         first = dataset[0]
@@ -107,9 +103,7 @@ def _check_encoding(array: pa.Array, where: str, first: int) -> None:
 
 
 def _holds_text(array: pa.Array) -> bool:
-    return bool(
-        (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)) and not array.null_count
-    )
+    return bool((pa.types.is_string(array.type) or pa.types.is_large_string(array.type)) and not array.null_count)
 
 
 def _holds_messages(array: pa.Array) -> bool:
@@ -142,6 +136,4 @@ def _wrong(value: Any, conversational: bool) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    return {str: "text", list: "a list", dict: "an object", type(None): "null"}.get(
-        type(value), repr(value)[:40]
-    )
+    return {str: "text", list: "a list", dict: "an object", type(None): "null"}.get(type(value), repr(value)[:40])

@@ -24,15 +24,50 @@ from scoring.hookpoints import check_hookpoint
 from scoring.sae_formats import SaeFacts, sae_config, sae_facts, sae_weight_files
 from stage1_cache.pairs import data_fingerprint, read_pairs
 from stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
-from store import FORMAT_VERSION, file_digest, pair_digests, pairs_digest, plan_shards, remember, weights_digest
+from store import (
+    FORMAT_VERSION,
+    file_digest,
+    pair_digests,
+    pairs_digest,
+    plan_shards,
+    remember,
+    weights_digest,
+)
 
 # What config.json says that changes no log-prob: bookkeeping, generation, and dropout, which is off.
-_CONFIG_NOISE = (
-    "_name_or_path architectures transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id "
-    "pad_token_id cls_token_id sep_token_id id2label label2id task_specific_params problem_type return_dict "
-    "output_attentions output_hidden_states initializer_range tokenizer_class auto_map chunk_size_feed_forward "
-    "attention_dropout hidden_dropout classifier_dropout attn_pdrop embd_pdrop resid_pdrop summary_first_dropout"
-).split()
+_CONFIG_NOISE = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "cls_token_id",
+        "sep_token_id",
+        "id2label",
+        "label2id",
+        "task_specific_params",
+        "problem_type",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "initializer_range",
+        "tokenizer_class",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "attention_dropout",
+        "hidden_dropout",
+        "classifier_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "summary_first_dropout",
+    )
+)
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
 _FEATURES_PER_TOKEN = 100
 
@@ -206,7 +241,14 @@ def _adapter_files(name: str) -> Path:
 
 def _adapter_identity(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    noise = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout")
+    noise = (
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "lora_dropout",
+    )
     return {
         "weights": weights_digest(weight_files(folder)),
         "config": spelled({name: value for name, value in config.items() if name not in noise}),
@@ -248,4 +290,3 @@ def spelled(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [spelled(item) for item in value]
     return value
-

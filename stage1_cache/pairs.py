@@ -49,9 +49,7 @@ def read_pairs(source: str, split: str, subset: str | None = None, revision: str
     return pair_columns(dataset, source)
 
 
-def data_fingerprint(
-    source: str, split: str, subset: str | None = None, revision: str | None = None
-) -> dict[str, Any]:
+def data_fingerprint(source: str, split: str, subset: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """
     What tells, without reading the data, that it is unchanged, in JSON types: path, size, mtime and inode of
     each file, or the commit of a hub dataset. Raises `DataError` as `read_pairs` does for what is not there.
@@ -104,9 +102,7 @@ def _saved_to_disk(folder: Path) -> bool:
 
 def _unknown_split(source: object, name: str, known: Iterable[str]) -> DataError:
     known = sorted(known)
-    return DataError(
-        f"{source}: no split {name!r}{nearest(name, known)}; its splits: {', '.join(known) or 'none'}"
-    )
+    return DataError(f"{source}: no split {name!r}{nearest(name, known)}; its splits: {', '.join(known) or 'none'}")
 
 
 def _split_names(split: str) -> list[str]:
@@ -140,9 +136,7 @@ def _from_disk(path: Path, split: str) -> Dataset:
             )
     formats = {_format(Path(file)) for group in files.values() for file in group}
     if len(formats) != 1 or None in formats:
-        raise DataError(
-            f"{path}: not one of the formats {', '.join(FORMATS)} (.gz too) throughout; convert it"
-        )
+        raise DataError(f"{path}: not one of the formats {', '.join(FORMATS)} (.gz too) throughout; convert it")
     try:
         return cast(Dataset, load_dataset(formats.pop(), data_files=files, split=split))
     except Exception as error:
@@ -159,9 +153,7 @@ def _from_saved(folder: Path, split: str) -> Dataset:
         if name not in parts:
             raise _unknown_split(folder, name, map(str, parts))
     try:
-        slices = ReadInstruction.from_spec(split).to_absolute(
-            {name: len(part) for name, part in parts.items()}
-        )
+        slices = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in parts.items()})
     except (ValueError, AssertionError) as error:
         raise DataError(f"{folder}, split {split!r}: {error}") from error
     return concatenate_datasets([parts[part.splitname].select(range(part.from_, part.to)) for part in slices])
@@ -198,17 +190,11 @@ def _diagnose(file: Path, error: Exception) -> None:
                 return
             for number, line in enumerate(lines, start=1):
                 if line.strip() and not isinstance(json.loads(line), dict):
-                    raise DataError(
-                        f"{file}, line {number}: not a JSON object; write one pair per line"
-                    ) from error
+                    raise DataError(f"{file}, line {number}: not a JSON object; write one pair per line") from error
     except json.JSONDecodeError as wrong:
         line_number = number or wrong.lineno
-        raise DataError(
-            f"{file}, line {line_number}: not JSON ({wrong.msg}, column {wrong.colno})"
-        ) from error
+        raise DataError(f"{file}, line {line_number}: not JSON ({wrong.msg}, column {wrong.colno})") from error
     except UnicodeDecodeError as wrong:
         raise DataError(f"{file}, line {number}: not UTF-8 ({wrong.reason}); convert the file") from error
     except (EOFError, OSError) as wrong:
-        raise DataError(
-            f"{file}, after line {number}: cannot be decompressed ({wrong}); copy it again"
-        ) from error
+        raise DataError(f"{file}, after line {number}: cannot be decompressed ({wrong}); copy it again") from error

@@ -154,12 +154,8 @@ def _assemble(
                 indices=np.concatenate(indices).astype(np.uint32),
                 acts=np.concatenate([results[b].acts[hookpoint][at] for b, at in place]).astype(np.float32),
                 splits=np.concatenate([[0], np.cumsum([len(part) for part in indices])]).astype(np.uint64),
-                active=np.array([results[b].active[hookpoint][at] for b, at in place], np.uint32).reshape(
-                    -1, 2
-                ),
-                tail_sq=np.array([results[b].tail_sq[hookpoint][at] for b, at in place], np.float32).reshape(
-                    -1, 2
-                ),
+                active=np.array([results[b].active[hookpoint][at] for b, at in place], np.uint32).reshape(-1, 2),
+                tail_sq=np.array([results[b].tail_sq[hookpoint][at] for b, at in place], np.float32).reshape(-1, 2),
             )
         )
     top_logits = None
@@ -173,9 +169,7 @@ def _assemble(
         splits=splits,
         # Summed in float64: a running float32 sum is off by 1e-3 nats on long completions.
         ref_logps=np.array([part.sum(dtype=np.float64) for part in token_logps], np.float32).reshape(-1, 2),
-        token_logps=np.concatenate(token_logps).astype(np.float32)
-        if token_logps
-        else np.empty(0, np.float32),
+        token_logps=np.concatenate(token_logps).astype(np.float32) if token_logps else np.empty(0, np.float32),
         features=tuple(features),
         top_logits=top_logits,
     )

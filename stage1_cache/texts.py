@@ -125,12 +125,9 @@ def _tools(row: Mapping[str, Any], number: int) -> Any:
 def _template_arguments(row: Mapping[str, Any], number: int) -> dict[str, Any]:
     arguments = row.get("chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
-        raise DataError(
-            f"row {number}, column 'chat_template_kwargs': {type(arguments).__name__}, not an object"
-        )
+        raise DataError(f"row {number}, column 'chat_template_kwargs': {type(arguments).__name__}, not an object")
     if wrong := sorted(_NOT_FOR_THE_TEMPLATE & arguments.keys()):
         raise DataError(
-            f"row {number}, column 'chat_template_kwargs': {wrong[0]!r} is no variable of a chat template; "
-            "remove it"
+            f"row {number}, column 'chat_template_kwargs': {wrong[0]!r} is no variable of a chat template; remove it"
         )
     return arguments

@@ -114,9 +114,7 @@ def tokenise(
     return pairs.result()
 
 
-def tokenizer_identity(
-    path: str, *, revision: str | None = None, chat_template: str | None = None
-) -> dict[str, Any]:
+def tokenizer_identity(path: str, *, revision: str | None = None, chat_template: str | None = None) -> dict[str, Any]:
     """
     What of the tokenizer decides the token ids, in JSON types: sha256 of its files (its chat template is one
     of them, or in one) and of the `chat_template` in place of it, versions of the libraries that read them.
@@ -128,14 +126,10 @@ def tokenizer_identity(
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=_TOKENIZER_FILES))
         except Exception as error:
-            raise ModelError(
-                f"tokenizer {path!r}: no such folder, nor reached on the hub ({error})"
-            ) from error
+            raise ModelError(f"tokenizer {path!r}: no such folder, nor reached on the hub ({error})") from error
     files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
     if not files:
-        raise ModelError(
-            f"tokenizer {path!r}: none of its files in {folder}; expected tokenizer.json or its like"
-        )
+        raise ModelError(f"tokenizer {path!r}: none of its files in {folder}; expected tokenizer.json or its like")
     return {
         "files": {file.relative_to(folder).as_posix(): _sha256(file.read_bytes()) for file in files},
         "chat_template": None if chat_template is None else _sha256(template_text(chat_template).encode()),
@@ -223,9 +217,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str |
     return None
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool
-) -> list[list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
     if not texts:
         return []
     # verbose warns of texts beyond the model's length; they are cut after this, once the boundary is known.
@@ -243,9 +235,7 @@ def _shared_prefix(ids: list[int], others: list[int]) -> int:
     """How many first tokens two sequences share."""
     if others[: len(ids)] == ids:  # nearly always, and compared in C
         return len(ids)
-    return next(
-        i for i, (one, other) in enumerate(zip([*ids, -1], [*others, -2], strict=False)) if one != other
-    )
+    return next(i for i, (one, other) in enumerate(zip([*ids, -1], [*others, -2], strict=False)) if one != other)
 
 
 def _sha256(content: bytes) -> str:

@@ -76,7 +76,7 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     seconds = time.monotonic() - started
     trainer.save_model(str(output))
     steps = trainer.state.global_step
-    last = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
+    last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
     if trainer.is_world_process_zero():
         write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": parity})
     return AlignReport(output, steps, (steps - first_step) * stream.global_batch, seconds, parity, last)
@@ -133,4 +133,3 @@ def _with_adapter(model: PreTrainedModel, lora: Lora) -> Any:
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets
     )
     return get_peft_model(model, config)
-

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from recipe import Recipe
 from scoring import Packed, disable_dropout, install_scoring, load_model, model_folder
@@ -27,13 +28,17 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
     read_run(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
-    model = _trained_policy(recipe, run).to(device)
+    model = _trained_policy(recipe, run)
+    model.to(device)
     disable_dropout(model, model.config)
     install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
     size = training_arguments(recipe, run).per_device_eval_batch_size
     stream = PairStream(cache, meter.feature, seed=0, per_device=size)
     sums: dict[str, float] = {}
-    with torch.inference_mode(), tqdm(total=cache.n_pairs, desc="evaluate", unit=" pairs", disable=None) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(total=cache.n_pairs, desc="evaluate", unit=" pairs", disable=None) as bar,
+    ):
         for batch in stream:
             assert batch is not None
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -47,7 +52,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
     return metrics_mean
 
 
-def _trained_policy(recipe: Recipe, run: Path) -> torch.nn.Module:
+def _trained_policy(recipe: Recipe, run: Path) -> PreTrainedModel:
     """The policy as the run saved it: whole weights, or adapters on the model they were trained on."""
     policy, reference = recipe.policy, recipe.reference
     if policy.lora is None:

@@ -7,7 +7,7 @@ Dimension key:  P pairs   C completions (2P, chosen before rejected)   N scored 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,8 @@ class Measurement(NamedTuple):
     reference: PairLogps
     distances: Float[Tensor, "P 2"] | None
     """Feature distance of chosen and rejected; None where the objective has no feature term."""
+    incomplete: bool
+    """Whether the distance asks for reference activations that the cache may not hold."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,28 @@ class ObjectiveMeter:
     hookpoint: str | None
     feature: int | None
     """Index of the constrained hookpoint among the cache's; None where there is no feature term."""
+    incomplete: bool
+    """Whether the feature set can hold features whose reference activation a top-k cache lacks."""
 
     @staticmethod
     def of(recipe: Recipe) -> ObjectiveMeter:
         """The recipe's objective; loads the SAE if there is a feature term."""
         feature = recipe.constrained_feature()
         if feature is None:
-            return ObjectiveMeter(recipe.objective, None, None, None)
+            return ObjectiveMeter(recipe.objective, None, None, None, incomplete=False)
+        assert isinstance(recipe.objective, Fpo)
         entry = recipe.features[feature]
-        return ObjectiveMeter(recipe.objective, load_sae(entry.sae, entry.hookpoint), entry.hookpoint, feature)
+        return ObjectiveMeter(
+            recipe.objective,
+            load_sae(entry.sae, entry.hookpoint),
+            entry.hookpoint,
+            feature,
+            incomplete=recipe.objective.feature_set != "reference" and entry.top_k != "all",
+        )
 
     def to(self, device: torch.device) -> ObjectiveMeter:
-        sae = None if self.sae is None else self.sae.to(device)
-        return ObjectiveMeter(self.objective, sae, self.hookpoint, self.feature)
+        """The same on `device`."""
+        return replace(self, sae=None if self.sae is None else self.sae.to(device))
 
     def measure(self, scores: Scores, batch: dict[str, Tensor]) -> Measurement:
         """
@@ -78,7 +89,8 @@ class ObjectiveMeter:
         if self.sae is not None:
             assert isinstance(self.objective, Fpo)
             distances = feature_distances(self.sae, self.objective, scores.residuals[0], packed, _cached(batch))
-        return Measurement(evaluate(self.objective, policy, reference, distances), policy, reference, distances)
+        value = evaluate(self.objective, policy, reference, distances)
+        return Measurement(value, policy, reference, distances, self.incomplete)
 
 
 def evaluate(
@@ -144,6 +156,7 @@ def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[st
     if measurement.distances is not None:
         metrics["features/distance_chosen"] = measurement.distances[:, 0]
         metrics["features/distance_rejected"] = measurement.distances[:, 1]
-        # What the cache does not hold: squares of the missing reference activations sum to this per completion.
+    if measurement.incomplete:
+        # Reference activations that a top-k cache does not hold count as 0; their squares sum to this.
         metrics["features/unknown_sq"] = batch["ref_tail_sq"].mean(1)
     return {name: values.detach().double().sum() for name, values in metrics.items()}

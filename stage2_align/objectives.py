@@ -55,7 +55,12 @@ def simpo(policy: PairLogps, *, beta: float, gamma: float) -> ObjectiveValue:
 
 
 def fpo(
-    policy: PairLogps, reference: PairLogps, distances: Float[Tensor, "P 2"] | None, *, beta: float, alpha: float
+    policy: PairLogps,
+    reference: PairLogps,
+    distances: Float[Tensor, "P 2"] | None,
+    *,
+    beta: float,
+    alpha: float,
 ) -> ObjectiveValue:
     """
     Feature-level constrained preference optimisation, Eq. 7-11 of https://arxiv.org/abs/2411.07618:
@@ -74,7 +79,11 @@ def fpo(
 
 
 def feature_distance(
-    policy_acts: Float[Tensor, "C K"], reference_acts: Float[Tensor, "C K"], valid: Bool[Tensor, "C K"], *, k: int
+    policy_acts: Float[Tensor, "C K"],
+    reference_acts: Float[Tensor, "C K"],
+    valid: Bool[Tensor, "C K"],
+    *,
+    k: int,
 ) -> Float[Tensor, " C"]:
     """
     Distance of pooled activations, Eq. 10 of https://arxiv.org/abs/2411.07618:

@@ -75,21 +75,15 @@ def cut_batches(
     lengths  (n,) tokens of each pair, in the order of `Block.rows` without the leftovers
     block    number of the block in its epoch
     """
-    stretch = batch * BUCKET_BATCHES
+    # Rows are in random order already, so the last ones make an unbiased smaller batch.
+    full = len(lengths) // batch * batch
     batches: list[NDArray[np.int64]] = []
-    for first in range(0, len(lengths), stretch):
-        positions = first + np.argsort(lengths[first : first + stretch], kind="stable")
-        # The epoch's last, smaller batch must not be the shortest or longest pairs of a stretch.
-        full = len(positions) // batch * batch
-        spare = np.sort(_shuffle(len(positions), seed, epoch, block, first)[full:])
-        rest = positions[spare]
-        positions = np.delete(positions, spare)
-        batches += [positions[at : at + batch] for at in range(0, full, batch)]
-        if len(rest):
-            batches.append(rest)
-    partial = batches.pop() if batches and len(batches[-1]) < batch else None
+    for first in range(0, full, batch * BUCKET_BATCHES):
+        stretch = lengths[first : min(first + batch * BUCKET_BATCHES, full)]
+        positions = first + np.argsort(stretch, kind="stable")
+        batches += np.split(positions, len(positions) // batch)
     batches = [batches[i] for i in _shuffle(len(batches), seed, epoch, block, len(lengths))]
-    return batches + ([] if partial is None else [partial])
+    return batches + ([np.arange(full, len(lengths))] if full < len(lengths) else [])
 
 
 def _shuffle(n: int, *path: int) -> Rows:

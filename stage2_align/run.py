@@ -87,7 +87,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
     Trainer writes trainer_state.json last, so a checkpoint is whole where that file can be read.
     """
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
     for _, path in sorted(found, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

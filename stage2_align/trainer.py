@@ -61,7 +61,7 @@ class PairTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
 
-    def get_train_dataloader(self) -> DataLoader[Batch]:
+    def get_train_dataloader(self) -> DataLoader[Batch | None]:
         """The stream as it is: it does the shuffling, batching and the split over processes."""
         return DataLoader(self.stream, batch_size=None, collate_fn=_unchanged)
 
@@ -96,34 +96,30 @@ class PairTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _unchanged(batch: Batch | None) -> Batch | None:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-class _StreamPosition(TrainerCallback):  # type: ignore[misc]
+class _StreamPosition(TrainerCallback):
     """Tells the stream which epoch begins, and how far into it a resumed run is."""
 
     def __init__(self, stream: PairStream) -> None:
         self.stream = stream
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         updates = -(-len(self.stream) // self.stream.accumulation)
         epoch, done = divmod(state.global_step, updates)
         self.stream.start(epoch, done * self.stream.accumulation)
 
 
-class _Progress(TrainerCallback):  # type: ignore[misc]
+class _Progress(TrainerCallback):
     """A progress bar in pairs, on stderr, with the latest loss and reward margin."""
 
     def __init__(self, stream: PairStream) -> None:
         self.stream = stream
         self.bar: tqdm[Any] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             total = math.ceil(self.stream.cache.n_pairs * args.num_train_epochs)
             if args.max_steps > 0:
@@ -131,11 +127,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             done = min(state.global_step * self.stream.global_batch, total)
             self.bar = tqdm(total=total, initial=done, desc="align", unit=" pairs", disable=None)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
-            self.bar.update(min(self.stream.global_batch, int(self.bar.total) - self.bar.n))
+            self.bar.update(min(self.stream.global_batch, int(self.bar.total or 0) - self.bar.n))
 
     def on_log(
         self,
@@ -148,22 +142,18 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         if self.bar is not None and logs and "rewards/margins" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, reward margin {logs['rewards/margins']:.4f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-class MetricsFile(TrainerCallback):  # type: ignore[misc]
+class MetricsFile(TrainerCallback):
     """metrics.jsonl: one object per logged step, floats in full; a resumed run continues where its checkpoint was."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -177,7 +167,10 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         if state.is_world_process_zero and logs and "rewards/margins" in logs:
-            row = {"step": state.global_step, **{name: value for name, value in logs.items() if name != "step"}}
+            row = {
+                "step": state.global_step,
+                **{name: value for name, value in logs.items() if name != "step"},
+            }
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

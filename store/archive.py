@@ -47,8 +47,7 @@ def pack(members: Mapping[str, bytes | memoryview]) -> bytes:
         )
         local = _LOCAL.pack(b"PK\x03\x04", *common) + raw_name
         directory.append(
-            _CENTRAL.pack(b"PK\x01\x02", _MADE_BY_UNIX, *common, 0, 0, 0, _REGULAR_FILE_0644, offset)
-            + raw_name
+            _CENTRAL.pack(b"PK\x01\x02", _MADE_BY_UNIX, *common, 0, 0, 0, _REGULAR_FILE_0644, offset) + raw_name
         )
         body += [local, data]
         offset += len(local) + len(data)

@@ -15,6 +15,7 @@ from store.manifest import (
     MANIFEST,
     MAX_JSON_BYTES,
     RECIPE,
+    REPAIR,
     SHARDS,
     Manifest,
     parse_manifest,
@@ -47,9 +48,7 @@ class Cache:
     def __init__(self, folder: Folder, key: str) -> None:
         self.folder = folder
         self.key = key
-        self.recipe: dict[str, Any] = parse_recipe(
-            folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE)
-        )
+        self.recipe: dict[str, Any] = parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))
         """What the key was made from: format, scorer, pairs."""
         self._facts = recipe_facts(self.recipe)
         manifest = self._read_manifest()
@@ -98,10 +97,7 @@ class Cache:
                 size = None
             if size != entry.size:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CacheDamaged(
-                    f"{self.folder.where(name)} {found}, the manifest says {entry.size} bytes; "
-                    f"restore it from a copy, or delete {self.folder.root} and run fpo cache again"
-                )
+                raise CacheDamaged(f"{self.folder.where(name)} {found}, the manifest says {entry.size} bytes; {REPAIR}")
 
     def __repr__(self) -> str:
         return f"Cache({self.key[:12]}, {self.n_pairs} pairs in {len(self.shard_pairs)} {SHARDS})"

@@ -67,9 +67,7 @@ class Folder:
         path = self.root / name
         with _explained("read", path):
             try:
-                descriptor = os.open(
-                    path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-                )
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
             except FileNotFoundError:
                 raise CacheMissing(f"{path} is missing") from None
             except OSError as error:
@@ -88,6 +86,10 @@ class Folder:
         """Write a new object; False where the name is taken already, whose bytes then stay as they are."""
         path = self.root / name
         with _explained("write", path):
+            if os.path.lexists(path):
+                # Somebody may have made the name without having synced it yet; what follows relies on it.
+                _sync_directory(path.parent)
+                return False
             temporary = _write_temporary(self.root / TMP, path.name, data)
             try:
                 created = _move_without_replacing(temporary, path)
@@ -96,6 +98,11 @@ class Folder:
                     os.unlink(temporary)
             _sync_directory(path.parent)
             return created
+
+    def sync(self, subfolder: str) -> None:
+        """Make the names inside durable, whoever made them."""
+        with _explained("sync", self.root / subfolder):
+            _sync_directory(self.root / subfolder)
 
     def size(self, name: str) -> int:
         """In bytes. Raises CacheMissing where there is none."""
@@ -213,7 +220,7 @@ def _sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS):
             raise
     finally:
         os.close(descriptor)

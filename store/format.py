@@ -82,9 +82,7 @@ def encode_shard(pairs: Pairs, key: str, sid: int, bounds: Bounds) -> bytes:
     raw = sum(array.nbytes for array in arrays.values())
     if raw > MAX_RAW_BYTES:
         raise Invalid(f"its arrays take {raw} bytes, a shard holds at most {MAX_RAW_BYTES}")
-    members: dict[str, bytes | memoryview] = dict(
-        _group_members(bounds, key, sid, len(pairs), pairs.n_tokens)
-    )
+    members: dict[str, bytes | memoryview] = dict(_group_members(bounds, key, sid, len(pairs), pairs.n_tokens))
     for path, spec in schema(len(bounds.features), bounds.top_logits > 0).items():
         array = arrays[path]
         members[f"{path}/zarr.json"] = _array_metadata(spec, array.shape)
@@ -116,9 +114,7 @@ def decode_shard(data: bytes, key: str, sid: int, bounds: Bounds) -> Pairs:
     if set(members) != expected_names:
         odd = sorted(set(members) ^ expected_names)
         raise Invalid(f"members missing or unknown inside it: {', '.join(odd[:4])!r}")
-    pairs = _pairs_of(
-        {path: _decode(path, spec, shapes[path], members) for path, spec in specs.items()}, bounds
-    )
+    pairs = _pairs_of({path: _decode(path, spec, shapes[path], members) for path, spec in specs.items()}, bounds)
     check_pairs(pairs, bounds)
     return pairs
 
@@ -197,9 +193,7 @@ def _shape(path: str, spec: ArraySpec, members: dict[str, memoryview]) -> tuple[
     return shape
 
 
-def _decode(
-    path: str, spec: ArraySpec, shape: tuple[int, ...], members: dict[str, memoryview]
-) -> NDArray[Any]:
+def _decode(path: str, spec: ArraySpec, shape: tuple[int, ...], members: dict[str, memoryview]) -> NDArray[Any]:
     dtype = np.dtype(spec.dtype).newbyteorder("<")
     nbytes = math.prod(shape) * dtype.itemsize
     # Asked before anything is allocated: a frame of 32 kB may announce a gigabyte.

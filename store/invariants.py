@@ -51,9 +51,7 @@ def check_pairs(pairs: Pairs, bounds: Bounds) -> None:
     wrong = (pair_digests(pairs.input_ids, pairs.splits) != pairs.pair_digest).any(axis=1)
     if wrong.any():
         row = int(wrong.argmax())
-        raise Invalid(
-            f"pair_digest[{row}] is not the digest of that pair's token ids (pair {pairs.pair_id[row]})"
-        )
+        raise Invalid(f"pair_digest[{row}] is not the digest of that pair's token ids (pair {pairs.pair_id[row]})")
     _check_logps(pairs)
     if len(pairs.features) != len(bounds.features):
         raise Invalid(f"it has {len(pairs.features)} hookpoints, the recipe has {len(bounds.features)}")
@@ -99,9 +97,7 @@ def _check_features(name: str, features: Features, P: int, d_sae: int, top_k: in
     # Between two completions the indices may fall; N itself and 0 are no place between two entries.
     falls[(starts[(starts > 0) & (starts < N)] - 1).astype(np.int64)] = False
     if falls.any():
-        raise Invalid(
-            f"{name}/indices does not ascend inside a completion, at entry {int(falls.argmax()) + 1}"
-        )
+        raise Invalid(f"{name}/indices does not ascend inside a completion, at entry {int(falls.argmax()) + 1}")
     kept = lengths_of(features.splits).reshape(P, 2)
     most = features.active.astype(np.int64) if top_k is None else np.minimum(features.active, top_k)
     if (kept > most).any():

@@ -89,6 +89,4 @@ def _refuse_ambiguous(obj: Any, where: str) -> None:
             _refuse_ambiguous(value, f"{where}[{n}]")
     # type(), not isinstance: numpy's float64 is a float, an IntEnum is an int.
     elif type(obj) not in (str, int, bool, type(None)):
-        raise TypeError(
-            f"canonical JSON: {where} is {obj!r}, a {type(obj).__name__}; give a string or an int"
-        )
+        raise TypeError(f"canonical JSON: {where} is {obj!r}, a {type(obj).__name__}; give a string or an int")

@@ -86,12 +86,9 @@ class Store:
             return found[0]
         if found:
             raise CacheMissing(
-                f"{name} is the start of {len(found)} keys in {self.root}; give more digits\n"
-                + _indented(found)
+                f"{name} is the start of {len(found)} keys in {self.root}; give more digits\n" + _indented(found)
             )
-        listing = (
-            f"it holds\n{_indented(keys)}" if keys else "it is empty; build a cache with fpo cache RECIPE"
-        )
+        listing = f"it holds\n{_indented(keys)}" if keys else "it is empty; build a cache with fpo cache RECIPE"
         raise CacheMissing(f"no cache in {self.root} has a key that starts with {name!r}; {listing}")
 
     def summaries(self) -> list[Summary]:

@@ -26,6 +26,9 @@ RECORDS = "records"
 MAX_JSON_BYTES = 2**26
 """Largest recipe, record or manifest that is read: a manifest takes about 200 bytes per shard."""
 
+REPAIR = "restore it from a copy, or delete the whole cache and run fpo cache again"
+REPAIR_RECORD = "delete it and run fpo cache again: its shard is checked and recorded anew"
+
 Parsed = TypeVar("Parsed")
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -126,18 +129,14 @@ class RecipeFacts(_Open):
     @model_validator(mode="after")
     def _adds_up(self) -> RecipeFacts:
         if sum(self.pairs.shard_pairs) != self.pairs.n_pairs:
-            raise ValueError(
-                f"pairs.shard_pairs adds up to {sum(self.pairs.shard_pairs)}, not {self.pairs.n_pairs}"
-            )
+            raise ValueError(f"pairs.shard_pairs adds up to {sum(self.pairs.shard_pairs)}, not {self.pairs.n_pairs}")
         return self
 
     @property
     def bounds(self) -> Bounds:
         top_ks = [None if f.top_k == "all" else f.top_k for f in self.scorer.features]
         widths = [f.d_sae for f in self.scorer.features]
-        return Bounds(
-            self.scorer.vocab_size, tuple(zip(widths, top_ks, strict=True)), self.scorer.extras.top_logits
-        )
+        return Bounds(self.scorer.vocab_size, tuple(zip(widths, top_ks, strict=True)), self.scorer.extras.top_logits)
 
 
 def recipe_facts(recipe: dict[str, Any]) -> RecipeFacts:
@@ -152,7 +151,7 @@ def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
     """recipe.json of cache `key`. Raises CacheDamaged, or CacheError for another format version."""
     if sha256_hex(data) != key:
         raise CacheDamaged(
-            f"{where} has the sha256 {sha256_hex(data)[:12]}..., its folder is named {key[:12]}..."
+            f"{where} has the sha256 {sha256_hex(data)[:12]}..., its folder is named {key[:12]}...; {REPAIR}"
         )
     return _parsed(where, lambda: _recipe(data))
 
@@ -163,9 +162,12 @@ def record_bytes(record: Record) -> bytes:
 
 def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
     """Raises CacheDamaged naming `where`."""
-    record = _parsed(where, lambda: Record.model_validate(parse_checked_json(data)))
+    record = _parsed(where, lambda: Record.model_validate(parse_checked_json(data)), REPAIR_RECORD)
     if (record.key, record.shard) != (key, sid):
-        raise CacheDamaged(f"{where} is the record of shard {record.shard} of cache {record.key[:12]}...")
+        raise CacheDamaged(
+            f"{where} is the record of shard {record.shard} of cache {record.key[:12]}..., "
+            f"not of shard {sid} of {key[:12]}...; {REPAIR_RECORD}"
+        )
     return record
 
 
@@ -177,9 +179,9 @@ def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Man
     """Raises CacheDamaged naming `where`, also where the manifest does not fit the recipe."""
     manifest = _parsed(where, lambda: Manifest.model_validate(parse_checked_json(data)))
     if manifest.key != key:
-        raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...")
+        raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...; {REPAIR}")
     if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
-        raise CacheDamaged(f"{where} lists other shards than {RECIPE}'s pairs.shard_pairs")
+        raise CacheDamaged(f"{where} lists other shards than {RECIPE}'s pairs.shard_pairs; {REPAIR}")
     return manifest
 
 
@@ -196,13 +198,13 @@ def _recipe(data: bytes) -> dict[str, Any]:
     return recipe
 
 
-def _parsed(where: str, parse: Callable[[], Parsed]) -> Parsed:
+def _parsed(where: str, parse: Callable[[], Parsed], repair: str = REPAIR) -> Parsed:
     try:
         return parse()
     except ValidationError as error:
-        raise CacheDamaged(f"{where} is damaged: {_first(error)}") from None
+        raise CacheDamaged(f"{where} is damaged: {_first(error)}; {repair}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise CacheDamaged(f"{where} is damaged: {error}") from None
+        raise CacheDamaged(f"{where} is damaged: {error}; {repair}") from None
 
 
 def _first(error: ValidationError) -> str:

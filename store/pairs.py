@@ -47,9 +47,7 @@ class Features:
         """The features of these pairs, in this order."""
         rows = _positions(rows, len(self.active))
         entries, splits = _gather(self.splits, _completions(rows))
-        return Features(
-            self.indices[entries], self.acts[entries], splits, self.active[rows], self.tail_sq[rows]
-        )
+        return Features(self.indices[entries], self.acts[entries], splits, self.active[rows], self.tail_sq[rows])
 
     @staticmethod
     def concat(parts: Sequence[Features]) -> Features:
@@ -164,12 +162,9 @@ class Pairs:
             ref_logps=np.concatenate([p.ref_logps for p in parts]),
             token_logps=np.concatenate([p.token_logps for p in parts]),
             features=tuple(
-                Features.concat(list(hookpoint))
-                for hookpoint in zip(*(p.features for p in parts), strict=True)
+                Features.concat(list(hookpoint)) for hookpoint in zip(*(p.features for p in parts), strict=True)
             ),
-            top_logits=TopLogits(
-                np.concatenate([t.indices for t in tops]), np.concatenate([t.logps for t in tops])
-            )
+            top_logits=TopLogits(np.concatenate([t.indices for t in tops]), np.concatenate([t.logps for t in tops]))
             if tops
             else None,
         )

@@ -8,7 +8,7 @@ from errors import CacheDamaged, CacheMissing
 from store.files import Folder, sha256_hex
 from store.format import MAX_FILE_BYTES, decode_shard
 from store.invariants import Bounds, Invalid
-from store.manifest import ShardEntry, shard_name
+from store.manifest import REPAIR, ShardEntry, shard_name
 from store.pairs import Pairs
 
 
@@ -22,12 +22,12 @@ def load_shard(folder: Folder, key: str, entry: ShardEntry, bounds: Bounds) -> P
     try:
         data = folder.read(shard_name(entry.shard), MAX_FILE_BYTES)
     except CacheMissing as error:
-        raise CacheDamaged(f"{error}; {_repair(folder)}") from None
+        raise CacheDamaged(f"{error}; {REPAIR}") from None
     found, actual = check_shard(folder, key, entry.shard, data, bounds, entry)
     if (actual.n_pairs, actual.n_tokens) != (entry.n_pairs, entry.n_tokens):
         raise CacheDamaged(
             f"{where} has {actual.n_pairs} pairs and {actual.n_tokens} tokens, "
-            f"the manifest says {entry.n_pairs} and {entry.n_tokens}; {_repair(folder)}"
+            f"the manifest says {entry.n_pairs} and {entry.n_tokens}; {REPAIR}"
         )
     return found
 
@@ -42,23 +42,14 @@ def check_shard(
     """
     where = folder.where(shard_name(sid))
     if entry is not None and len(data) != entry.size:
-        raise CacheDamaged(
-            f"{where} has {len(data)} bytes, the manifest says {entry.size}; {_repair(folder)}"
-        )
+        raise CacheDamaged(f"{where} has {len(data)} bytes, the manifest says {entry.size}; {REPAIR}")
     digest = sha256_hex(data)
     if entry is not None and digest != entry.sha256:
         raise CacheDamaged(
-            f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; "
-            f"{_repair(folder)}"
+            f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; {REPAIR}"
         )
     try:
         pairs = decode_shard(data, key, sid, bounds)
     except Invalid as error:
-        raise CacheDamaged(f"{where} is damaged: {error}; {_repair(folder)}") from None
-    return pairs, ShardEntry(
-        shard=sid, size=len(data), sha256=digest, n_pairs=len(pairs), n_tokens=pairs.n_tokens
-    )
-
-
-def _repair(folder: Folder) -> str:
-    return f"restore it from a copy, or delete {folder.root} and run fpo cache again"
+        raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR}") from None
+    return pairs, ShardEntry(shard=sid, size=len(data), sha256=digest, n_pairs=len(pairs), n_tokens=pairs.n_tokens)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,9 +54,7 @@ class Report:
         return not self.problems
 
 
-def verify(
-    store: Store | Path | str, name: str, on_shard: Callable[[int, int], None] | None = None
-) -> Report:
+def verify(store: Store | Path | str, name: str, on_shard: Callable[[int, int], None] | None = None) -> Report:
     """
     Read the whole cache: sizes, checksums, encodings, invariants, the key, records against the manifest,
     files that do not belong there. One shard is in memory at a time.
@@ -74,23 +73,21 @@ def verify(
             report.problems.append(str(error))
             return None
 
-    facts = attempt(lambda: _facts(folder, key))
+    facts = attempt(partial(_facts, folder, key))
     if facts is None:
         return report
     total = len(facts.pairs.shard_pairs)
-    attempt(lambda: _refuse_strangers(folder, total, report))
-    manifest = attempt(lambda: _manifest(folder, key, facts))
+    attempt(partial(_refuse_strangers, folder, total, report))
+    manifest = attempt(partial(_manifest, folder, key, facts))
     ids, digests = [np.empty(0, np.uint64)], [np.empty((0, 16), np.uint8)]
     for sid in range(total):
-        record = attempt(lambda sid=sid: _record(folder, key, sid))  # type: ignore[misc]
+        record = attempt(partial(_record, folder, key, sid))
         entry = manifest.shards[sid] if manifest else record
         if manifest and record and record != entry:
-            report.problems.append(
-                f"{folder.where(record_name(sid))} does not say what {MANIFEST} says of its shard"
-            )
+            report.problems.append(f"{folder.where(record_name(sid))} does not say what {MANIFEST} says of its shard")
         if entry is None:
             continue
-        pairs = attempt(lambda entry=entry: load_shard(folder, key, entry, facts.bounds))  # type: ignore[misc]
+        pairs = attempt(partial(load_shard, folder, key, entry, facts.bounds))
         if pairs is not None:
             report.shards, report.pairs = report.shards + 1, report.pairs + len(pairs)
             ids.append(pairs.pair_id)
@@ -120,14 +117,10 @@ def _refuse_strangers(folder: Folder, total: int, report: Report) -> None:
     known = {RECIPE, MANIFEST, SHARDS, RECORDS, TMP}
     known |= {name(sid) for sid in range(total) for name in (shard_name, record_name)}
     there = folder.names() + [f"{sub}/{name}" for sub in (SHARDS, RECORDS) for name in folder.names(sub)]
-    report.problems += [
-        f"{folder.where(name)} does not belong to this cache" for name in there if name not in known
-    ]
+    report.problems += [f"{folder.where(name)} does not belong to this cache" for name in there if name not in known]
 
 
-def _check_all_pairs(
-    folder: Folder, facts: RecipeFacts, ids: np.ndarray, digests: np.ndarray, report: Report
-) -> None:
+def _check_all_pairs(folder: Folder, facts: RecipeFacts, ids: np.ndarray, digests: np.ndarray, report: Report) -> None:
     if len(np.unique(ids)) != len(ids):
         report.problems.append(f"{folder.where(SHARDS)}: a pair stands in two shards")
     found = pairs_digest(digests[np.argsort(ids)])

@@ -97,9 +97,7 @@ def _hash_tensors(files: Sequence[Path]) -> str:
     for path in files:
         for name, dtype, shape, digest in _tensors_of(path):
             if name in tensors:
-                raise ModelError(
-                    f"{path}: the tensor {name} stands in another of these files too; give each file once"
-                )
+                raise ModelError(f"{path}: the tensor {name} stands in another of these files too; give each file once")
             tensors[name] = [name, dtype, shape, digest]
     return sha256_hex(canonical_json([tensors[name] for name in sorted(tensors)]))
 
@@ -125,9 +123,7 @@ def _tensors_of(path: Path) -> list[tuple[str, str, list[int], str]]:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path} is not a whole safetensors file ({error}); download or convert it again"
-        ) from error
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); download or convert it again") from error
 
 
 def _hash_range(file: BinaryIO, base: int, entry: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ committed, adopted by the next one, or a file in tmp/ that nobody reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class CacheWriter:
     """Creates the cache of a recipe, or goes on where another writer stopped."""
 
     def __init__(
-        self, store: Store, recipe: dict[str, Any], plan: Sequence[NDArray[np.integer[Any]]]
+        self, store: Store | Path | str, recipe: dict[str, Any], plan: Sequence[NDArray[np.integer[Any]]]
     ) -> None:
         """
         recipe: {"format": 1, "scorer": {...}, "pairs": {...}}, see docs/cache-format.md.
@@ -61,6 +62,7 @@ class CacheWriter:
         if self.plan and len(np.unique(np.concatenate(self.plan))) != self.facts.pairs.n_pairs:
             raise ValueError("the plan holds a pair twice")
         self.key = cache_key(recipe)
+        store = store if isinstance(store, Store) else Store(store)
         self.folder = store.folder(self.key)
         self.folder.prepare(SHARDS, RECORDS)
         if not self.folder.create(RECIPE, canonical_json(recipe)):
@@ -81,9 +83,7 @@ class CacheWriter:
         (a NaN from the model) or the disk refuses.
         """
         if not np.array_equal(pairs.pair_id, self.plan[sid]):
-            raise ValueError(
-                f"shard {sid} must hold the pairs {_few(self.plan[sid])}, got {_few(pairs.pair_id)}"
-            )
+            raise ValueError(f"shard {sid} must hold the pairs {_few(self.plan[sid])}, got {_few(pairs.pair_id)}")
         try:
             data = encode_shard(pairs, self.key, sid, self.facts.bounds)
         except Invalid as error:
@@ -127,9 +127,7 @@ class CacheWriter:
         where = self.folder.where(MANIFEST)
         theirs = parse_manifest(self.folder.read(MANIFEST, MAX_JSON_BYTES), self.key, self.facts, where)
         if theirs.shards != entries:
-            raise CacheConflict(
-                f"{where} seals other shards than the records do; move {self.folder.root} away"
-            )
+            raise CacheConflict(f"{where} seals other shards than the records do; move {self.folder.root} away")
         return theirs
 
     def _check_shards(self, entries: Sequence[ShardEntry]) -> None:
@@ -169,12 +167,17 @@ class CacheWriter:
                 if entry is None:
                     self._discard(sid)
                 else:
+                    self.folder.sync(SHARDS)
                     self._record(entry, {"adopted": True})
 
     def _standing_shard(self, sid: int) -> ShardEntry | None:
         """The shard under this name if it is whole and the planned one, else None."""
+        return self._planned(sid, shard_name(sid))
+
+    def _planned(self, sid: int, name: str) -> ShardEntry | None:
+        """What a record says about the object `name`, if that is shard `sid` as planned, else None."""
         try:
-            data = self.folder.read(shard_name(sid), MAX_FILE_BYTES)
+            data = self.folder.read(name, MAX_FILE_BYTES)
             pairs, entry = check_shard(self.folder, self.key, sid, data, self.facts.bounds)
         except (CacheDamaged, CacheMissing):
             return None
@@ -188,12 +191,8 @@ class CacheWriter:
         aside = self.folder.set_aside(shard_name(sid))
         if aside is None:
             return
-        try:
-            data = self.folder.read(aside, MAX_FILE_BYTES)
-            check_shard(self.folder, self.key, sid, data, self.facts.bounds)
-            self.folder.create(shard_name(sid), data)
-        except CacheDamaged:
-            pass
+        if self._planned(sid, aside) is not None:
+            self.folder.create(shard_name(sid), self.folder.read(aside, MAX_FILE_BYTES))
         self.folder.remove(aside)
 
     def _record(self, entry: ShardEntry, provenance: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["scoring", "stage2_align"], "beartype.beartype")
+install_import_hook(["scoring", "stage2_align.objectives", "stage2_align.measure"], "beartype.beartype")
 
-import torch
+import torch  # noqa: E402 - after the hook
 
 torch.set_num_threads(1)

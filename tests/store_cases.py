@@ -139,8 +139,7 @@ def same(a: Pairs, b: Pairs) -> bool:
 
     left, right = arrays(a), arrays(b)
     return len(left) == len(right) and all(
-        x.dtype == y.dtype and x.shape == y.shape and np.array_equal(x, y)
-        for x, y in zip(left, right, strict=True)
+        x.dtype == y.dtype and x.shape == y.shape and np.array_equal(x, y) for x, y in zip(left, right, strict=True)
     )
 
 

@@ -1,8 +1,8 @@
 """
 A writer that is killed at its n-th system call, for every n: python store_killed_writer.py FOLDER
 
-For n = 1, 2, ... a forked child fills the store FOLDER/n and gets SIGKILL right before call n and,
-in FOLDER/n-after, right behind it. Stops at the first n that a writer does not reach.
+For n = 1, 2, ... a forked child fills the store FOLDER/n and gets SIGKILL right before call n, which leaves
+what call n - 1 left. Stops at the first n that a writer does not reach.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from store_cases import World
 CALLS = ("mkdir", "open", "write", "fsync", "link", "unlink", "rename")
 
 
-def die_at(n: int, after: bool) -> None:
+def die_at(n: int) -> None:
     """Wrap what the writer asks of the system; the n-th call is its last."""
     made = 0
 
@@ -27,12 +27,9 @@ def die_at(n: int, after: bool) -> None:
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal made
             made += 1
-            if made == n and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **kwargs)
             if made == n:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            return call(*args, **kwargs)
 
         return counted
 
@@ -40,11 +37,11 @@ def die_at(n: int, after: bool) -> None:
         setattr(os, name, wrapped(getattr(os, name)))
 
 
-def killed(root: Path, n: int, after: bool) -> bool:
+def killed(root: Path, n: int) -> bool:
     child = os.fork()
     if child == 0:
         world = World(root)
-        die_at(n, after)
+        die_at(n)
         world.fill()
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -55,8 +52,7 @@ def killed(root: Path, n: int, after: bool) -> bool:
 
 def main(folder: Path) -> None:
     n = 1
-    while killed(folder / f"{n}", n, after=False):
-        killed(folder / f"{n}-after", n, after=True)
+    while killed(folder / f"{n}", n):
         n += 1
     print(n - 1)
 

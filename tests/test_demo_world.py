@@ -32,9 +32,7 @@ MINIATURE = WorldSettings(
     language_model=LanguageModelSettings(
         hidden_size=48, intermediate_size=96, layers=2, steps=70, batch_size=8, heldout_stories=40
     ),
-    autoencoder=AutoencoderSettings(
-        layer=0, d_sae=96, k=8, stories=60, steps=60, batch_size=128, heldout_stories=20
-    ),
+    autoencoder=AutoencoderSettings(layer=0, d_sae=96, k=8, stories=60, steps=60, batch_size=128, heldout_stories=20),
     preferences=PreferenceSettings(train_pairs=24, test_pairs=8),
 )
 
@@ -284,13 +282,9 @@ def test_padding_changes_neither_samples_nor_their_log_probability(world: Path):
     prompts = [tokenizer(text)["input_ids"] for text in ("Once upon a time there was a", "Tim", "One day")]
     uniforms = np.random.default_rng(0).random((3, 30), dtype=np.float32)
     together = sample_completions(model, prompts, uniforms, "together")
-    alone = [
-        sample_completions(model, [p], u[None], "alone")[0] for p, u in zip(prompts, uniforms, strict=True)
-    ]
+    alone = [sample_completions(model, [p], u[None], "alone")[0] for p, u in zip(prompts, uniforms, strict=True)]
     assert together == alone
-    for prompt, completion, logp in zip(
-        prompts, together, completion_logps(model, prompts, together), strict=True
-    ):
+    for prompt, completion, logp in zip(prompts, together, completion_logps(model, prompts, together), strict=True):
         with torch.no_grad():
             log_probs = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
         expected = sum(float(log_probs[len(prompt) - 1 + i, t]) for i, t in enumerate(completion))
@@ -327,14 +321,10 @@ def test_a_changed_policy_has_a_divergence_and_its_report_is_json(
 
 def test_estimate_is_the_mean_and_196_standard_errors():
     """Values 0 and 2: mean 1, standard deviation sqrt(2), standard error 1."""
-    assert evaluate_module.estimate(np.array([0.0, 2.0])) == evaluate_module.Estimate(
-        1.0, pytest.approx(1.96)
-    )
+    assert evaluate_module.estimate(np.array([0.0, 2.0])) == evaluate_module.Estimate(1.0, pytest.approx(1.96))
 
 
-def test_evaluation_refuses_what_is_not_there(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_evaluation_refuses_what_is_not_there(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(DataError, match="no demo world here"):
         evaluate(world / "model", tmp_path)
     with pytest.raises(ModelError, match=r"config\.json is missing"):

@@ -61,9 +61,7 @@ def trl_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None, folder:
         num_hidden_layers=1,
         num_attention_heads=1,
     )
-    arguments = trl.DPOConfig(
-        output_dir=str(folder), max_length=max_length, use_cpu=True, bf16=False, report_to=[]
-    )
+    arguments = trl.DPOConfig(output_dir=str(folder), max_length=max_length, use_cpu=True, bf16=False, report_to=[])
     trainer = trl.DPOTrainer(
         model=LlamaForCausalLM(config),
         ref_model=LlamaForCausalLM(config),

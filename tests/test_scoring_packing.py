@@ -79,8 +79,10 @@ def test_a_family_that_reads_packed_pairs_passes_the_check_and_a_broken_mask_fai
     model = tiny_model("llama")
     install_scoring(model)
     check_packing(model)
-    monkeypatch.setattr("scoring.scorer.attention_mask", lambda pair, *_: torch.ones(
-        pair.shape[0], 1, pair.shape[1], pair.shape[1], dtype=torch.bool).tril())
+    monkeypatch.setattr(
+        "scoring.scorer.attention_mask",
+        lambda pair, *_: torch.ones(pair.shape[0], 1, pair.shape[1], pair.shape[1], dtype=torch.bool).tril(),
+    )
     with pytest.raises(ModelError, match="llama: packed and separate forwards differ"):
         check_packing(model)
 

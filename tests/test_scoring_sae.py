@@ -97,8 +97,7 @@ def test_saelens_encodes_as_its_formula(architecture, norm, subtracts, tmp_path)
         "standard": lambda: np.maximum(h, 0),
         "jumprelu": lambda: np.maximum(h, 0) * (h > w["threshold"]),
         "gated": lambda: (
-            (y @ w["W_enc"] + w["b_gate"] > 0)
-            * np.maximum(y @ (w["W_enc"] * np.exp(w["r_mag"])) + w["b_mag"], 0)
+            (y @ w["W_enc"] + w["b_gate"] > 0) * np.maximum(y @ (w["W_enc"] * np.exp(w["r_mag"])) + w["b_mag"], 0)
         ),
         "topk": lambda: np.maximum(h, 0) * largest(h, k),
     }[architecture]()
@@ -194,14 +193,10 @@ def build(kind: str, folder: Path) -> Sae:
         "gemma_scope": lambda: write_gemma_scope(folder, t),
         "standard": lambda: write_saelens(folder, t, "standard", metadata={}),
         "gated": lambda: write_saelens(folder, t, "gated", metadata={}),
-        "layer_norm": lambda: write_saelens(
-            folder, t, "jumprelu", normalize_activations="layer_norm", metadata={}
-        ),
+        "layer_norm": lambda: write_saelens(folder, t, "jumprelu", normalize_activations="layer_norm", metadata={}),
         "centred": lambda: write_saelens(folder, t, "standard", metadata=centred),
         "topk": lambda: write_sparsify(folder, t),
-        "rescaled topk": lambda: write_saelens(
-            folder, t, "topk", k=4, rescale_acts_by_decoder_norm=True, metadata={}
-        ),
+        "rescaled topk": lambda: write_saelens(folder, t, "topk", k=4, rescale_acts_by_decoder_norm=True, metadata={}),
         "groupmax": lambda: write_sparsify(folder, t, activation="groupmax"),
     }[kind]()
     return load_sae(source)
@@ -355,6 +350,4 @@ def test_one_sae_in_three_formats_is_the_same_encoder(tmp_path):
     x = torch.from_numpy(random_tokens())
     first, *others = (load_sae(source) for source in sources)
     assert all(torch.equal(first.encode(x), other.encode(x)) for other in others)
-    assert {dataclasses.replace(o.facts, format="") for o in others} == {
-        dataclasses.replace(first.facts, format="")
-    }
+    assert {dataclasses.replace(o.facts, format="") for o in others} == {dataclasses.replace(first.facts, format="")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +150,7 @@ def test_centred_saes_say_so(tmp_path):
     [("layers.10.mlp", "model.layers.10.mlp"), ("h.3.attn", "transformer.h.3.attn"), ("mine", None)],
 )
 def test_sparsify_hooks_where_its_folder_says(folder, hint, tmp_path):
-    expected = facts(
-        architecture="topk", elementwise=False, format="sparsify", advertised_l0=4.0, hook_hint=hint
-    )
+    expected = facts(architecture="topk", elementwise=False, format="sparsify", advertised_l0=4.0, hook_hint=hint)
     assert sae_facts(write_sparsify(tmp_path / folder, random_sae())) == expected
 
 
@@ -258,9 +255,7 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
         raise LocalEntryNotFoundError("not here") from ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(
-        SaeError, match=r"not in the hub's cache, and the hub cannot be reached \(ConnectionError\)"
-    ):
+    with pytest.raises(SaeError, match=r"not in the hub's cache, and the hub cannot be reached \(ConnectionError\)"):
         sae_facts("me/repo/folder")
 
 
@@ -460,4 +455,3 @@ def test_integer_weights_are_refused(tmp_path):
     t = dict(np.load(tmp_path / "params.npz"))
     np.savez(tmp_path / "params.npz", **{**t, "W_enc": t["W_enc"].astype(np.int32)})
     assert "dtype int32, expected a float" in refusal(source, weights=True)
-    shutil.rmtree(tmp_path)

@@ -77,13 +77,13 @@ def test_the_files_of_a_folder_are_its_splits(tmp_path):
     (tmp_path / "train_prefs.jsonl").write_text(lines(*texts(4)))
     (tmp_path / "test_prefs-00000-of-00002.jsonl").write_text(lines(*texts(1)))
     (tmp_path / "test_prefs-00001-of-00002.jsonl").write_text(lines(*texts(2)))
+    (tmp_path / "train_prefs-old.jsonl").write_text(lines(*texts(9)))  # the name of no split
     (tmp_path / "README.md").write_text("not data")
     assert len(read_pairs(str(tmp_path), "train_prefs[:50%]")) == 2
     assert len(read_pairs(str(tmp_path), "test_prefs")) == 3
     assert len(read_pairs(str(tmp_path), "train_prefs+test_prefs")) == 7
     assert refusal(tmp_path, "tran_prefs") == (
-        f"{tmp_path}: no split 'tran_prefs' (did you mean 'train_prefs'?); "
-        "its splits: test_prefs, train_prefs"
+        f"{tmp_path}: no split 'tran_prefs' (did you mean 'train_prefs'?); its splits: test_prefs, train_prefs"
     )
 
 
@@ -127,9 +127,7 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path):
 
 
 def test_a_column_that_looks_like_the_prompt_is_not_taken_for_an_implicit_one(tmp_path):
-    assert "'promt' looks like the prompt" in refused_rows(
-        tmp_path, {"promt": "p", "chosen": "a", "rejected": "b"}
-    )
+    assert "'promt' looks like the prompt" in refused_rows(tmp_path, {"promt": "p", "chosen": "a", "rejected": "b"})
 
 
 @pytest.mark.parametrize(
@@ -142,6 +140,11 @@ def test_a_column_that_looks_like_the_prompt_is_not_taken_for_an_implicit_one(tm
 )
 def test_mixed_types_of_text_are_refused_by_row_and_column(tmp_path, column, value, expected):
     assert expected in refused_rows(tmp_path, TEXT, {**TEXT, column: value})
+
+
+def test_a_bad_row_far_down_has_its_own_number(tmp_path):
+    rows = [*texts(5000), {**TEXT, "rejected": None}]
+    assert "row 5000, column 'rejected': missing or null" in refused_rows(tmp_path, *rows)
 
 
 def test_numbers_in_every_row_are_refused(tmp_path):
@@ -234,9 +237,7 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch):
     monkeypatch.setattr(pairs, "load_dataset", load)
     assert len(read_pairs("someone/pairs", "train", "small", "v1")) == 1
     assert asked == [(("someone/pairs", "small"), {"split": "train", "revision": "v1"})]
-    with pytest.raises(
-        DataError, match=r"^hub dataset 'someone/pairs': Unknown split \"dev\". Should be one of"
-    ):
+    with pytest.raises(DataError, match=r"^hub dataset 'someone/pairs': Unknown split \"dev\". Should be one of"):
         read_pairs("someone/pairs", "dev")
 
 
@@ -250,9 +251,7 @@ def test_the_fingerprint_of_files_moves_with_the_files_of_the_split(tmp_path):
     assert data_fingerprint(str(tmp_path), "train") == before
     (tmp_path / "train.jsonl").write_text(lines(TEXT, TEXT))
     assert data_fingerprint(str(tmp_path), "train") != before
-    assert data_fingerprint(str(tmp_path / "train.jsonl"), "train")["files"][0]["size"] == len(
-        lines(TEXT, TEXT)
-    )
+    assert data_fingerprint(str(tmp_path / "train.jsonl"), "train")["files"][0]["size"] == len(lines(TEXT, TEXT))
 
 
 def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):

@@ -34,9 +34,7 @@ def letters(bos: bool = True, dummy_prefix: bool = False, **special: str) -> Pre
         inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, **({"bos_token": "<s>", "eos_token": "</s>"} | special)
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **({"bos_token": "<s>", "eos_token": "</s>"} | special))
 
 
 def text(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -95,6 +93,9 @@ def test_max_length_cuts_the_end_of_prompt_and_completion():
     pairs = tokenise(Dataset.from_list([text("c", "aca", "b")]), letters(), max_length=4)
     assert parts(pairs) == [[BOS, C], [A, C], [B, EOS]]
     assert pairs.drops.noted.keys() == {"chosen_truncated"}
+    other_way = tokenise(Dataset.from_list([text("c", "b", "aca")]), letters(), max_length=4)
+    assert parts(other_way) == [[BOS, C], [B, EOS], [A, C]]
+    assert other_way.drops.noted.keys() == {"rejected_truncated"}
 
 
 def test_a_prompt_that_fills_max_length_is_dropped_and_pair_ids_keep_the_row_number():
@@ -135,10 +136,7 @@ def test_messages_are_rendered_with_the_generation_prompt_and_without_special_to
 def test_an_implicit_prompt_gives_the_tokens_of_the_explicit_one():
     explicit = messages(["c", "b"], ["a"], ["b"])
     implicit = {side: explicit["prompt"] + explicit[side] for side in ("chosen", "rejected")}
-    tokens = [
-        tokenise(Dataset.from_list([row]), letters(), None, chat_template=CHAT)
-        for row in (explicit, implicit)
-    ]
+    tokens = [tokenise(Dataset.from_list([row]), letters(), None, chat_template=CHAT) for row in (explicit, implicit)]
     assert parts(tokens[0]) == parts(tokens[1])
 
 
@@ -218,9 +216,7 @@ def test_text_needs_an_end_token_and_messages_a_template():
 def test_a_row_that_the_template_refuses_is_named():
     template = "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}a"
     rows = [messages(["c"], ["a"], ["b"]), messages(["c", "c"], ["a"], ["b"])]
-    with pytest.raises(
-        DataError, match=r"row 1: the chat template refuses.*user user assistant.*must alternate"
-    ):
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses.*user user assistant.*must alternate"):
         tokenise(Dataset.from_list(rows), letters(), None, chat_template=template)
 
 

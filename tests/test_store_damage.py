@@ -194,9 +194,7 @@ def test_a_cache_of_a_future_format_says_what_to_do(cache, pristine, tmp_path):
     future = tmp_path / hashlib.sha256(data).hexdigest()
     future.mkdir()
     (future / "recipe.json").write_bytes(data)
-    with pytest.raises(
-        CacheError, match="has format 2, this version of fpo reads 1; use the version that wrote it"
-    ):
+    with pytest.raises(CacheError, match="has format 2, this version of fpo reads 1; use the version that wrote it"):
         open_cache(tmp_path, future.name)
 
 

@@ -23,9 +23,7 @@ SHARD = encode_shard(PAIRS, KEY, 3, BOUNDS)
 
 
 @settings(deadline=None)
-@given(
-    ragged_lengths, st.integers(0, 2), st.sampled_from([(), HOOKPOINTS, HOOKPOINTS[:1]]), st.integers(0, 99)
-)
+@given(ragged_lengths, st.integers(0, 2), st.sampled_from([(), HOOKPOINTS, HOOKPOINTS[:1]]), st.integers(0, 99))
 def test_a_shard_gives_back_what_was_written(lengths, top_logits, hookpoints, seed):
     pairs = make_pairs(lengths, seed=seed, hookpoints=hookpoints, top_logits=top_logits)
     widths = tuple((d, None if k == "all" else int(k)) for d, k in hookpoints)
@@ -105,17 +103,13 @@ def test_random_members_are_refused_behind_a_valid_zip(data):
     changed = members()
     name = data.draw(st.sampled_from(sorted(changed)))
     original = changed[name]
-    changed[name] = data.draw(
-        st.one_of(st.binary(max_size=60), st.just(original[:-1]), st.just(original + b"\0"))
-    )
+    changed[name] = data.draw(st.one_of(st.binary(max_size=60), st.just(original[:-1]), st.just(original + b"\0")))
     if changed[name] != original:
         with pytest.raises(Invalid):
             decode_shard(pack(changed), KEY, 3, BOUNDS)
 
 
-@pytest.mark.parametrize(
-    "name", ["../../evil", "/etc/evil", "input_ids/c/1", "c:\\evil", "pair_id/.zarray", "n\nl"]
-)
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "input_ids/c/1", "c:\\evil", "pair_id/.zarray", "n\nl"])
 def test_unknown_members_are_refused(name):
     with pytest.raises(Invalid, match="members missing or unknown"):
         decode_shard(pack({**members(), name: b"x"}), KEY, 3, BOUNDS)
@@ -129,9 +123,7 @@ def test_every_missing_member_is_refused(name):
         decode_shard(pack(fewer), KEY, 3, BOUNDS)
 
 
-def rewritten(
-    compression: int = zipfile.ZIP_STORED, duplicate: str | None = None, comment: bytes = b""
-) -> bytes:
+def rewritten(compression: int = zipfile.ZIP_STORED, duplicate: str | None = None, comment: bytes = b"") -> bytes:
     """The same members as another program would zip them."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as archive:

@@ -23,10 +23,7 @@ def memo(tmp_path, monkeypatch):
 
 
 def test_canonical_json_is_spelled_out():
-    assert (
-        canonical_json({"b": [1, True, None], "a": {"ü": "x\n"}})
-        == '{"a":{"ü":"x\\n"},"b":[1,true,null]}'.encode()
-    )
+    assert canonical_json({"b": [1, True, None], "a": {"ü": "x\n"}}) == '{"a":{"ü":"x\\n"},"b":[1,true,null]}'.encode()
     assert canonical_json((1, 2)) == b"[1,2]"
 
 
@@ -53,8 +50,7 @@ def test_what_has_several_spellings_is_refused(value):
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
     ),
 )
 
@@ -87,10 +83,7 @@ TENSORS = {
 
 
 def test_weights_digest_follows_its_definition(tmp_path):
-    rows = [
-        [n, TENSORS[n][0], TENSORS[n][1], hashlib.sha256(TENSORS[n][2]).hexdigest()]
-        for n in ("a", "b", "empty")
-    ]
+    rows = [[n, TENSORS[n][0], TENSORS[n][1], hashlib.sha256(TENSORS[n][2]).hexdigest()] for n in ("a", "b", "empty")]
     text = json.dumps(rows, separators=(",", ":"))
     found = weights_digest([safetensors(tmp_path / "m.safetensors", TENSORS)])
     assert found == hashlib.sha256(text.encode()).hexdigest()
@@ -133,9 +126,7 @@ def test_other_files_are_no_safetensors(tmp_path, data):
 def test_truncated_and_missing_weights_are_named(tmp_path):
     path = safetensors(tmp_path / "m.safetensors", TENSORS)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        ModelError, match=r"m\.safetensors is not a whole safetensors file \(it ends 1 bytes early\)"
-    ):
+    with pytest.raises(ModelError, match=r"m\.safetensors is not a whole safetensors file \(it ends 1 bytes early\)"):
         weights_digest([path])
     for digest in (lambda: weights_digest([tmp_path / "no"]), lambda: file_digest(tmp_path / "no")):
         with pytest.raises(ModelError, match=r"cannot read .*no: No such file"):
@@ -210,9 +201,7 @@ def test_a_golden_permutation():
     st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)), max_size=40),
     st.integers(0, 2**64 - 1), st.integers(1, 9), st.integers(1, 60), st.integers(1, 900),
 )  # fmt: skip
-def test_a_plan_holds_every_pair_once_and_closes_shards_as_late_as_it_may(
-    lengths, seed, pairs, tokens, n_bytes
-):
+def test_a_plan_holds_every_pair_once_and_closes_shards_as_late_as_it_may(lengths, seed, pairs, tokens, n_bytes):
     counts = np.array(lengths, dtype=np.int64).reshape(-1, 3)
     extra = np.full(len(counts), 10)
     plan = plan_shards(counts, extra, seed, pairs, tokens, n_bytes)

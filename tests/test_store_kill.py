@@ -16,14 +16,12 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked wr
 
 @pytest.fixture(scope="module")
 def graves(tmp_path_factory):
-    """The stores of writers killed before and behind every system call."""
+    """The stores of writers killed before every system call."""
     folder = tmp_path_factory.mktemp("killed")
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent)])
     script = [sys.executable, str(here / "store_killed_writer.py"), str(folder)]
-    done = subprocess.run(
-        script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     # 3 shards, 3 records, recipe and manifest: each at least open, write, fsync, link, unlink, open, fsync.
     assert int(done.stdout) >= 8 * 7

@@ -30,9 +30,7 @@ def test_take_picks_the_segments_of_each_pair():
     assert swapped.splits.tolist() == [0, 0, 1, 3, 5, 8, 9]
     assert np.array_equal(swapped.token_logps, np.r_[pairs.token_logps[4:], pairs.token_logps[:4]])
     first = pairs.features[0]
-    assert np.array_equal(
-        swapped.features[0].acts[: first.splits[4] - first.splits[2]], first.acts[first.splits[2] :]
-    )
+    assert np.array_equal(swapped.features[0].acts[: first.splits[4] - first.splits[2]], first.acts[first.splits[2] :])
 
 
 @settings(deadline=None)

@@ -140,9 +140,7 @@ def test_seal_refuses_a_shard_that_changed_since_and_says_how_to_repair_it(world
     data = bytearray(shard.read_bytes())
     data[200] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(
-        CacheDamaged, match=r"000001\.zarr\.zip has the sha256 .*\n  or delete only it and"
-    ) as caught:
+    with pytest.raises(CacheDamaged, match=r"000001\.zarr\.zip has the sha256 .*\n  or delete only it and") as caught:
         writer.seal({})
     assert "records/000001.json" in str(caught.value)
     shard.unlink()
@@ -272,6 +270,46 @@ def test_a_disk_that_refuses_gives_one_clear_line_and_loses_nothing(world, monke
     assert verify(world.store, writer.key).ok
 
 
+def test_a_complete_cache_on_a_read_only_disk_needs_no_writing(world, monkeypatch):
+    manifest = world.fill().seal({})
+    real = os.open
+
+    def read_only(path, flags, *mode):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    writer = world.writer()
+    assert writer.missing() == []
+    assert writer.seal({}) == manifest
+    assert open_cache(world.store, writer.key).n_pairs == 5
+
+
+def test_a_whole_shard_of_another_plan_is_replaced_before_it_is_recorded(world):
+    """Valid by itself, but not the pairs that the plan gives to this number."""
+    first = world.writer()
+    first.plan[0] = np.array([4, 1], np.uint64)
+    first.write(0, world.shard(1), {})
+    (first.folder.root / "records/000000.json").unlink()
+    writer = world.writer()
+    assert writer.missing() == [0, 1, 2]
+    world.fill()
+    assert verify(world.store, writer.key).ok
+
+
+def test_a_damaged_record_names_its_repair_and_the_repair_works(world):
+    folder = world.store.path(world.fill().key)
+    whole = tree(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "records/000001.json").write_bytes(whole["records/000001.json"][:-1])
+    with pytest.raises(CacheDamaged, match=r"000001\.json is damaged: .*; delete it and run fpo cache again"):
+        world.writer().seal({"self_check": {"fvu": "0.12"}})
+    (folder / "records/000001.json").unlink()
+    world.fill()
+    assert tree(folder)["manifest.json"] == whole["manifest.json"]
+
+
 def test_short_writes_are_continued(world, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:100])))
@@ -313,6 +351,7 @@ def test_a_link_whose_answer_was_lost_counts_as_made(tmp_path, monkeypatch):
     assert folder.read("a", 10) == b"mine"
 
 
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="/proc")
 def test_a_shard_is_on_disk_before_its_name_and_its_name_before_its_record(world, monkeypatch):
     """kill -9 keeps the page cache, so durability is shown by the order of the calls."""
     writer = world.writer()

@@ -17,13 +17,24 @@ LLAMA_LIKE = {
 }
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": LLAMA_LIKE,
-    "gemma2": {**LLAMA_LIKE, "sliding_window": 5, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    "gemma2": {
+        **LLAMA_LIKE,
+        "sliding_window": 5,
+        "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 2.0,
+    },
     "gemma3_text": {**LLAMA_LIKE, "num_hidden_layers": 6, "sliding_window": 5},
     "qwen2": {**LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": LLAMA_LIKE,
     "mistral": {**LLAMA_LIKE, "sliding_window": 5},
     "gpt2": {**COMMON, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4},
-    "gpt_neox": {**COMMON, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt_neox": {
+        **COMMON,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    },
 }
 LAYER = {"gpt2": "transformer.h.1", "gpt_neox": "gpt_neox.layers.1"}
 

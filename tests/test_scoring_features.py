@@ -1,0 +1,83 @@
+"""Pooled features: what is kept, whose top k, and looking activations up in a cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from scoring.features import (
+    ColumnSet,
+    SparseRows,
+    look_up,
+    policy_top,
+    pool_top_features,
+    reference_top,
+    sparse_rows,
+    union,
+)
+from scoring.sae import Sae
+from scoring.sae_formats import SaeArrays, SaeFacts
+
+
+def relu_identity(size: int = 5) -> Sae:
+    """An SAE whose features are the positive parts of its inputs: feature j is max(x_j, 0)."""
+    facts = SaeFacts(size, size, "relu", True, "test", None, None, False)
+    return Sae(SaeArrays(facts, np.eye(size, dtype=np.float32), np.zeros(size, np.float32), "relu", "none"))
+
+
+# Two completions of two and one tokens; pooled features [2, 0, 1, 3, 0.5] and [0, 4, 0, 0, 1].
+RESIDUAL = torch.tensor([[4.0, -1, 0, 6, 1], [-9.0, 0, 2, 0, 0], [-1.0, 4, -2, 0, 1]])
+LENGTHS = torch.tensor([2, 1])
+
+
+def test_top_features_are_the_largest_means_in_ascending_order() -> None:
+    kept = pool_top_features(relu_identity(), RESIDUAL, LENGTHS, 2)
+    assert kept.indices.tolist() == [0, 3, 1, 4]
+    assert kept.acts.tolist() == [2.0, 3.0, 4.0, 1.0]
+    assert kept.counts.tolist() == [2, 2]
+    assert kept.active.tolist() == [4, 2]
+    assert kept.tail_sq.tolist() == [1.25, 0.0]
+
+
+@pytest.mark.parametrize("top_k", ["all", 5, 4])
+def test_keeping_all_keeps_every_non_zero_feature_and_no_zero(top_k: int | str) -> None:
+    kept = pool_top_features(relu_identity(), RESIDUAL, LENGTHS, top_k)  # type: ignore[arg-type]
+    assert kept.indices.tolist() == [0, 2, 3, 4, 1, 4]
+    assert kept.acts.tolist() == [2.0, 1.0, 3.0, 0.5, 4.0, 1.0]
+    assert kept.tail_sq.tolist() == [0.0, 0.0]
+
+
+def cached() -> SparseRows:
+    """Rows {0: 2, 2: 1, 3: 3} and {1: 4} of five features, as a cache gives them."""
+    return sparse_rows(
+        np.array([0, 2, 3, 1], np.uint32), np.array([2, 1, 3, 4], np.float32), np.array([0, 3, 4], np.uint64)
+    )
+
+
+def test_the_references_top_k_is_smaller_where_fewer_features_are_active() -> None:
+    top = reference_top(cached(), 2)
+    assert [row[valid].tolist() for row, valid in zip(top.columns, top.valid, strict=True)] == [[3, 0], [1]]
+
+
+def test_the_policys_top_k_leaves_out_zeros() -> None:
+    top = policy_top(relu_identity(), RESIDUAL, LENGTHS, 3)
+    assert [set(row[valid].tolist()) for row, valid in zip(top.columns, top.valid, strict=True)] == [
+        {3, 0, 2},
+        {1, 4},
+    ]
+
+
+def test_a_union_counts_a_shared_feature_once() -> None:
+    first = ColumnSet(torch.tensor([[3, 0], [1, 0]]), torch.tensor([[True, True], [True, False]]))
+    second = ColumnSet(torch.tensor([[0, 4], [0, 1]]), torch.tensor([[True, True], [True, True]]))
+    both = union(first, second)
+    found = [sorted(row[valid].tolist()) for row, valid in zip(both.columns, both.valid, strict=True)]
+    assert found == [[0, 3, 4], [0, 1]]
+
+
+def test_looking_up_gives_the_cached_activation_or_zero() -> None:
+    found = look_up(cached(), torch.tensor([[3, 1, 4], [1, 3, 0]]), 5)
+    assert found.tolist() == [[3.0, 0.0, 0.0], [4.0, 0.0, 0.0]]
+    nothing = sparse_rows(np.empty(0, np.uint32), np.empty(0, np.float32), np.zeros(3, np.uint64))
+    assert look_up(nothing, torch.tensor([[3], [1]]), 5).tolist() == [[0.0], [0.0]]
