@@ -74,7 +74,7 @@ def align_command(
         Path | None,
         typer.Option("--output", help="Run folder; else runs/<recipe>-<objective>.", metavar="RUN"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output, if it was begun.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -297,8 +299,7 @@ def validate_recipe(raw: dict[str, Any], origin: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item, raw) for item in error.errors()]
-        raise RecipeError(f"{origin}: " + "\n  ".join(dict.fromkeys(lines))) from None
+        raise RecipeError(f"{origin}: " + "\n  ".join(_explanations(error, raw))) from None
     _check_training(recipe.training, origin)
     return recipe
 
@@ -306,6 +307,39 @@ def validate_recipe(raw: dict[str, Any], origin: str) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every field, defaults included."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def reference_page() -> str:
+    """docs/recipe.md: every section and field with type, default and documentation, from the definitions above."""
+    lines = ["# The recipe", "", "<!-- written by `make docs` from recipe.py -->", "", Recipe.__doc__ or ""]
+    sections: list[tuple[str, type[Section]]] = [
+        ("", Recipe), ("reference", Reference), ("features[]", Feature), ("data", Data), ("cache", CacheOptions),
+        ("policy", Policy), ("policy.lora", Lora), *((f"objective ({name})", kind) for name, kind in OBJECTIVES.items()),
+    ]
+    for name, section in sections:
+        if name:
+            lines += ["", f"## {name}", "", section.__doc__ or ""]
+        lines += ["", "| field | type | default | meaning |", "|---|---|---|---|"]
+        for field, info in section.model_fields.items():
+            shape = "section" if name == "" and field != "training" else _type_name(info.annotation)
+            default = "required" if info.is_required() else "" if name == "" else f"`{json.dumps(info.default)}`"
+            lines.append(f"| `{field}` | {shape} | {default} | {info.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_type_name(arg) for arg in get_args(annotation))
+    if annotation is type(None):
+        return "`null`"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
+    names = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+    return names.get(annotation, "list" if get_origin(annotation) is list else "mapping")
 
 
 def nearest(name: str, valid: list[str]) -> str | None:
@@ -368,12 +402,22 @@ def _position(name: str, items: list[Any], override: str) -> int:
     return int(name)
 
 
-def _explain(error: Any, raw: dict[str, Any]) -> str:
-    """One line for one pydantic error: field, value, nearest valid name."""
-    # The alternatives of a union stand in the location as parts of their own.
-    location = [part for part in error["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
-    location = [part for part in location if part not in OBJECTIVES]
-    field = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in location))
+def _explanations(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """One line per field that is wrong."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        # The alternatives of a union stand in the location as parts of their own, and each has its own complaint:
+        # for text it is the one about names that helps, for the rest the one about types.
+        parts = [part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
+        location = [part for part in parts if part not in OBJECTIVES]
+        field = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in location))
+        if field not in lines or (item["type"] == "literal_error" and isinstance(item["input"], str)):
+            lines[field] = _explain(item, field, location, raw)
+    return list(lines.values())
+
+
+def _explain(error: Any, field: str, location: list[Any], raw: dict[str, Any]) -> str:
+    """Field, value and nearest valid name of one pydantic error."""
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1], raw)

@@ -151,9 +151,13 @@ def _saelens(files: SaeFiles, weights: Weights) -> Layout:
         gain="r_mag" if architecture == "gated" else None,
         magnitude_bias="b_mag" if architecture == "gated" else None,
         center_input=bool(model_kwargs.get("center_writing_weights")),
-        advertised_l0=float(config["k"]) if architecture == "topk" else None,
+        advertised_l0=_stated_l0(config["k"] if architecture == "topk" else metadata.get("l0")),
         hook_hint=from_transformer_lens(hook, metadata.get("model_name") or "") if hook else None,
     )
+
+
+def _stated_l0(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _saelens_threshold(weights: Weights) -> str:

@@ -48,8 +48,9 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
     with capture(model, hookpoints):
         pass  # resolves every name
 
-    def forward(self: PreTrainedModel, **batch: Tensor) -> Scores:
-        packed = Packed(**batch)
+    def forward(self: PreTrainedModel, **batch: Any) -> Scores:
+        # PEFT adds arguments of its own, all None.
+        packed = Packed(*(batch[name] for name in Packed._fields))
         with capture(self, hookpoints) as outputs:
             hidden = self.get_decoder()(
                 input_ids=packed.input_ids,

@@ -27,12 +27,13 @@ _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
 
 def open_run(folder: Path, recipe: Recipe, cache: Cache, resume: bool) -> Path | None:
     """
-    Prepare the run folder: a new one, or with `resume` one that the same recipe and cache began.
+    Prepare the run folder: a new one, or with `resume` one that the same recipe and cache began, if there is one.
 
     Returns the checkpoint to continue from, or None to begin. Raises RunError.
     """
-    if not resume:
-        if folder.exists() and any(folder.iterdir()):
+    exists = folder.exists() and any(folder.iterdir())
+    if not exists or not resume:
+        if exists:
             raise RunError(f"{folder}: this run exists; continue it with --resume, or give another --output")
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RECIPE_FILE, dump_recipe(recipe))

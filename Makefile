@@ -1,0 +1,80 @@
+# Everything below works on a fresh clone with Python 3.11+ and a package registry; `make` alone lists the targets.
+
+PYTHON ?= python3
+RECIPE ?= recipes/demo.yaml
+RUN ?= runs/$(basename $(notdir $(RECIPE)))
+VENV := .venv
+BIN := $(VENV)/bin
+ORACLES := .venv-oracles
+# Where caches live unless FPO_STORE says otherwise; the bare `fpo` command uses ~/.cache/fpo.
+export FPO_STORE ?= $(CURDIR)/caches
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo cache align evaluate test test-store test-oracles check lint docs bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/installed  ## from nothing to an aligned policy and its evaluation, in minutes on a CPU
+	$(BIN)/python -m demo.build
+	$(BIN)/fpo cache recipes/demo.yaml
+	$(BIN)/fpo align recipes/demo.yaml --output runs/demo --resume
+	$(BIN)/fpo evaluate recipes/demo.yaml runs/demo
+	$(BIN)/python -m demo.evaluate runs/demo
+	@echo
+	@echo "world   demo-world/       model, SAE and pairs"
+	@echo "caches  $(FPO_STORE)"
+	@echo "run     runs/demo/        policy, metrics.jsonl, recipe.yaml, evaluation.json"
+	@echo "next    make align RECIPE=recipes/demo-dpo.yaml     (another objective, from the same cache)"
+
+cache: $(VENV)/installed  ## stage 1: the recipe's pairs through the reference, once (RECIPE=...)
+	@$(if $(findstring recipes/demo,$(RECIPE)),$(BIN)/python -m demo.build)
+	$(BIN)/fpo cache $(RECIPE)
+
+align: $(VENV)/installed  ## stage 2: train the recipe's policy from its cache (RECIPE=... RUN=...)
+	$(BIN)/fpo align $(RECIPE) --output $(RUN) --resume
+
+evaluate: $(VENV)/installed  ## held-out metrics of a run (RECIPE=... RUN=...)
+	$(BIN)/fpo evaluate $(RECIPE) $(RUN)
+
+test: $(VENV)/installed-test  ## set up and run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-store: $(VENV)/installed-test  ## the long rounds of the store: kills, damage, fuzzing, scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign
+
+test-oracles: $(ORACLES)/installed  ## compare with TRL, sae-lens and eai-sparsify, in an environment of their own
+	OMP_NUM_THREADS=1 $(ORACLES)/bin/python -m pytest -m oracle
+
+check: lint test  ## all that CI runs, but the oracles
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed  ## write docs/recipe.md from recipe.py
+	$(BIN)/python -c "import recipe; print(recipe.reference_page(), end='')" > docs/recipe.md
+
+bench: $(VENV)/installed  ## a step from the cache against a padded two-model step
+	$(BIN)/python -m demo.build
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/align_step.py --pairs demo-world/pairs/train.jsonl --tokenizer demo-world/model
+
+clean:  ## remove environments and what the demo made; caches elsewhere stay
+	rm -rf $(VENV) $(ORACLES) demo-world demo-world.building runs/demo caches
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lora]'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lora,test]'
+	@touch $@
+
+$(ORACLES)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ORACLES)
+	$(ORACLES)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,oracles]'
+	@touch $@

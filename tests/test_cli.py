@@ -1,0 +1,127 @@
+"""The commands as a user meets them: help, output, exit codes, and the README that names them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from tiny_world import TinyWorld, build_tiny_world
+
+import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_tiny_world(tmp_path_factory.mktemp("world"), 24, 8)
+
+
+def fpo(world: TinyWorld, *arguments: object, expect: int = 0) -> tuple[str, str]:
+    """stdout and stderr of a command, run in the world's folder."""
+    environment = {
+        **os.environ,
+        "FPO_STORE": str(world.store),
+        "XDG_CACHE_HOME": str(world.root / "xdg"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", *map(str, arguments)],
+        cwd=world.root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def commands() -> list[list[str]]:
+    """Every command of the command line, groups opened."""
+
+    def leaves(command: object, path: list[str]) -> list[list[str]]:
+        children = getattr(command, "commands", None)
+        if not children:
+            return [path]
+        return [leaf for name, child in children.items() for leaf in leaves(child, [*path, name])]
+
+    return leaves(typer.main.get_command(cli.app), [])
+
+
+def test_every_command_has_help_and_stands_in_the_readme(world: TinyWorld) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert ["cache"] in commands()
+    for command in commands():
+        out, _ = fpo(world, *command, "--help")
+        assert "Usage" in out
+        assert f"fpo {' '.join(command)}" in readme
+
+
+def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
+    recipe = world.recipe_file(training={"max_steps": 3})
+    out, err = fpo(world, "align", recipe, expect=1)
+    assert out == ""
+    assert f"build it with: fpo cache {recipe}" in err
+    assert err.startswith("error: ")
+
+    out, err = fpo(world, "cache", recipe)
+    assert "24 of 24 pairs kept" in out
+    assert "built       2 shards" in out
+    assert err == ""  # no terminal, no progress bar
+    out, _ = fpo(world, "cache", recipe, "--json")
+    caches = json.loads(out)
+    assert [cache["pairs"] for cache in caches] == [24, 8]
+    assert [cache["built_shards"] for cache in caches] == [0, 0]
+    key = caches[0]["key"]
+
+    out, err = fpo(world, "align", recipe, "--output", "run")
+    assert "trained     3 steps" in out
+    assert err == ""
+    _, err = fpo(world, "align", recipe, "--output", "run", expect=1)
+    assert err.startswith("error: run: this run exists; continue it with --resume")
+    out, _ = fpo(world, "evaluate", recipe, "run", "--json")
+    assert {"eval_loss", "eval_rewards/accuracies"} <= json.loads(out).keys()
+    assert json.loads((world.root / "run" / "evaluation.json").read_text()) == json.loads(out)
+
+    out, _ = fpo(world, "store", "ls")
+    assert key[:12] in out
+    assert "complete" in out
+    out, _ = fpo(world, "store", "show", key[:8])
+    assert json.loads(out)["key"] == key
+    out, _ = fpo(world, "store", "verify", key[:8])
+    assert "2 shards, 24 pairs: all as the manifest says" in out
+
+    shard = world.store / key / "shards" / "000001.zarr.zip"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    _, err = fpo(world, "store", "verify", key[:8], expect=1)
+    assert "000001.zarr.zip" in err
+    _, err = fpo(world, "align", recipe, "--output", "other", expect=1)
+    assert "000001.zarr.zip" in err
+    shard.write_bytes(whole)
+
+
+def test_expected_failures_are_one_clear_message_and_usage_errors_exit_with_2(world: TinyWorld) -> None:
+    recipe = world.recipe_file()
+    out, err = fpo(world, "cache", recipe, "--set", "objective.betta=1", expect=1)
+    assert out == ""
+    assert re.fullmatch(r"error: .*: objective\.betta: no such field; nearest is beta\n", err)
+    _, err = fpo(world, "store", "show", "0123", expect=1)
+    assert err.startswith("error: no cache in ")
+    fpo(world, "cache", expect=2)
+    fpo(world, "cach", recipe, expect=2)
+
+
+def test_looking_at_a_store_imports_no_torch(world: TinyWorld) -> None:
+    code = "import sys, cli; sys.argv = ['fpo', 'store', 'ls']\ntry: cli.main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'"
+    environment = {**os.environ, "FPO_STORE": str(world.store)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)

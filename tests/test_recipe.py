@@ -1,0 +1,141 @@
+"""A recipe is refused before anything loads, in one line that names the field and the nearest valid value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from errors import RecipeError
+from recipe import Fpo, Recipe, Section, Simpo, dump_recipe, load_recipe, reference_page, validate_recipe
+
+MINIMAL: dict[str, Any] = {
+    "reference": {"model": "some/model"},
+    "features": [{"sae": "some/sae", "hookpoint": "model.layers.3", "top_k": 64}],
+    "data": {"source": "pairs.jsonl"},
+}
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_minimal_recipe_has_the_papers_objective() -> None:
+    recipe = validate_recipe(MINIMAL, "test")
+    assert recipe.objective == Fpo(name="fpo", beta=0.1, alpha=0.5, k=50, feature_set="reference")
+    assert recipe.constrained_feature() == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.betta=1", "objective.betta: no such field; nearest is beta"),
+        ("objective.beta=x", "objective.beta: must be a valid number, unable to parse string as a number, not 'x'"),
+        ("objective.beta=-1", "objective.beta: must be greater than 0, not -1"),
+        ("objective.alpha=.nan", "objective.alpha: must be a finite number, not nan"),
+        ("objective.name=fpoo", "objective.name: 'fpoo' is no objective; nearest is fpo"),
+        ("objective.feature_set=refrence", "objective.feature_set: 'refrence' is not valid; nearest is reference"),
+        ("objective.k=65", "objective.k: 65 features are asked for, the cache keeps top_k: 64"),
+        ("objective.hookpoint=model.layers.2", "model.layers.2 is not among features; nearest is model.layers.3"),
+        ("features=[]", "objective.name: fpo needs an entry in features"),
+        ("features.0.hook=1", "features[0].hook: no such field; nearest is hookpoint"),
+        ("features.0.top_k=al", "features[0].top_k: 'al' is not valid; nearest is all"),
+        ("features.1.top_k=3", "1 is not one of the 1 entries, counted from 0"),
+        ("reference.dtype=bf16", "reference.dtype: 'bf16' is not valid; nearest is bfloat16"),
+        ("dat.source=x", "dat: no such field; nearest is data"),
+        ("data.max_length=1.5", "data.max_length: must be a valid integer"),
+        ("policy.lora.rr=8", "policy.lora.rr: no such field; nearest is r"),
+        ("training.learning_rte=1", "training.learning_rte: no such argument of TrainingArguments; nearest is learning_rate"),
+        ("training.learning_rate=fast", "training.learning_rate: must be a valid number"),
+        ("training.output_dir=x", "training.output_dir: not set here; give the run folder with --output"),
+        ("reference.model", "--set reference.model: write it as section.field=value"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_nearest_valid_value(tmp_path: Path, override: str, message: str) -> None:
+    raw = {**MINIMAL, "objective": {"name": "fpo"}}
+    path = written(tmp_path, yaml.safe_dump(raw))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, [override])
+    assert message in str(caught.value).splitlines()[0]
+
+
+def test_a_missing_section_is_named() -> None:
+    with pytest.raises(RecipeError, match="data: this field is required"):
+        validate_recipe({"reference": {"model": "m"}}, "test")
+
+
+def test_a_mistyped_file_name_gets_the_nearest_one(tmp_path: Path) -> None:
+    written(tmp_path, "a: 1")
+    with pytest.raises(RecipeError, match=r"no such recipe; nearest is .*mine\.yaml"):
+        load_recipe(tmp_path / "mien.yaml")
+
+
+def test_yaml_errors_name_line_and_column(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="line 2, column"):
+        load_recipe(written(tmp_path, "data: {\nsource: ]"))
+    with pytest.raises(RecipeError, match="`model` is given twice"):
+        load_recipe(written(tmp_path, "reference: {model: a, model: b}"))
+    with pytest.raises(RecipeError, match="a recipe is a mapping of sections, this is a list"):
+        load_recipe(written(tmp_path, "- a"))
+
+
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    text = yaml.safe_dump(MINIMAL) + "training: {learning_rate: 5e-7, weight_decay: 1E-2}\n"
+    assert load_recipe(written(tmp_path, text)).training == {"learning_rate": 5e-7, "weight_decay": 1e-2}
+
+
+def test_overrides_replace_values_and_create_sections(tmp_path: Path) -> None:
+    path = written(tmp_path, yaml.safe_dump(MINIMAL))
+    recipe = load_recipe(path, ["objective={name: simpo, gamma: 1}", "features.0.top_k=all", "cache.seed=3"])
+    assert recipe.objective == Simpo(name="simpo", gamma=1.0)
+    assert recipe.features[0].top_k == "all"
+    assert recipe.cache.seed == 3
+
+
+def test_several_hookpoints_need_a_choice_and_no_hookpoint_twice() -> None:
+    two = [MINIMAL["features"][0], {**MINIMAL["features"][0], "hookpoint": "model.layers.5"}]
+    with pytest.raises(RecipeError, match=r"objective\.hookpoint: say which of model\.layers\.3, model\.layers\.5"):
+        validate_recipe({**MINIMAL, "features": two}, "test")
+    chosen = {"name": "fpo", "hookpoint": "model.layers.5"}
+    assert validate_recipe({**MINIMAL, "features": two, "objective": chosen}, "test").constrained_feature() == 1
+    with pytest.raises(RecipeError, match=r"model\.layers\.3 is listed twice"):
+        validate_recipe({**MINIMAL, "features": [two[0], two[0]]}, "test")
+
+
+def test_an_objective_without_a_feature_term_needs_no_features() -> None:
+    bare = {name: section for name, section in MINIMAL.items() if name != "features"}
+    for objective in ({"name": "dpo"}, {"name": "simpo"}, {"name": "fpo", "alpha": 0}):
+        assert validate_recipe({**bare, "objective": objective}, "test").constrained_feature() is None
+
+
+def test_a_dumped_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = validate_recipe({**MINIMAL, "training": {"learning_rate": 5e-7}}, "test")
+    assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_ready_recipe_is_valid_and_begins_with_its_command(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith(f"# fpo align recipes/{path.name}")
+    assert isinstance(load_recipe(path), Recipe)
+
+
+def test_every_field_is_documented() -> None:
+    def sections(model: Any) -> list[Any]:
+        return [model, *(sub for sub in model.__subclasses__() for sub in sections(sub))]
+
+    undocumented = [
+        f"{model.__name__}.{name}"
+        for model in sections(Section)
+        for name, field in model.model_fields.items()
+        if not field.description
+    ]
+    assert undocumented == []
+
+
+def test_the_reference_page_is_the_one_in_docs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert page == reference_page(), "run `make docs`"

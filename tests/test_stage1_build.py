@@ -1,0 +1,288 @@
+"""Stage 1: the key, what the cache holds, killed and resumed, found again, and every refusal before the model loads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from tiny_models import tiny_model
+from tiny_saes import random_sae, write_saelens
+from tiny_world import D_SAE, TinyWorld, build_tiny_world
+from transformers import AutoModelForCausalLM
+
+import stage1_cache.score as score_module
+from errors import CacheMissing, DataError, FpoError, ModelError, RecipeError, SaeError, SelfCheckError
+from recipe import validate_recipe
+from scoring import install_scoring, pack
+from scoring.hookpoints import capture
+from scoring.sae import Sae
+from scoring.sae_formats import SaeArrays, SaeFacts
+from scoring.self_check import check_sae
+from stage1_cache import build_caches, find_caches
+from stage1_cache.identity import cache_identities
+from store import Cache, Pairs, cache_key, verify
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+def whole(cache: Cache) -> Pairs:
+    pairs = Pairs.concat([cache.shard(sid) for sid in range(len(cache.shard_pairs))])
+    return pairs.take(np.argsort(pairs.pair_id))
+
+
+def test_the_cache_holds_what_a_plain_forward_says(world: TinyWorld, tmp_path: Path) -> None:
+    """Token log-probs and pooled features from unpadded forwards of transformers and the SAE's formula."""
+    recipe = world.recipe(cache={"top_logits": 3})
+    pairs = whole(build_caches(recipe, tmp_path)[0].cache)
+    model = AutoModelForCausalLM.from_pretrained(world.root / "model").eval()
+    sae = load_file(world.root / "sae" / "sae_weights.safetensors")
+    bounds = pairs.splits.astype(int)
+    for row in range(0, len(pairs), 7):
+        for side in (0, 1):
+            prompt = pairs.input_ids[bounds[3 * row] : bounds[3 * row + 1]]
+            completion = pairs.input_ids[bounds[3 * row + 1 + side] : bounds[3 * row + 2 + side]]
+            ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None]
+            with torch.no_grad():
+                output = model(input_ids=ids, output_hidden_states=True)
+            here = np.arange(len(prompt), ids.shape[1])
+            logps = output.logits[0].log_softmax(-1)[here - 1]
+            one = 2 * row + side
+            scored = slice(pairs.completion_splits[one], pairs.completion_splits[one + 1])
+            expected = logps[np.arange(len(here)), completion.astype(np.int64)].numpy()
+            np.testing.assert_allclose(pairs.token_logps[scored], expected, atol=1e-5)
+            np.testing.assert_allclose(pairs.ref_logps[row, side], expected.sum(), atol=1e-4)
+            assert pairs.top_logits is not None
+            np.testing.assert_allclose(pairs.top_logits.logps[scored], logps.topk(3).values, atol=1e-5)
+
+            h = (output.hidden_states[2][0, here - 1].numpy() - sae["b_dec"]) @ sae["W_enc"] + sae["b_enc"]
+            pooled = (np.maximum(h, 0) * (h > sae["threshold"])).mean(0)
+            features = pairs.features[0]
+            kept = slice(int(features.splits[one]), int(features.splits[one + 1]))
+            best = np.sort(np.argsort(-pooled)[: min(16, (pooled > 0).sum())])
+            assert features.indices[kept].tolist() == best.tolist()
+            np.testing.assert_allclose(features.acts[kept], pooled[best], rtol=1e-4, atol=1e-5)
+            assert features.active[row, side] == (pooled > 0).sum()
+            rest = np.delete(pooled, best)
+            np.testing.assert_allclose(features.tail_sq[row, side], (rest**2).sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_second_call_hits_without_loading_the_model(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_caches(world.recipe(), tmp_path)
+    assert [report.built_shards for report in first] == [3, 1]
+    assert [report.cache.n_pairs for report in first] == [40, 10]
+    monkeypatch.setattr(score_module, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("stage1_cache.identity.tokenise", lambda *_, **__: pytest.fail("the pairs were tokenised"))
+    again = build_caches(world.recipe(), tmp_path)
+    assert [report.built_shards for report in again] == [0, 0]
+    assert [report.cache.digest for report in again] == [report.cache.digest for report in first]
+
+
+def test_the_key_depends_on_what_changes_numbers_and_on_nothing_else(world: TinyWorld, tmp_path: Path) -> None:
+    def key(**sections: object) -> str:
+        return cache_key(cache_identities(world.recipe(**sections))[0].key_recipe)
+
+    base = key()
+    feature = world.raw_recipe()["features"][0]
+    same = [
+        key(objective={"name": "fpo", "beta": 7.0}),
+        key(training={"learning_rate": 1.0, "seed": 9}),
+        key(policy={"dtype": "bfloat16"}),
+        key(features=[{**feature, "sae": str(world.root / "pairs" / ".." / "sae")}]),
+    ]
+    assert same == [base] * len(same)
+    other = [
+        key(reference={"model": str(world.root / "model"), "dtype": "bfloat16"}),
+        key(data={"split": "train[:39]"}),
+        key(data={"max_length": 9}),
+        key(features=[{**feature, "top_k": 17}]),
+        key(features=[{**feature, "hookpoint": "model.layers.2"}]),
+        key(cache={"top_logits": 1}),
+        key(cache={"shard_pairs": 15}),
+        key(cache={"seed": 1}),
+    ]
+    assert len({base, *other}) == 1 + len(other)
+
+
+def test_changed_weights_config_or_sae_make_another_key_and_resharding_does_not(tmp_path: Path) -> None:
+    world = build_tiny_world(tmp_path / "world", 4, 2)
+
+    def key() -> str:
+        return cache_key(cache_identities(world.recipe())[0].key_recipe)
+
+    base = key()
+    model = AutoModelForCausalLM.from_pretrained(world.root / "model")
+    (world.root / "model" / "model.safetensors").unlink()
+    model.save_pretrained(world.root / "model", max_shard_size="20KB")
+    assert len(list((world.root / "model").glob("*.safetensors"))) > 1
+    assert key() == base
+    config = world.root / "model" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'))
+    changed_config = key()
+    weights = world.root / "sae" / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    tensors["b_enc"][0] += 1
+    save_file(tensors, weights)
+    assert len({base, changed_config, key()}) == 3
+
+
+def test_batch_size_changes_numbers_by_rounding_only(world: TinyWorld, tmp_path: Path) -> None:
+    wide = whole(build_caches(world.recipe(), tmp_path / "wide", batch_tokens=4096)[0].cache)
+    narrow = whole(build_caches(world.recipe(), tmp_path / "narrow", batch_tokens=1)[0].cache)
+    np.testing.assert_allclose(wide.token_logps, narrow.token_logps, atol=1e-5)
+    assert np.array_equal(wide.features[0].indices, narrow.features[0].indices)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from recipe import load_recipe
+from stage1_cache import build_caches
+build_caches(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_killed_and_resumed_gives_the_same_bytes_as_never_killed(world: TinyWorld, tmp_path: Path) -> None:
+    """SIGKILL as soon as each further shard has its record, until a process gets to the end."""
+    recipe = world.recipe_file(cache={"shard_pairs": 8})
+    store = tmp_path / "killed"
+    kills = 0
+    for target in range(1, 20):
+        process = subprocess.Popen([sys.executable, "-c", BUILD, str(recipe), str(store)], stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(store.glob("*/records/*.json"))) < target:
+            time.sleep(0.002)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0
+    assert kills >= 3
+    whole_store = tmp_path / "whole"
+    subprocess.run([sys.executable, "-c", BUILD, str(recipe), str(whole_store)], check=True, stderr=subprocess.DEVNULL)
+
+    def contents(root: Path) -> dict[str, bytes]:
+        kept = [p for p in root.rglob("*") if p.is_file() and "records" not in p.parts and "tmp" not in p.parts]
+        return {str(p.relative_to(root)): p.read_bytes() for p in kept}
+
+    assert contents(store) == contents(whole_store)
+    for folder in store.iterdir():
+        if len(folder.name) == 64:
+            assert verify(store, folder.name).problems == []
+
+
+def refusal(recipe_sections: dict[str, object], world: TinyWorld, store: Path, kind: type[FpoError]) -> str:
+    """The first line of what build_caches says, with every model load forbidden."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(kind) as caught:
+            build_caches(world.recipe(**recipe_sections), store)
+    return str(caught.value).splitlines()[0]
+
+
+def test_wrong_files_hookpoints_widths_and_columns_are_refused_before_the_model_loads(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    feature = world.raw_recipe()["features"][0]
+    wide = write_saelens(tmp_path / "wide", random_sae(d_in=40, d_sae=48), "jumprelu")
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "a", "choosen": "b", "rejected": "c"}\n')
+
+    def with_feature(**changes: object) -> dict[str, object]:
+        return {"features": [{**feature, **changes}]}
+
+    model = str(world.root / "modle")
+    assert "nearest is" in refusal({"reference": {"model": model}}, world, tmp_path, ModelError)
+    said = refusal(with_feature(hookpoint="model.layers.3"), world, tmp_path, RecipeError)
+    assert "features[0].hookpoint" in said
+    assert "model.layers.0 to model.layers.2" in said
+    said = refusal(with_feature(hookpoint="model.layers.1.mlpp"), world, tmp_path, RecipeError)
+    assert "did you mean model.layers.1.mlp?" in said
+    said = refusal(with_feature(sae=wide), world, tmp_path, RecipeError)
+    assert "features[0].sae" in said
+    assert "reads 40 numbers per token" in said
+    assert "gives 32" in said
+    said = refusal(with_feature(top_k=D_SAE + 1), world, tmp_path, RecipeError)
+    assert f"features[0].top_k: {D_SAE + 1} is more than the SAE's {D_SAE} features" in said
+    assert "sea" in refusal(with_feature(sae=str(world.root / "sea")), world, tmp_path, SaeError)
+    assert "data.max_length: 65 is more than the 64 positions" in refusal(
+        {"data": {"max_length": 65}}, world, tmp_path, RecipeError
+    )
+    said = refusal({"data": {"source": str(world.root / "pears")}}, world, tmp_path, DataError)
+    assert "pairs" in said
+    said = refusal({"data": {"split": "tran"}}, world, tmp_path, DataError)
+    assert "train" in said
+    odd = {"source": str(tmp_path / "odd.jsonl"), "eval_split": None}
+    said = refusal({"data": odd}, world, tmp_path, DataError)
+    assert "chosen" in said
+    assert "choosen" in said
+
+
+def test_a_missing_cache_is_not_built_by_stage_2(world: TinyWorld, tmp_path: Path) -> None:
+    with pytest.raises(CacheMissing):
+        find_caches(world.recipe(), tmp_path / "empty")
+
+
+def test_the_self_check_refuses_a_wrong_hookpoint_and_says_the_right_one() -> None:
+    """
+    An "SAE" that fits layer 1 alone: its features are the positive and negative parts of that layer's coordinates along
+    its own principal axes, so that FVU is 0 there and large elsewhere.
+    """
+    torch.manual_seed(0)
+    model = tiny_model("llama", seed=3)
+    install_scoring(model)
+    ids = np.random.default_rng(0).integers(3, 97, 120)
+    packed = pack(ids, np.array([0, 2, 61, 120]))
+    with capture(model, ["model.layers.1"]) as outputs, torch.no_grad():
+        model(**packed._asdict())
+    x = outputs["model.layers.1"].flatten(0, 1)[packed.predictors].double()
+    axes = torch.linalg.svd(x, full_matrices=False).Vh[:20].float().numpy()
+    facts = SaeFacts(32, 40, "relu", True, "test", 20.0, None, False)
+    arrays = SaeArrays(facts, np.concatenate([axes, -axes]).T.copy(), np.zeros(40, np.float32), "relu", "none")
+    decoder = (np.concatenate([axes, -axes]), np.zeros(32, np.float32))
+    right = check_sae(model, Sae(arrays), decoder, "model.layers.1", packed)
+    right.raise_if_unfit()
+    assert right.best == "model.layers.1"
+    assert right.l0 == pytest.approx(20, abs=0.5)
+    wrong = check_sae(model, Sae(arrays), decoder, "model.layers.2", packed)
+    with pytest.raises(SelfCheckError) as caught:
+        wrong.raise_if_unfit()
+    assert "it explains model.layers.1 better" in str(caught.value)
+    assert f"FVU {wrong.fvu:.3f}" in str(caught.value)
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no real data beside the project")
+@pytest.mark.parametrize("sae", ["gemmascope", "saelens", "sparsify"])
+def test_the_self_check_on_a_real_sae_finds_its_layer_among_all(sae: str, tmp_path: Path) -> None:
+    source = DATA / "saes" / "stories260K-hs3-topk16-512" / sae
+    raw = {
+        "reference": {"model": str(DATA / "models" / "stories260K")},
+        "features": [{"sae": str(source), "hookpoint": "model.layers.2", "top_k": 32}],
+        "data": {"source": str(DATA / "pairs" / "llms_from_scratch.str.jsonl"), "split": "train[:60]", "max_length": 512},
+        "objective": {"name": "dpo"},
+    }
+    check = build_caches(validate_recipe(raw, "test"), tmp_path)[0].cache.manifest.facts["self_check"][0]
+    assert 0.05 < float(check["fvu"]) < 0.2
+    assert float(check["fvu"]) < min(float(value) for value in check["elsewhere"].values())
+    raw["features"] = [{"sae": str(source), "hookpoint": "model.layers.3", "top_k": 32}]
+    with pytest.raises(SelfCheckError, match=r"it explains model\.layers\.2 better"):
+        build_caches(validate_recipe(raw, "test"), tmp_path)

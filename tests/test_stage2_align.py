@@ -1,0 +1,251 @@
+"""Stage 2: resumed, accumulated and distributed runs give one run's losses; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_world import TinyWorld, build_tiny_world
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from errors import CacheDamaged, ParityError, RecipeError, RunError
+from recipe import Recipe
+from stage1_cache import build_caches, find_caches
+from stage2_align import align, evaluate_run
+from stage2_align.run import METRICS_FILE, read_run
+from stage2_align.stream import PairStream
+from stage2_align.trainer import read_metrics
+from store import Cache, open_cache
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    world = build_tiny_world(tmp_path_factory.mktemp("world"))
+    build_caches(world.recipe(), world.store)
+    return world
+
+
+def cached(world: TinyWorld, recipe: Recipe) -> Cache:
+    return find_caches(recipe, world.store)[0]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / METRICS_FILE)]
+
+
+def test_a_run_folder_holds_recipe_metrics_and_a_policy_that_transformers_opens(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    recipe = world.recipe()
+    report = align(recipe, cached(world, recipe), tmp_path / "run")
+    assert report.steps == 20
+    assert report.parity is not None
+    assert report.parity < 1e-5
+    rows = read_metrics(tmp_path / "run" / METRICS_FILE)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trl = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
+    assert trl | {"features/distance_chosen", "features/distance_rejected", "grad_norm"} <= rows[-1].keys()
+    facts = read_run(tmp_path / "run")
+    cache = cached(world, recipe)
+    assert (facts["cache"], facts["manifest_digest"], facts["complete"]) == (cache.key, cache.digest, True)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    reference = AutoModelForCausalLM.from_pretrained(world.root / "model")
+    moved = [not torch.equal(a, b) for a, b in zip(policy.parameters(), reference.parameters(), strict=True)]
+    assert all(moved)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run")("w1 w2").input_ids == [1, 5, 6]
+
+
+ALIGN = """
+import sys
+from pathlib import Path
+from recipe import load_recipe
+from stage1_cache import find_caches
+from stage2_align import align
+recipe = load_recipe(Path(sys.argv[1]))
+align(recipe, find_caches(recipe, Path(sys.argv[2]))[0], Path(sys.argv[3]), resume=len(sys.argv) > 4)
+"""
+
+
+def run_process(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", ALIGN, *arguments]
+    settings = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_a_run_killed_anywhere_and_resumed_has_the_losses_of_one_never_interrupted(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    """SIGKILL after steps 3 (before any checkpoint), 9 and 16; checkpoints stand at 7, 14 and 20 of 20 steps."""
+    recipe_file = world.recipe_file(training={"seed": 5})
+    recipe = world.recipe(training={"seed": 5})
+    align(recipe, cached(world, recipe), tmp_path / "straight")
+    resume: list[str] = []
+    for step in (3, 9, 16):
+        process = run_process(str(recipe_file), str(world.store), str(tmp_path / "killed"), *resume)
+        while process.poll() is None and len(losses(tmp_path / "killed")) < step:
+            time.sleep(0.002)
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        resume = ["--resume"]
+    align(recipe, cached(world, recipe), tmp_path / "killed", resume=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    for name, tensor in load_file(tmp_path / "straight" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(tmp_path / "killed" / "model.safetensors")[name]), name
+
+
+def test_a_checkpoint_that_was_being_written_is_not_resumed_from(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe(training={"max_steps": 9})
+    align(recipe, cached(world, recipe), tmp_path / "run")
+    facts = read_run(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "complete": False}))
+    (tmp_path / "run" / "checkpoint-9" / "trainer_state.json").write_text('{"global_st')
+    expected = losses(tmp_path / "run")
+    align(recipe, cached(world, recipe), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == expected
+
+
+def test_accumulated_steps_see_the_same_pairs_and_give_the_same_losses(world: TinyWorld, tmp_path: Path) -> None:
+    at_once = world.recipe(training={"per_device_train_batch_size": 8})
+    in_parts = world.recipe(training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    align(at_once, cached(world, at_once), tmp_path / "at_once")
+    align(in_parts, cached(world, in_parts), tmp_path / "in_parts")
+    assert losses(tmp_path / "in_parts") == pytest.approx(losses(tmp_path / "at_once"), rel=2e-3)
+    assert losses(tmp_path / "in_parts")[:2] == pytest.approx(losses(tmp_path / "at_once")[:2], rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(world: TinyWorld, tmp_path: Path) -> None:
+    """Two gloo processes of 4 pairs each against one of 8."""
+    one = world.recipe(training={"per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 3e-3})
+    two = world.recipe_file(training={"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 3e-3})
+    align(one, cached(world, one), tmp_path / "one")
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    ranks = [
+        run_process(str(two), str(world.store), str(tmp_path / "two"), RANK=str(r), LOCAL_RANK=str(r), **shared)
+        for r in (0, 1)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors.decode()[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_low_rank_adapters_train_and_evaluate(world: TinyWorld, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    recipe = world.recipe(policy={"lora": {"r": 4, "alpha": 8}}, training={"max_steps": 5, "learning_rate": 1e-2})
+    report = align(recipe, cached(world, recipe), tmp_path / "run")
+    assert report.parity is not None
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    metrics = evaluate_run(recipe, find_caches(recipe, world.store)[1], tmp_path / "run")
+    assert metrics["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_the_reference_evaluates_to_log_2_and_zero_distance(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe(training={"max_steps": 1, "learning_rate": 0.0})
+    align(recipe, cached(world, recipe), tmp_path / "run")
+    metrics = evaluate_run(recipe, find_caches(recipe, world.store)[1], tmp_path / "run")
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["eval_features/distance_rejected"] == pytest.approx(0, abs=1e-9)
+
+
+def test_gradient_checkpointing_changes_no_loss(world: TinyWorld, tmp_path: Path) -> None:
+    plain, checkpointed = world.recipe(), world.recipe(training={"activation_checkpointing": True})
+    align(plain, cached(world, plain), tmp_path / "plain")
+    align(checkpointed, cached(world, checkpointed), tmp_path / "checkpointed")
+    assert losses(tmp_path / "checkpointed")[:3] == pytest.approx(losses(tmp_path / "plain")[:3], rel=1e-5)
+
+
+def test_dropout_is_off_in_training_too(tmp_path: Path) -> None:
+    """GPT-2 has dropout 0.1 in its config: with it the first loss would not be log 2."""
+    world = build_tiny_world(tmp_path / "world", 8, 2, family="gpt2")
+    recipe = world.recipe(features=[], objective={"name": "dpo"}, training={"max_steps": 1})
+    build_caches(recipe, world.store)
+    align(recipe, cached(world, recipe), tmp_path / "run")
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_parity_refuses_a_policy_that_is_not_the_cached_reference(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = world.recipe()
+    cache = cached(world, recipe)
+    other = build_tiny_world(tmp_path / "other", 4, 2)
+    weights = other.root / "model" / "model.safetensors"
+    tensors = {name: tensor * 1.1 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    moved = Recipe.model_validate({**recipe.model_dump(), "reference": {"model": str(other.root / "model")}})
+    with pytest.raises(ParityError, match="does not reproduce the cached reference: token log-probs differ by"):
+        align(moved, cache, tmp_path / "run")
+
+
+def test_an_existing_run_is_not_overwritten_nor_resumed_with_another_recipe(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe(training={"max_steps": 2})
+    align(recipe, cached(world, recipe), tmp_path / "run")
+    with pytest.raises(RunError, match="this run exists; continue it with --resume"):
+        align(recipe, cached(world, recipe), tmp_path / "run")
+    changed = world.recipe(training={"max_steps": 2}, objective={"beta": 3.0})
+    with pytest.raises(RunError, match=r"began with objective\.beta: 2\.0, the recipe says 3\.0"):
+        align(changed, cached(world, changed), tmp_path / "run", resume=True)
+    assert align(recipe, cached(world, recipe), tmp_path / "run", resume=True).steps == 2
+    with pytest.raises(RunError, match="no run here"):
+        evaluate_run(recipe, cached(world, recipe), tmp_path / "nothing")
+
+
+def test_values_that_transformers_refuses_are_named_before_anything_loads(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe(training={"optim": "adamm"})
+    with pytest.raises(RecipeError, match="training: .*adamm"):
+        align(recipe, cached(world, recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_shard_trains_nothing(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe()
+    build_caches(recipe, tmp_path / "store")
+    cache = find_caches(recipe, tmp_path / "store")[0]
+    shard = tmp_path / "store" / cache.key / "shards" / "000001.zarr.zip"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(CacheDamaged, match=r"000001\.zarr\.zip"):
+        align(recipe, open_cache(tmp_path / "store", cache.key), tmp_path / "run")
+    assert losses(tmp_path / "run") == []
+
+
+def ids_of(stream: PairStream) -> list[list[int]]:
+    return [batch["ref_logps"][:, 0].tolist() for batch in stream if batch is not None]
+
+
+def test_a_stream_that_starts_in_the_middle_gives_what_a_whole_one_gives_there(world: TinyWorld) -> None:
+    cache = cached(world, world.recipe())
+    whole = PairStream(cache, 0, seed=1, per_device=3, accumulation=2, block_shards=1)
+    whole.start(epoch=2)
+    everything = ids_of(whole)
+    assert len(everything) == len(whole) == 14  # 40 pairs: six steps of two batches of 3, and 4 pairs in 3 + 1
+    assert sorted(len(batch) for batch in everything) == [1] + [3] * 13
+    for skip in range(len(everything)):
+        part = PairStream(cache, 0, seed=1, per_device=3, accumulation=2, block_shards=1)
+        part.start(epoch=2, skip=skip)
+        assert ids_of(part) == everything[skip:]
+
+
+def test_ranks_share_every_step_evenly_and_miss_no_pair(world: TinyWorld) -> None:
+    cache = cached(world, world.recipe())
+    alone = PairStream(cache, 0, seed=1, per_device=6)
+    ranks = [PairStream(cache, 0, seed=1, per_device=2, rank=rank, world=3) for rank in range(3)]
+    split = [ids_of(stream) for stream in ranks]
+    assert len({len(batches) for batches in split}) == 1
+    for step, whole in enumerate(ids_of(alone)):
+        parts = [split[rank][step] for rank in range(3)]
+        assert len({len(part) for part in parts}) == 1
+        assert set(whole) == {value for part in parts for value in part}

@@ -1,0 +1,175 @@
+"""
+A run from the cache and a two-model loop written here - plain padded forwards, a dense SAE, nothing of the project's
+arithmetic - give the same losses, step by step.
+
+SGD, because its steps are as large as the gradient: AdamW would hide a wrong scale, and turns the rounding of gradients
+that are almost zero into whole steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_world import TinyWorld, build_tiny_world
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from recipe import Recipe
+from stage1_cache import build_caches
+from stage2_align import align
+from stage2_align.order import cut_batches, epoch_blocks
+from stage2_align.run import METRICS_FILE
+from stage2_align.trainer import read_metrics
+from store import Cache, Pairs
+
+STEPS = 20
+BATCH = 4
+LEARNING_RATE = 3e-3
+
+
+SGD = {"optim": "sgd", "learning_rate": LEARNING_RATE}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "fpo", "feature_set": "reference"},
+        {"name": "fpo", "feature_set": "union"},
+        {"name": "fpo", "feature_set": "policy"},
+        {"name": "dpo", "beta": 0.1},
+        {"name": "simpo", "beta": 2.0, "gamma": 0.5},
+    ],
+    ids=lambda objective: f"{objective['name']}-{objective.get('feature_set', '')}".rstrip("-"),
+)
+def test_offline_equals_online(world: TinyWorld, objective: dict[str, object], tmp_path: Path) -> None:
+    top_k = "all" if objective.get("feature_set") in ("union", "policy") else 8
+    feature = {**world.raw_recipe()["features"][0], "top_k": top_k}
+    recipe = world.recipe(features=[feature], training=SGD, objective=objective)
+    cache = build_caches(recipe, world.store)[0].cache
+    align(recipe, cache, tmp_path / "run")
+    offline = [row["loss"] for row in read_metrics(tmp_path / "run" / METRICS_FILE)]
+    online = online_losses(world, recipe, cache)
+    assert len(offline) == len(online) == STEPS
+    # The losses must move, or the comparison would not see a wrong gradient.
+    assert max(abs(loss - online[0]) for loss in online) > 1e-3
+    assert offline == pytest.approx(online, rel=1e-5)
+
+
+def test_the_feature_gradient_is_large_enough_to_matter(world: TinyWorld) -> None:
+    """Without it, the losses differ by far more than the tolerance above, which would notice its absence."""
+    recipe = world.recipe(training=SGD)
+    cache = build_caches(recipe, world.store)[0].cache
+    full = online_losses(world, recipe, cache)
+    detached = online_losses(world, recipe, cache, feature_gradient=False)
+    assert max(abs(a - b) / a for a, b in zip(full, detached, strict=True)) > 1e-3
+
+
+def online_losses(
+    world: TinyWorld, recipe: Recipe, cache: Cache, *, feature_gradient: bool = True
+) -> list[float]:
+    """FPO, DPO or SimPO with both models in memory, from the papers' equations."""
+    reference = AutoModelForCausalLM.from_pretrained(world.root / "model").eval()
+    policy = AutoModelForCausalLM.from_pretrained(world.root / "model").eval()
+    sae = load_file(world.root / "sae" / "sae_weights.safetensors")
+    optimiser = torch.optim.SGD(policy.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (STEPS - step) / STEPS)
+    losses = []
+    for epoch in (0, 1):
+        for pairs in epoch_batches(cache, recipe, epoch):
+            loss = torch.stack(
+                [pair_loss(pairs, p, policy, reference, sae, recipe, feature_gradient) for p in range(len(pairs))]
+            )
+            loss.mean().backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+            losses.append(loss.mean().item())
+    return losses
+
+
+def epoch_batches(cache: Cache, recipe: Recipe, epoch: int) -> Iterator[Pairs]:
+    """The pairs of each step: the order is the project's, everything computed from them is not."""
+    everything = Pairs.concat([cache.shard(sid) for sid in range(len(cache.shard_pairs))])
+    for index, block in enumerate(epoch_blocks(cache.shard_pairs, seed=42, epoch=epoch, batch=BATCH)):
+        pairs = everything.take(block.rows)
+        for positions in cut_batches(pairs.lengths.sum(1), index, seed=42, epoch=epoch, batch=BATCH):
+            yield pairs.take(positions)
+
+
+def pair_loss(
+    pairs: Pairs,
+    p: int,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    sae: dict[str, Tensor],
+    recipe: Recipe,
+    feature_gradient: bool,
+) -> Tensor:
+    objective = recipe.objective.model_dump()
+    start, chosen, rejected, end = pairs.splits[3 * p : 3 * p + 4].astype(int)
+    prompt = pairs.input_ids[start:chosen]
+    completions = [pairs.input_ids[chosen:rejected], pairs.input_ids[rejected:end]]
+    logps, pooled = forward_padded(policy, prompt, completions, sae)
+    with torch.no_grad():
+        ref_logps, ref_pooled = forward_padded(reference, prompt, completions, sae)
+    sizes = torch.tensor([float(len(completion)) for completion in completions])
+    beta = objective["beta"]
+    if objective["name"] == "dpo":
+        ratios = logps - ref_logps
+        return -torch.nn.functional.logsigmoid(beta * (ratios[0] - ratios[1]))
+    if objective["name"] == "simpo":
+        means = logps / sizes
+        return -torch.nn.functional.logsigmoid(beta * (means[0] - means[1]) - objective["gamma"])
+    ratios = (logps - ref_logps) / sizes
+    d_chosen, d_rejected = (
+        distance(pooled[side], ref_pooled[side], objective["k"], objective["feature_set"]) for side in (0, 1)
+    )
+    if not feature_gradient:
+        d_rejected = d_rejected.detach()
+    u = beta * ((ratios[0] - ratios[1]) - objective["alpha"] * (d_rejected - d_chosen.detach()))
+    return -torch.nn.functional.logsigmoid(u)
+
+
+def forward_padded(
+    model: PreTrainedModel, prompt: np.ndarray, completions: list[np.ndarray], sae: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Summed log-probs (2,) and mean SAE activations (2, d_sae) of both completions, as two right-padded rows."""
+    width = len(prompt) + max(len(completion) for completion in completions)
+    ids, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+    for row, completion in enumerate(completions):
+        size = len(prompt) + len(completion)
+        ids[row, :size] = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
+        mask[row, :size] = 1
+    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    all_logps = output.logits.log_softmax(-1)
+    layer_1 = output.hidden_states[2]  # [0] is the embedding, [i + 1] the output of layer i below the last
+    logps, pooled = [], []
+    for row, completion in enumerate(completions):
+        here = torch.arange(len(prompt), len(prompt) + len(completion))
+        logps.append(all_logps[row, here - 1, ids[row, here]].sum())
+        h = (layer_1[row, here - 1] - sae["b_dec"]) @ sae["W_enc"] + sae["b_enc"]
+        pooled.append((torch.relu(h) * (h > sae["threshold"])).mean(0))
+    return torch.stack(logps), torch.stack(pooled)
+
+
+def distance(policy: Tensor, reference: Tensor, k: int, feature_set: str) -> Tensor:
+    chosen = torch.zeros_like(reference, dtype=torch.bool)
+    if feature_set in ("reference", "union"):
+        chosen[reference.topk(k).indices] = True
+        chosen &= (reference > 0) | (policy.detach() > 0) if feature_set == "union" else reference > 0
+    if feature_set in ("policy", "union"):
+        own = torch.zeros_like(chosen)
+        own[policy.topk(k).indices] = True
+        chosen |= own & (policy > 0)
+    return (policy - reference).square()[chosen].sum() / k
