@@ -16,6 +16,8 @@ export TOKENIZERS_PARALLELISM ?= false
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
+# Models this small gain nothing from a second thread, and lose much where the cores are shared.
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/installed  ## from nothing to an aligned policy and its evaluation, in minutes on a CPU
 	$(BIN)/python -m demo.build
 	$(BIN)/fpo cache recipes/demo.yaml

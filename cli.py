@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from errors import FpoError
+from errors import CacheIncomplete, CacheMissing, FpoError
 from recipe import Recipe, load_recipe
-from store import Store, Summary, default_store, open_cache, verify
+from store import Cache, Store, Summary, default_store, open_cache, verify
 
 app = typer.Typer(
     help="Offline preference optimisation with sparse features: run the reference once, cache it, train from it.",
@@ -58,6 +58,8 @@ def cache_command(
 
     root = store or default_store()
     reports = build_caches(loaded, root, batch_tokens)
+    if not is_first_rank():
+        return
     if as_json:
         print(json.dumps([_cache_facts(report, root) for report in reports], indent=2))
         return
@@ -81,13 +83,11 @@ def align_command(
     """Stage 2: train the recipe's policy from its cache. The reference is never run."""
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
-    from stage1_cache import find_caches
     from stage2_align import align
 
-    root = store or default_store()
-    caches = _find(find_caches, loaded, root, recipe, store)
-    report = align(loaded, caches[0], output or Path("runs") / f"{recipe.stem}-{loaded.objective.name}", resume)
-    if int(os.environ.get("RANK", "0")) != 0:
+    cache = _find(loaded, recipe, store)
+    report = align(loaded, cache, output or Path("runs") / f"{recipe.stem}-{loaded.objective.name}", resume)
+    if not is_first_rank():
         return
     rate = report.pairs / report.seconds if report.seconds else 0.0
     if as_json:
@@ -100,7 +100,7 @@ def align_command(
         print(json.dumps({**facts, "last": report.last}, indent=2))
         return
     print(f"run         {report.run}")
-    print(f"cache       {caches[0].key[:12]} (manifest {caches[0].digest[:12]}), {caches[0].n_pairs:,} pairs")
+    print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_pairs:,} pairs")
     if report.parity is not None:
         print(f"parity      {report.parity:.2g} nats per token between the policy and the cached reference")
     print(f"trained     {report.steps:,} steps, {rate:.1f} pairs/s, {report.seconds:.0f} s")
@@ -118,18 +118,15 @@ def evaluate_command(
 ) -> None:
     """Held-out metrics of a run, from the cache of the held-out pairs."""
     loaded = load_recipe(recipe, overrides)
-    if loaded.data.eval_split is None:
-        raise FpoError(f"{recipe}: data.eval_split is not set, so there are no held-out pairs")
     quiet_libraries()
-    from stage1_cache import find_caches
     from stage2_align import evaluate_run
 
-    caches = _find(find_caches, loaded, store or default_store(), recipe, store)
-    metrics = evaluate_run(loaded, caches[1], run)
+    cache = _find(loaded, recipe, store, held_out=True)
+    metrics = evaluate_run(loaded, cache, run)
     if as_json:
         print(json.dumps(metrics, indent=2))
         return
-    print(f"{caches[1].n_pairs:,} held-out pairs ({loaded.data.eval_split}), cache {caches[1].key[:12]}")
+    print(f"{cache.n_pairs:,} held-out pairs ({loaded.data.eval_split}), cache {cache.key[:12]}")
     for name, value in metrics.items():
         print(f"  {name:<33}{value:.6g}")
 
@@ -216,11 +213,17 @@ def main() -> None:
         sys.exit(1)
 
 
-def _find(find: Any, recipe: Recipe, root: Path, path: Path, store: Path | None) -> Any:
-    from errors import CacheIncomplete, CacheMissing
+def is_first_rank() -> bool:
+    """Under torchrun, one process speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _find(recipe: Recipe, path: Path, store: Path | None, *, held_out: bool = False) -> Cache:
+    """The recipe's cache; where it is missing, how to build it."""
+    from stage1_cache import find_cache
 
     try:
-        return find(recipe, root)
+        return find_cache(recipe, store or default_store(), held_out=held_out)
     except (CacheMissing, CacheIncomplete) as error:
         where = f" --store {store}" if store else ""
         raise type(error)(f"{error}\n  build it with: fpo cache {path}{where}") from None

@@ -313,8 +313,14 @@ def reference_page() -> str:
     """docs/recipe.md: every section and field with type, default and documentation, from the definitions above."""
     lines = ["# The recipe", "", "<!-- written by `make docs` from recipe.py -->", "", Recipe.__doc__ or ""]
     sections: list[tuple[str, type[Section]]] = [
-        ("", Recipe), ("reference", Reference), ("features[]", Feature), ("data", Data), ("cache", CacheOptions),
-        ("policy", Policy), ("policy.lora", Lora), *((f"objective ({name})", kind) for name, kind in OBJECTIVES.items()),
+        ("", Recipe),
+        ("reference", Reference),
+        ("features[]", Feature),
+        ("data", Data),
+        ("cache", CacheOptions),
+        ("policy", Policy),
+        ("policy.lora", Lora),
+        *((f"objective ({name})", kind) for name, kind in OBJECTIVES.items()),
     ]
     for name, section in sections:
         if name:

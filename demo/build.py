@@ -15,20 +15,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from demo.autoencoder import AutoencoderSettings, save_saelens, train_autoencoder
+from demo.autoencoder import AutoencoderSettings, SaeQuality, save_saelens, train_autoencoder
 from demo.grammar import STORIES
 from demo.language_model import LanguageModelSettings, heldout_loss, train_language_model
 from demo.preferences import Pair, PreferenceSettings, sample_preferences, write_pairs
@@ -115,11 +119,11 @@ def _build_parts(folder: Path, settings: WorldSettings) -> dict[str, Any]:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    hookpoint = f"model.layers.{settings.autoencoder.layer}"
-    sae, quality = train_autoencoder(model, tokenizer, settings.autoencoder, settings.seed)
-    save_saelens(sae, folder / "sae", quality, hookpoint, "demo-world")
-
-    train, test = sample_preferences(model, tokenizer, settings.preferences, settings.seed)
+    # The autoencoder and the pairs both need the finished model and nothing of each other.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other_process:
+        autoencoder = other_process.submit(_build_autoencoder, folder, settings)
+        train, test = sample_preferences(model, tokenizer, settings.preferences, settings.seed)
+        quality = autoencoder.result()
     (folder / "pairs").mkdir()
     write_pairs(train, folder / "pairs" / "train.jsonl")
     write_pairs(test, folder / "pairs" / "test.jsonl")
@@ -130,9 +134,23 @@ def _build_parts(folder: Path, settings: WorldSettings) -> dict[str, Any]:
         "heldout_nats_per_token": round(loss.model, 6),
         "grammar_nats_per_token": round(loss.grammar, 6),
         "heldout_tokens": loss.tokens,
-        "sae": {"hookpoint": hookpoint, "d_sae": settings.autoencoder.d_sae, **asdict(quality)},
+        "sae": {"hookpoint": _hookpoint(settings), "d_sae": settings.autoencoder.d_sae, **asdict(quality)},
         "pairs": {"train": _pair_figures(train), "test": _pair_figures(test)},
     }
+
+
+def _build_autoencoder(folder: Path, settings: WorldSettings) -> SaeQuality:
+    """Train on the model in `folder` and save beside it; in silence, because the pairs have the progress bar."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), _threads(settings.threads):
+        model = LlamaForCausalLM.from_pretrained(folder / "model")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+        sae, quality = train_autoencoder(model, tokenizer, settings.autoencoder, settings.seed)
+        save_saelens(sae, folder / "sae", quality, _hookpoint(settings), "demo-world")
+    return quality
+
+
+def _hookpoint(settings: WorldSettings) -> str:
+    return f"model.layers.{settings.autoencoder.layer}"
 
 
 def _pair_figures(pairs: list[Pair]) -> dict[str, float]:

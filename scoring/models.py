@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from errors import ModelError
@@ -30,9 +33,11 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         near = nearest(folder.name, siblings)
         hint = f"; nearest is {folder.parent / near}" if near else ""
         raise ModelError(f"{name}: no such folder, and not a hub id (owner/name){hint}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    return _snapshot(name, revision)
 
+
+@functools.cache
+def _snapshot(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except LocalEntryNotFoundError:

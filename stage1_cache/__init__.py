@@ -6,6 +6,6 @@ Pairs to cache.
     drops           what was left out, and why   build     fpo cache
 """
 
-from stage1_cache.build import CacheReport, build_caches, find_caches
+from stage1_cache.build import CacheReport, build_caches, find_cache
 
-__all__ = ["CacheReport", "build_caches", "find_caches"]
+__all__ = ["CacheReport", "build_caches", "find_cache"]

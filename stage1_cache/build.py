@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import CacheIncomplete, CacheMissing
+from errors import CacheIncomplete, CacheMissing, RecipeError
 from recipe import Recipe
 from scoring import Packed, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
@@ -62,10 +62,17 @@ def build_caches(recipe: Recipe, store: Path, batch_tokens: int = 8192) -> list[
     return [_build(identity, store, lazy) for identity in identities]
 
 
-def find_caches(recipe: Recipe, store: Path) -> list[Cache]:
-    """The caches of a recipe, which must be complete. Raises CacheMissing or CacheIncomplete."""
+def find_cache(recipe: Recipe, store: Path, *, held_out: bool = False) -> Cache:
+    """
+    The complete cache of a recipe's training pairs, or of its held-out ones.
+
+    Raises CacheMissing or CacheIncomplete; RecipeError where held-out pairs are asked for and the recipe has none.
+    """
     check_inputs(recipe)
-    return [open_cache(store, cache_key(identity.key_recipe)) for identity in cache_identities(recipe)]
+    if held_out and recipe.data.eval_split is None:
+        raise RecipeError("data.eval_split is not set, so there are no held-out pairs")
+    identity = cache_identities(recipe)[1 if held_out else 0]
+    return open_cache(store, cache_key(identity.key_recipe))
 
 
 @dataclass(frozen=True)
@@ -128,12 +135,14 @@ def _build(identity: CacheIdentity, store: Path, lazy: _LazyScorer) -> CacheRepo
     except (CacheMissing, CacheIncomplete):
         pass
 
+    identity.check_lengths()
     plan = identity.plan()
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
     missing = writer.missing()
-    checks = lazy.self_checks(identity) if missing else []
+    # Also where a killed run left only the manifest to be written: its bytes must not depend on that.
+    checks = lazy.self_checks(identity)
     built, pairs, tokens = _write_missing(identity, writer, plan, missing, lazy)
-    writer.seal({"split": identity.split, "self_check": spelled(checks), "drops": identity.remembered["drops"]})
+    writer.seal({"self_check": spelled(checks), "drops": identity.remembered["drops"]})
     cache = open_cache(store, key)
     return CacheReport(identity.split, cache, drops, built, time.monotonic() - started, pairs, tokens)
 

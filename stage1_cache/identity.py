@@ -134,6 +134,16 @@ class CacheIdentity:
         """(P, 16) digest of every pair, in dataset order."""
         return pair_digests(self.tokens.input_ids, self.tokens.splits)
 
+    def check_lengths(self) -> None:
+        """RecipeError where `max_length: null` leaves a sequence longer than the reference has positions."""
+        limit = _positions(_text_config(reference_config(self.recipe.reference)))
+        sizes = self.tokens.lengths[:, 0] + self.tokens.lengths[:, 1:].max(1)
+        if limit is not None and len(sizes) and sizes.max() > limit:
+            raise RecipeError(
+                f"data.max_length: null cuts nothing, and row {self.tokens.pair_id[sizes.argmax()]} has {sizes.max()} "
+                f"tokens, more than the {limit} positions of {self.recipe.reference.model}; set it to {limit} or less"
+            )
+
     def plan(self) -> list[np.ndarray]:
         """Which pairs (positions in `tokens`) each shard holds."""
         lengths = self.tokens.lengths
@@ -177,9 +187,8 @@ def check_inputs(recipe: Recipe) -> None:
     Raises RecipeError naming the field; other FpoErrors name the file.
     """
     config = _text_config(reference_config(recipe.reference))
-    limit = config.get("max_position_embeddings", config.get("n_positions"))
-    length = recipe.data.max_length
-    if limit is not None and (length is None or length > limit):
+    limit, length = _positions(config), recipe.data.max_length
+    if limit is not None and length is not None and length > limit:
         raise RecipeError(f"data.max_length: {length} is more than the {limit} positions of {recipe.reference.model}")
     adapter_folder(recipe.reference)
     width = config.get("hidden_size", config.get("n_embd"))
@@ -269,6 +278,11 @@ def _feature_identity(feature: Feature) -> dict[str, Any]:
         "top_k": feature.top_k,
         "pooling": "mean",
     }
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    """How many positions the model was made for; None where its config does not say."""
+    return config.get("max_position_embeddings", config.get("n_positions"))
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

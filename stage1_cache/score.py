@@ -7,6 +7,7 @@ computes it on the same machine, and in whatever order the shards are computed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -49,7 +50,9 @@ class ReferenceScorer:
         batch_tokens  packed tokens per forward; changes speed and memory only
         Raises ModelError where the model cannot be loaded or packed.
         """
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Under torchrun each rank has its own GPU.
+        local = os.environ.get("LOCAL_RANK", "0")
+        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
         self.model = load_model(folder, dtype, adapter).to(self.device).requires_grad_(False)
         self.saes = [(hookpoint, sae.to(self.device), top_k) for hookpoint, sae, top_k in saes]
         self.batch_tokens = batch_tokens

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from errors import RunError
 from recipe import Recipe
 from scoring import Packed, disable_dropout, install_scoring, load_model, model_folder
 from stage2_align.align import training_arguments
@@ -25,7 +26,8 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
     The objective's loss and metrics over every pair of `cache`, by the run's policy; also written to the run folder
     as evaluation.json. Raises RunError where there is no finished run.
     """
-    read_run(run)
+    if not read_run(run)["complete"]:
+        raise RunError(f"{run}: this run is not finished; continue it with fpo align --output {run} --resume")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     model = _trained_policy(recipe, run)

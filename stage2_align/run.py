@@ -86,14 +86,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     The newest checkpoint that is whole; newer ones that a killed run left unfinished are removed.
 
-    Trainer writes trainer_state.json last, so a checkpoint is whole where that file can be read.
+    Trainer writes trainer_state.json last and we the metric sums after it, so a checkpoint with both is whole.
     """
     found = [
         (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     for _, path in sorted(found, reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            for name in ("trainer_state.json", "metric_sums_0.json"):
+                json.loads((path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             shutil.rmtree(path)
             continue

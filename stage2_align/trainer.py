@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -51,15 +52,16 @@ class PairTrainer(Trainer):
             args=args,
             train_dataset=stream,
             processing_class=tokenizer,
-            callbacks=[_StreamPosition(stream), _Progress(stream), MetricsFile(metrics_file)],
         )
+        self.sums = MetricSums()
+        for callback in (_StreamPosition(stream), _Progress(stream), MetricsFile(metrics_file), self.sums):
+            self.add_callback(callback)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.stream = stream
         self.meter = meter.to(args.device)
         # The loss is a mean over pairs; Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self._sums: dict[str, Tensor] = {}
 
     def get_train_dataloader(self) -> DataLoader[Batch | None]:
         """The stream as it is: it does the shuffling, batching and the split over processes."""
@@ -75,25 +77,58 @@ class PairTrainer(Trainer):
         """Mean loss over the batch's pairs."""
         scores = model(**{name: inputs[name] for name in Packed._fields})
         measurement = self.meter.measure(scores, inputs)
-        sums = batch_metrics(measurement, inputs)
-        sums["pairs"] = torch.tensor(float(len(measurement.value.losses)), device=sums["loss"].device).double()
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        self.sums.add(batch_metrics(measurement, inputs), len(measurement.value.losses))
         loss = measurement.value.losses.mean()
         return (loss, measurement) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, averaged over the pairs of all processes since the last log."""
-        if self._sums:
-            names = sorted(self._sums)
-            totals = torch.stack([self._sums[name] for name in names])
-            if self.accelerator.num_processes > 1:
-                totals = self.accelerator.reduce(totals, reduction="sum")
-            values = dict(zip(names, totals.tolist(), strict=True))
-            pairs = values.pop("pairs")
-            logs = {**logs, **{name: value / pairs for name, value in values.items()}}
-            self._sums = {}
-        super().log(logs, start_time)
+        super().log({**logs, **self.sums.means(self.accelerator)}, start_time)
+
+
+class MetricSums(TrainerCallback):
+    """
+    Sums over the pairs since the last log. They are saved beside each checkpoint, so that a resumed run logs the same
+    means as one never interrupted, wherever between two logs it was saved.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, sums: dict[str, Tensor], pairs: int) -> None:
+        """`sums` over this many more pairs."""
+        for name, value in {**sums, "pairs": torch.full_like(sums["loss"], pairs)}.items():
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the pairs of all processes since the last call; nothing where there were none."""
+        if not self.totals:
+            return {}
+        names = sorted(self.totals)
+        totals = torch.stack([self.totals[name] for name in names])
+        if accelerator.num_processes > 1:
+            totals = accelerator.reduce(totals, reduction="sum")
+        values = dict(zip(names, totals.tolist(), strict=True))
+        pairs = values.pop("pairs")
+        self.totals = {}
+        return {name: value / pairs for name, value in values.items()}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        totals = {name: value.item() for name, value in self.totals.items()}
+        sums_file(args, state).write_text(json.dumps(totals), encoding="utf-8")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        path = sums_file(args, state)
+        if state.global_step and path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            self.totals = {
+                n: torch.tensor(value, dtype=torch.float64, device=args.device) for n, value in saved.items()
+            }
+
+
+def sums_file(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where a rank keeps its sums at a checkpoint."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"metric_sums_{args.process_index}.json"
 
 
 def _unchanged(batch: Any) -> Any:

@@ -49,7 +49,10 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
         ("dat.source=x", "dat: no such field; nearest is data"),
         ("data.max_length=1.5", "data.max_length: must be a valid integer"),
         ("policy.lora.rr=8", "policy.lora.rr: no such field; nearest is r"),
-        ("training.learning_rte=1", "training.learning_rte: no such argument of TrainingArguments; nearest is learning_rate"),
+        (
+            "training.learning_rte=1",
+            "training.learning_rte: no such argument of TrainingArguments; nearest is learning_rate",
+        ),
         ("training.learning_rate=fast", "training.learning_rate: must be a valid number"),
         ("training.output_dir=x", "training.output_dir: not set here; give the run folder with --output"),
         ("reference.model", "--set reference.model: write it as section.field=value"),

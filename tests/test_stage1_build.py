@@ -26,7 +26,7 @@ from scoring.hookpoints import capture
 from scoring.sae import Sae
 from scoring.sae_formats import SaeArrays, SaeFacts
 from scoring.self_check import check_sae
-from stage1_cache import build_caches, find_caches
+from stage1_cache import build_caches, find_cache
 from stage1_cache.identity import cache_identities
 from store import Cache, Pairs, cache_key, verify
 
@@ -234,9 +234,26 @@ def test_wrong_files_hookpoints_widths_and_columns_are_refused_before_the_model_
     assert "choosen" in said
 
 
+def test_without_a_cut_a_sequence_beyond_the_models_positions_is_refused(world: TinyWorld, tmp_path: Path) -> None:
+    words = " ".join(["w1"] * 70)
+    (tmp_path / "long.jsonl").write_text(f'{{"prompt": "w1", "chosen": "w2", "rejected": " {words}"}}\n')
+    data = {"source": str(tmp_path / "long.jsonl"), "eval_split": None, "max_length": None}
+    said = refusal({"data": data}, world, tmp_path, RecipeError)
+    assert "row 0 has 73 tokens, more than the 64 positions" in said  # bos, prompt, 70 words, eos
+
+
+def test_a_run_killed_before_the_manifest_seals_the_same_bytes(world: TinyWorld, tmp_path: Path) -> None:
+    cache = build_caches(world.recipe(), tmp_path)[0].cache
+    manifest = tmp_path / cache.key / "manifest.json"
+    before = manifest.read_bytes()
+    manifest.unlink()
+    assert build_caches(world.recipe(), tmp_path)[0].built_shards == 0
+    assert manifest.read_bytes() == before
+
+
 def test_a_missing_cache_is_not_built_by_stage_2(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(CacheMissing):
-        find_caches(world.recipe(), tmp_path / "empty")
+        find_cache(world.recipe(), tmp_path / "empty")
 
 
 def test_the_self_check_refuses_a_wrong_hookpoint_and_says_the_right_one() -> None:
@@ -277,7 +294,11 @@ def test_the_self_check_on_a_real_sae_finds_its_layer_among_all(sae: str, tmp_pa
     raw = {
         "reference": {"model": str(DATA / "models" / "stories260K")},
         "features": [{"sae": str(source), "hookpoint": "model.layers.2", "top_k": 32}],
-        "data": {"source": str(DATA / "pairs" / "llms_from_scratch.str.jsonl"), "split": "train[:60]", "max_length": 512},
+        "data": {
+            "source": str(DATA / "pairs" / "llms_from_scratch.str.jsonl"),
+            "split": "train[:60]",
+            "max_length": 512,
+        },
         "objective": {"name": "dpo"},
     }
     check = build_caches(validate_recipe(raw, "test"), tmp_path)[0].cache.manifest.facts["self_check"][0]

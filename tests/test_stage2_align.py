@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors import CacheDamaged, ParityError, RecipeError, RunError
 from recipe import Recipe
-from stage1_cache import build_caches, find_caches
+from stage1_cache import build_caches, find_cache
 from stage2_align import align, evaluate_run
 from stage2_align.run import METRICS_FILE, read_run
 from stage2_align.stream import PairStream
@@ -35,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 
 def cached(world: TinyWorld, recipe: Recipe) -> Cache:
-    return find_caches(recipe, world.store)[0]
+    return find_cache(recipe, world.store)
 
 
 def losses(run: Path) -> list[float]:
@@ -69,10 +70,10 @@ ALIGN = """
 import sys
 from pathlib import Path
 from recipe import load_recipe
-from stage1_cache import find_caches
+from stage1_cache import find_cache
 from stage2_align import align
 recipe = load_recipe(Path(sys.argv[1]))
-align(recipe, find_caches(recipe, Path(sys.argv[2]))[0], Path(sys.argv[3]), resume=len(sys.argv) > 4)
+align(recipe, find_cache(recipe, Path(sys.argv[2])), Path(sys.argv[3]), resume=len(sys.argv) > 4)
 """
 
 
@@ -102,6 +103,21 @@ def test_a_run_killed_anywhere_and_resumed_has_the_losses_of_one_never_interrupt
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     for name, tensor in load_file(tmp_path / "straight" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "killed" / "model.safetensors")[name]), name
+
+
+def test_a_resumed_run_logs_the_same_means_where_a_checkpoint_stands_between_two_logs(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    """Checkpoints at 7 and 14, logs at 5, 10, 15, 20; what came after step 14's checkpoint is taken away."""
+    recipe = world.recipe(training={"logging_steps": 5})
+    align(recipe, cached(world, recipe), tmp_path / "run")
+    straight = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-20")
+    facts = read_run(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "complete": False}))
+    align(recipe, cached(world, recipe), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == straight
+    assert len(straight) == 4
 
 
 def test_a_checkpoint_that_was_being_written_is_not_resumed_from(world: TinyWorld, tmp_path: Path) -> None:
@@ -147,14 +163,14 @@ def test_low_rank_adapters_train_and_evaluate(world: TinyWorld, tmp_path: Path) 
     assert report.parity is not None
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    metrics = evaluate_run(recipe, find_caches(recipe, world.store)[1], tmp_path / "run")
+    metrics = evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), tmp_path / "run")
     assert metrics["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_the_reference_evaluates_to_log_2_and_zero_distance(world: TinyWorld, tmp_path: Path) -> None:
     recipe = world.recipe(training={"max_steps": 1, "learning_rate": 0.0})
     align(recipe, cached(world, recipe), tmp_path / "run")
-    metrics = evaluate_run(recipe, find_caches(recipe, world.store)[1], tmp_path / "run")
+    metrics = evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), tmp_path / "run")
     assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["eval_features/distance_rejected"] == pytest.approx(0, abs=1e-9)
 
@@ -204,7 +220,7 @@ def test_an_existing_run_is_not_overwritten_nor_resumed_with_another_recipe(worl
 
 def test_values_that_transformers_refuses_are_named_before_anything_loads(world: TinyWorld, tmp_path: Path) -> None:
     recipe = world.recipe(training={"optim": "adamm"})
-    with pytest.raises(RecipeError, match="training: .*adamm"):
+    with pytest.raises(RecipeError, match=r"training: .*adamm"):
         align(recipe, cached(world, recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -212,7 +228,7 @@ def test_values_that_transformers_refuses_are_named_before_anything_loads(world:
 def test_a_damaged_shard_trains_nothing(world: TinyWorld, tmp_path: Path) -> None:
     recipe = world.recipe()
     build_caches(recipe, tmp_path / "store")
-    cache = find_caches(recipe, tmp_path / "store")[0]
+    cache = find_cache(recipe, tmp_path / "store")
     shard = tmp_path / "store" / cache.key / "shards" / "000001.zarr.zip"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1

@@ -74,9 +74,7 @@ def test_the_feature_gradient_is_large_enough_to_matter(world: TinyWorld) -> Non
     assert max(abs(a - b) / a for a, b in zip(full, detached, strict=True)) > 1e-3
 
 
-def online_losses(
-    world: TinyWorld, recipe: Recipe, cache: Cache, *, feature_gradient: bool = True
-) -> list[float]:
+def online_losses(world: TinyWorld, recipe: Recipe, cache: Cache, *, feature_gradient: bool = True) -> list[float]:
     """FPO, DPO or SimPO with both models in memory, from the papers' equations."""
     reference = AutoModelForCausalLM.from_pretrained(world.root / "model").eval()
     policy = AutoModelForCausalLM.from_pretrained(world.root / "model").eval()
