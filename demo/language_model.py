@@ -33,7 +33,7 @@ class LanguageModelSettings:
     max_length: int = 256
     """Positions that the config advertises; a story takes about 85."""
 
-    steps: int = 260
+    steps: int = 220
     batch_size: int = 24
     learning_rate: float = 3e-3
     warmup_steps: int = 20

@@ -22,7 +22,7 @@ _MOST_OPENINGS = 20  # per pair wanted; the demo's settings need about 1.3
 
 @dataclass(frozen=True)
 class PreferenceSettings:
-    train_pairs: int = 1500
+    train_pairs: int = 1200
     test_pairs: int = 200
     label_noise: float = 0.1
     """Probability that the worse completion is called the chosen one."""
