@@ -25,17 +25,20 @@ from store.manifest import (
 )
 from store.pairs import Pairs
 from store.shards import load_shard
+from store.use import Use
 
 
 def open_cache(store: Store | Path | str, name: str) -> Cache:
     """
-    The complete cache whose key starts with `name`.
+    The complete cache whose key starts with `name`, or whose tag it is. As long as it is open, nobody removes it.
 
     Raises CacheMissing, CacheIncomplete (how far it is and what to run) or CacheDamaged.
     """
     store = store if isinstance(store, Store) else Store(store)
     key = store.resolve(name)
-    return Cache(store.folder(key), key)
+    # Taken before the first look, so that what is found cannot be removed any more.
+    use = store.use(key)
+    return Cache(store.folder(key), key, use)
 
 
 class Cache:
@@ -45,7 +48,8 @@ class Cache:
     Holds the recipe and the manifest (about 1 kB per shard), never a shard.
     """
 
-    def __init__(self, folder: Folder, key: str) -> None:
+    def __init__(self, folder: Folder, key: str, use: Use | None = None) -> None:
+        self._use = use
         self.folder = folder
         self.key = key
         self.recipe: dict[str, Any] = parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))

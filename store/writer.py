@@ -63,6 +63,7 @@ class CacheWriter:
             raise ValueError("the plan holds a pair twice")
         self.key = cache_key(recipe)
         store = store if isinstance(store, Store) else Store(store)
+        self._use = store.use(self.key)
         self.folder = store.folder(self.key)
         self.folder.prepare(SHARDS, RECORDS)
         if not self.folder.create(RECIPE, canonical_json(recipe)):

@@ -1,0 +1,145 @@
+"""
+Who uses a cache, and when somebody last did: one empty file per cache in STORE/.state/uses, outside the cache.
+
+Whoever reads or writes a cache holds a shared lock (flock) on it, and its modification time is the last use;
+whoever removes the cache takes the lock alone. A killed process holds nothing. Where the file cannot be made
+(a read-only store, somebody else's) there is no lock and no last use, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from errors import CacheError
+from store.files import make_durable_dirs
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, so removing refuses
+    fcntl = None  # type: ignore[assignment]
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class InUse(CacheError):
+    """Another process reads or writes the cache."""
+
+
+class Use:
+    """A cache is being used as long as this object lives, or until `end`."""
+
+    def __init__(self, path: Path) -> None:
+        """path: the cache's file in STORE/.state/uses. Never fails: without the file there is no protection."""
+        self.path = path
+        descriptor = None
+        with contextlib.suppress(OSError):
+            descriptor = _locked(path, shared=True)
+            os.utime(descriptor)
+        self.end = weakref.finalize(self, _close, descriptor)
+        """Call it to say that the use is over; otherwise that is so when the object goes."""
+
+    def __reduce__(self) -> tuple[type[Use], tuple[Path]]:
+        # In a worker process that gets the cache pickled it is a use of its own.
+        return (Use, (self.path,))
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """
+    Nobody uses the cache inside this block, and who begins to waits until its end.
+
+    Raises InUse, naming the processes where the system tells, or CacheError where locks do not work.
+    """
+    try:
+        descriptor = _locked(path, shared=False)
+    except BlockingIOError:
+        raise InUse(f"{what} is in use{_by_whom(path)}; wait for them, or end them, and run this again") from None
+    except OSError as error:
+        if fcntl is None or error.errno in _NO_LOCKS:
+            raise CacheError(
+                f"the file system of {path.parents[2]} has no locks, so whether {what} is in use cannot be told; "
+                "make sure that it is not and delete its folder yourself"
+            ) from None
+        raise CacheError(f"cannot lock {path}: {error.strerror}; check its permissions") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def last_use(path: Path) -> datetime | None:
+    """UTC, or None where nothing is known."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except OSError:
+        return None
+
+
+def _locked(path: Path, shared: bool) -> int:
+    """
+    An open descriptor that holds the lock. A shared one waits (removing takes milliseconds), the other does not.
+
+    Raises OSError, BlockingIOError where somebody else holds it.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no flock")
+    while True:
+        descriptor = _open(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever removed the cache meanwhile removed this file too: then the lock is on a file that is no more.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        time.sleep(0)
+
+
+def _open(path: Path) -> int:
+    """For writing where that is allowed (NFS asks for it), else for reading."""
+    try:
+        make_durable_dirs(path.parent)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def _by_whom(path: Path) -> str:
+    """Linux lists who holds which lock: " by process 71 (fpo align mine.yaml)"; elsewhere ""."""
+    try:
+        facts = path.stat()
+        file = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return ""
+    holders = sorted(
+        {int(words[-4]) for words in lines if "FLOCK" in words and words[-3] == file and "->" not in words}
+    )
+    if not holders:
+        return " (by a process on another machine, or of another user)"
+    return " by " + ", ".join(f"process {pid}{_command(pid)}" for pid in holders)
+
+
+def _command(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    except OSError:
+        return ""
+    line = " ".join(word for word in words if word)
+    return f" ({line[:77] + '...' if len(line) > 80 else line})" if line else ""
