@@ -6,11 +6,13 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     format, archive, invariants, shards       pairs <-> the bytes of a shard, checked
     files    a folder written once, durably   manifest recipe, records and manifest
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
+    tags, use, describe, manage               names, last use and locks, labels; tag, rm, gc
 """
 
 from store.cache import Cache, open_cache
 from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest
 from store.local import Store, Summary, default_store
+from store.manage import Collection, Garbage, Removed, Tagged, gc, rm, tag, untag
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards
@@ -22,25 +24,33 @@ __all__ = [
     "FORMAT_VERSION",
     "Cache",
     "CacheWriter",
+    "Collection",
     "Features",
+    "Garbage",
     "Manifest",
     "Pairs",
+    "Removed",
     "Report",
     "ShardEntry",
     "Store",
     "Summary",
+    "Tagged",
     "TopLogits",
     "cache_key",
     "canonical_json",
     "default_store",
     "file_digest",
+    "gc",
     "open_cache",
     "pair_digests",
     "pairs_digest",
     "permutation",
     "plan_shards",
     "remember",
+    "rm",
     "scored_lengths",
+    "tag",
+    "untag",
     "verify",
     "weights_digest",
 ]

@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import time
 import weakref
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from errors import CacheError
+from errors import CacheError, CacheInUse
 from store.files import make_durable_dirs
 
 try:
@@ -26,10 +25,6 @@ except ImportError:  # Windows: no locks, so removing refuses
     fcntl = None  # type: ignore[assignment]
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-
-
-class InUse(CacheError):
-    """Another process reads or writes the cache."""
 
 
 class Use:
@@ -55,12 +50,13 @@ def alone(path: Path, what: str) -> Iterator[None]:
     """
     Nobody uses the cache inside this block, and who begins to waits until its end.
 
-    Raises InUse, naming the processes where the system tells, or CacheError where locks do not work.
+    Raises CacheInUse, naming the processes where the system tells, or CacheError where locks do not work.
     """
+    known = path.exists()
     try:
         descriptor = _locked(path, shared=False)
     except BlockingIOError:
-        raise InUse(f"{what} is in use{_by_whom(path)}; wait for them, or end them, and run this again") from None
+        raise CacheInUse(f"{what} is in use{_by_whom(path)}; wait for them, or end them, and run this again") from None
     except OSError as error:
         if fcntl is None or error.errno in _NO_LOCKS:
             raise CacheError(
@@ -71,7 +67,27 @@ def alone(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
+        if not known and _is_at(path, descriptor):
+            # A file made for this lock alone: its time would be taken for a use.
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_used(path: Path) -> bool:
+    """Whether somebody uses the cache now, as far as can be told without changing anything."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        _flock(descriptor, shared=False)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def last_use(path: Path) -> datetime | None:
@@ -88,21 +104,31 @@ def _locked(path: Path, shared: bool) -> int:
 
     Raises OSError, BlockingIOError where somebody else holds it.
     """
-    if fcntl is None:
-        raise OSError(errno.ENOSYS, "no flock")
     while True:
         descriptor = _open(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever removed the cache meanwhile removed this file too: then the lock is on a file that is no more.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
+            _flock(descriptor, shared)
+            if _is_at(path, descriptor):
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
+        # Whoever removed the cache meanwhile removed this file too: the lock is on a file that is no more.
         os.close(descriptor)
-        time.sleep(0)
+
+
+def _flock(descriptor: int, shared: bool) -> None:
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no flock")
+    fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the name still stands for this open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _open(path: Path) -> int:
