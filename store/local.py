@@ -163,7 +163,7 @@ class Store:
     def _summary(self, key: str, tags: tuple[str, ...]) -> Summary | None:
         folder = self.folder(key)
         try:
-            created = datetime.fromtimestamp((folder.root / RECIPE).stat().st_mtime, UTC)
+            created = datetime.fromtimestamp((folder.root / RECIPE).lstat().st_mtime, UTC)
         except FileNotFoundError:  # removed since it was listed
             return None
         used = last_use(self.use_file(key))

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from errors import CacheError
-from store.files import TMP, Folder
+from store.files import TMP, Folder, printable
 from store.key import pairs_digest
 from store.local import Store
 from store.manifest import (
@@ -117,7 +117,8 @@ def _refuse_strangers(folder: Folder, total: int, report: Report) -> None:
     known = {RECIPE, MANIFEST, SHARDS, RECORDS, TMP}
     known |= {name(sid) for sid in range(total) for name in (shard_name, record_name)}
     there = folder.names() + [f"{sub}/{name}" for sub in (SHARDS, RECORDS) for name in folder.names(sub)]
-    report.problems += [f"{folder.where(name)} does not belong to this cache" for name in there if name not in known]
+    strangers = [folder.where(printable(name)) for name in there if name not in known]
+    report.problems += [f"{stranger} does not belong to this cache" for stranger in strangers]
 
 
 def _check_all_pairs(folder: Folder, facts: RecipeFacts, ids: np.ndarray, digests: np.ndarray, report: Report) -> None:
