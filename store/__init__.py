@@ -7,27 +7,34 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     files    a folder written once, durably   manifest recipe, records and manifest
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
     tags, use, describe, manage               names, last use and locks, labels; tag, rm, gc
+    difference, usage                         why two caches are not one; bytes by array
 """
 
 from store.cache import Cache, open_cache
+from store.difference import Difference, DiffReport, Nearest, diff, differences, nearest
 from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest
 from store.local import Store, Summary, default_store
 from store.manage import Collection, Garbage, Removed, Tagged, gc, rm, tag, untag
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards
+from store.usage import ArrayUsage, disk_usage
 from store.verify import Report, verify
 from store.weights import file_digest, remember, weights_digest
 from store.writer import CacheWriter
 
 __all__ = [
     "FORMAT_VERSION",
+    "ArrayUsage",
     "Cache",
     "CacheWriter",
     "Collection",
+    "DiffReport",
+    "Difference",
     "Features",
     "Garbage",
     "Manifest",
+    "Nearest",
     "Pairs",
     "Removed",
     "Report",
@@ -39,8 +46,12 @@ __all__ = [
     "cache_key",
     "canonical_json",
     "default_store",
+    "diff",
+    "differences",
+    "disk_usage",
     "file_digest",
     "gc",
+    "nearest",
     "open_cache",
     "pair_digests",
     "pairs_digest",
