@@ -8,6 +8,8 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
     tags, use, describe, manage               names, last use and locks, labels; tag, rm, gc
     difference, usage                         why two caches are not one; bytes by array
+    objects, bucket, hub, remote              caches behind a URL
+    transfer, streaming                       push and pull; reading with less disk than the cache
 """
 
 from store.cache import Cache, open_cache
@@ -18,6 +20,9 @@ from store.manage import Collection, Garbage, Removed, Tagged, gc, rm, tag, unta
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards
+from store.remote import RemoteStore, is_url, open_store
+from store.streaming import Shelf
+from store.transfer import TransferReport, pull, push
 from store.usage import ArrayUsage, disk_usage
 from store.verify import Report, verify
 from store.weights import file_digest, remember, weights_digest
@@ -36,13 +41,16 @@ __all__ = [
     "Manifest",
     "Nearest",
     "Pairs",
+    "RemoteStore",
     "Removed",
     "Report",
     "ShardEntry",
+    "Shelf",
     "Store",
     "Summary",
     "Tagged",
     "TopLogits",
+    "TransferReport",
     "cache_key",
     "canonical_json",
     "default_store",
@@ -51,12 +59,16 @@ __all__ = [
     "disk_usage",
     "file_digest",
     "gc",
+    "is_url",
     "nearest",
     "open_cache",
+    "open_store",
     "pair_digests",
     "pairs_digest",
     "permutation",
     "plan_shards",
+    "pull",
+    "push",
     "remember",
     "rm",
     "scored_lengths",

@@ -1,8 +1,8 @@
 """
 A folder of named objects that are written once, durably, and never replaced.
 
-`Folder` is all that the rest of the store knows of the place where a cache lies: names with forward
-slashes, read, create, size, list. An object store offers the same (create is its conditional put).
+`Folder` is the place where a cache lies on this machine; what the rest of the store knows of it stands in
+`objects`. An object store offers the same (create is its conditional put).
 
 Writing: bytes to a fresh file in tmp/, fsync, hard link to the final name (atomic, and it fails where
 the name is taken), fsync of the directory. A reader never sees a part of a file, and the first writer wins.
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import CacheDamaged, CacheError, CacheMissing
+from store.objects import Objects
 
 TMP = "tmp"
 """Where unfinished files lie. Leftovers of killed writers are never read."""
@@ -49,7 +50,7 @@ def printable(text: str) -> str:
     return shown if len(shown) <= 100 else shown[:100] + "..."
 
 
-class Folder:
+class Folder(Objects):
     """Objects under one directory. Subfolders that are links are refused: they could lead anywhere."""
 
     def __init__(self, root: Path) -> None:

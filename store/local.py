@@ -27,6 +27,7 @@ from store.manifest import (
     record_name,
     shard_name,
 )
+from store.objects import Objects
 from store.tags import read_tag, read_tags
 from store.use import Use, last_use
 
@@ -197,7 +198,7 @@ class Store:
         )
 
 
-def finished_shards(folder: Folder, n_shards: int) -> list[int]:
+def finished_shards(folder: Objects, n_shards: int) -> list[int]:
     """The shards that have a record, and the file that it commits, in order."""
     records, shards = set(folder.names(RECORDS)), set(folder.names(SHARDS))
     return [
