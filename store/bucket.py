@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from errors import CacheDamaged, CacheError, CacheMissing
@@ -39,6 +40,20 @@ _CREDENTIALS = {
     "https": "this reads plain public https only; use s3://, gs://, az:// or hf:// for what needs a login",
 }
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+
+
+Answer = TypeVar("Answer")
+
+
+class _BrokeOff(CacheError):
+    """An answer that did not arrive whole. obstore repeats requests that fail, but not answers that break off."""
+
+
+def _patiently(step: Callable[[], Answer]) -> Answer:
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(_BrokeOff):
+            return step()
+    return step()
 
 
 class BucketFolder(RemoteObjects):
@@ -70,17 +85,7 @@ class BucketFolder(RemoteObjects):
 
     def read(self, name: str, limit: int) -> bytes:
         """A download that breaks off is started again a few times; it never takes more than `limit` bytes."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                return self._read(name, limit)
-            except CacheDamaged:
-                raise
-            except CacheMissing:
-                raise
-            except CacheError:
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-        raise AssertionError
+        return _patiently(lambda: self._read(name, limit))
 
     def _read(self, name: str, limit: int) -> bytes:
         import obstore
@@ -97,7 +102,7 @@ class BucketFolder(RemoteObjects):
             if max(size, len(data)) > limit:
                 raise CacheDamaged(f"{self.where(name)} has more than the {limit} bytes that are read")
             if len(data) != size:
-                raise CacheError(f"{self.where(name)} broke off after {len(data)} of {size} bytes; run it again")
+                raise _BrokeOff(f"{self.where(name)} broke off after {len(data)} of {size} bytes; run it again")
             return bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -134,24 +139,31 @@ class BucketFolder(RemoteObjects):
         if not self.listable:
             raise CacheError(f"{self.url} cannot be listed (plain https); give the full key of 64 digits")
         prefix = f"{self._prefix}{subfolder}"
-        with self._explained("list", subfolder):
-            found = obstore.list_with_delimiter(self._store, prefix or None)
+
+        def listing() -> Any:
+            with self._explained("list", subfolder):
+                return obstore.list_with_delimiter(self._store, prefix or None)
+
+        found = _patiently(listing)
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
-        """One listing per folder; without listings, one HEAD per object, several at a time."""
-        import obstore
-
-        if not self.listable:
+        """One listing per folder; for one object or without listings a HEAD of each, several at a time."""
+        if not self.listable or len(names) == 1:
             with ThreadPoolExecutor(_HEADS_AT_ONCE) as pool:
                 return {n: s for n, s in zip(names, pool.map(self._size_or_none, names), strict=True) if s is not None}
         found: dict[str, int] = {}
         for folder in {name.rpartition("/")[0] for name in names}:
-            with self._explained("list", folder):
-                for batch in obstore.list(self._store, (self._prefix + folder) or None):
-                    found |= {meta["path"].removeprefix(self._prefix): int(meta["size"]) for meta in batch}
+            found |= _patiently(partial(self._sizes_below, folder))
         return {name: found[name] for name in names if name in found}
+
+    def _sizes_below(self, folder: str) -> dict[str, int]:
+        import obstore
+
+        with self._explained("list", folder):
+            batches = list(obstore.list(self._store, (self._prefix + folder) or None))
+        return {meta["path"].removeprefix(self._prefix): int(meta["size"]) for batch in batches for meta in batch}
 
     def _size_or_none(self, name: str) -> int | None:
         try:
@@ -218,7 +230,7 @@ class BucketFolder(RemoteObjects):
         if any(sign in text for sign in ("error sending request", "timed out", "dns error", "Connect")):
             return CacheError(f"{start}: {urlsplit(self.url).netloc} is not reachable; check the network and the name")
         reason = re.sub(r"\s+", " ", text.split("Debug source")[0])[:300].strip()
-        return CacheError(f"{start}: {reason}; run the same command again, what has arrived is kept")
+        return _BrokeOff(f"{start}: {reason}; run the same command again, what has arrived is kept")
 
 
 def _connect(url: str, scheme: str) -> Any:
