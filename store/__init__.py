@@ -8,6 +8,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
     tags, use, describe, manage               names, last use and locks, labels; tag, rm, gc
     difference, usage                         why two caches are not one; bytes by array
+    reuse    rows that other caches hold
     objects, bucket, hub, remote              caches behind a URL
     transfer, streaming                       push and pull; reading with less disk than the cache
 """
@@ -21,12 +22,13 @@ from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards
 from store.remote import RemoteStore, is_url, open_store
+from store.reuse import ReusableRows, Reused
 from store.streaming import Shelf
 from store.transfer import TransferReport, pull, push
 from store.usage import ArrayUsage, disk_usage
 from store.verify import Report, verify
 from store.weights import file_digest, remember, weights_digest
-from store.writer import CacheWriter
+from store.writer import CacheWriter, own_share_first
 
 __all__ = [
     "FORMAT_VERSION",
@@ -44,6 +46,8 @@ __all__ = [
     "RemoteStore",
     "Removed",
     "Report",
+    "ReusableRows",
+    "Reused",
     "ShardEntry",
     "Shelf",
     "Store",
@@ -63,6 +67,7 @@ __all__ = [
     "nearest",
     "open_cache",
     "open_store",
+    "own_share_first",
     "pair_digests",
     "pairs_digest",
     "permutation",

@@ -214,6 +214,15 @@ class CacheWriter:
         return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
 
 
+def own_share_first(missing: Sequence[int], rank: int, world: int) -> list[int]:
+    """
+    The order in which process `rank` of `world` takes the missing shards: its own share, then the others', so that
+    processes rarely meet although none knows of another. Any number of them may come, go and come back.
+    """
+    start = len(missing) * rank // world
+    return [*missing[start:], *missing[:start]]
+
+
 def _few(ids: NDArray[Any]) -> str:
     shown = ", ".join(str(i) for i in ids[:5])
     return f"[{shown}{', ...' if len(ids) > 5 else ''}]"
