@@ -8,13 +8,14 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
     tags, use, describe, manage               names, last use and locks, labels; tag, rm, gc
     difference, usage                         why two caches are not one; bytes by array
-    reuse    rows that other caches hold
+    reuse    rows that other caches hold      export   for other trainers
     objects, bucket, hub, remote              caches behind a URL
     transfer, streaming                       push and pull; reading with less disk than the cache
 """
 
 from store.cache import Cache, open_cache
 from store.difference import Difference, DiffReport, Nearest, diff, differences, nearest
+from store.export import ExportReport, export_trl
 from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest
 from store.local import Store, Summary, default_store
 from store.manage import Collection, Garbage, Removed, Tagged, gc, rm, tag, untag
@@ -38,6 +39,7 @@ __all__ = [
     "Collection",
     "DiffReport",
     "Difference",
+    "ExportReport",
     "Features",
     "Garbage",
     "Manifest",
@@ -61,6 +63,7 @@ __all__ = [
     "diff",
     "differences",
     "disk_usage",
+    "export_trl",
     "file_digest",
     "gc",
     "is_url",
