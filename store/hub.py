@@ -77,8 +77,7 @@ class HubRepo:
                 with contextlib.suppress(EntryNotFoundError):
                     for item in self._list(folder, recursive=True):
                         if hasattr(item, "size"):
-                            sha256 = item.lfs.sha256 if item.lfs else None
-                            files[item.path] = _Content(int(item.size), sha256, item.blob_id)
+                            files[item.path] = _content_of(item)
                 self._trees[folder] = files
             return self._trees[folder]
 
@@ -137,23 +136,31 @@ class HubRepo:
                     self._move_on(None)
                     self._drop_published()
                 else:
-                    self.pending.clear()
                     self._move_on(str(answer.oid))
+                    self._drop_published()
+                    self._refuse_ignored()
 
     def _move_on(self, commit: str | None) -> None:
         self._commit = commit
         self._trees.clear()
 
     def _drop_published(self) -> None:
-        for path, (_, content) in list(self.pending.items()):
-            standing = self.tree(path.rpartition("/")[0]).get(path)
-            if standing is None:
-                continue
-            if not standing.fits(content):
+        """What now stands there need not be committed, by whomever it was."""
+        for item in self.api.get_paths_info(
+            self.repo_id, list(self.pending), revision=self.commit, repo_type="dataset"
+        ):
+            if not _content_of(item).fits(self.pending[item.path][1]):
                 raise CacheConflict(
-                    f"hf://datasets/{self.repo_id}/{path} has other bytes than the ones to write; nothing is replaced"
+                    f"hf://datasets/{self.repo_id}/{item.path} has other bytes than those to write; nothing is replaced"
                 )
-            del self.pending[path]
+            del self.pending[item.path]
+
+    def _refuse_ignored(self) -> None:
+        if self.pending:
+            raise CacheError(
+                f"the hub left {next(iter(self.pending))} out of a commit: {self.repo_id} has a .gitignore that names "
+                "it; remove that line and run the same command again"
+            )
 
 
 class HubFolder(RemoteObjects):
@@ -259,39 +266,51 @@ class HubFolder(RemoteObjects):
 
     @contextlib.contextmanager
     def _explained(self, verb: str, name: str) -> Iterator[None]:
-        from huggingface_hub import errors
-
-        start = f"cannot {verb} {self.where(name)}"
+        """An error of the hub becomes one line: what failed, where, why, what to do."""
         try:
             yield
         except CacheError:
             raise
-        except errors.EntryNotFoundError as error:
-            raise CacheMissing(f"{self.where(name)} is missing") from error
-        except errors.RevisionNotFoundError as error:
-            raise CacheError(f"{start}: {self._repo.repo_id} has no revision {self._repo.revision}") from error
-        except errors.RepositoryNotFoundError as error:
-            raise CacheError(
-                f"{start}: no dataset {self._repo.repo_id} that this token may see; make it with "
-                f"hf repo create {self._repo.repo_id} --repo-type dataset, or {_LOGIN}"
-            ) from error
-        except errors.OfflineModeIsEnabled as error:
-            raise CacheError(f"{start}: the hub is switched off by HF_HUB_OFFLINE; unset it") from error
-        except errors.HfHubHTTPError as error:
+        except Exception as error:
+            # Uploads wrap what went wrong in a RuntimeError.
+            reasons = [reason for reason in (error, error.__cause__) if isinstance(reason, Exception)]
+            known = [found for reason in reasons if (found := self._as_cache_error(verb, name, reason))]
+            if not known:
+                raise
+            raise known[0] from error
+
+    def _as_cache_error(self, verb: str, name: str, error: Exception) -> CacheError | None:
+        from huggingface_hub import errors
+
+        repo, start = self._repo, f"cannot {verb} {self.where(name)}"
+        reason = re.sub(r"\s+", " ", str(error))[:200]
+        if isinstance(error, errors.EntryNotFoundError):
+            return CacheMissing(f"{self.where(name)} is missing")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return CacheError(f"{start}: {repo.repo_id} has no revision {repo.revision}")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return CacheError(
+                f"{start}: no dataset {repo.repo_id} that this token may see; make it with "
+                f"hf repo create {repo.repo_id} --repo-type dataset, or {_LOGIN}"
+            )
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return CacheError(f"{start}: the hub is switched off by HF_HUB_OFFLINE; unset it")
+        if isinstance(error, errors.HfHubHTTPError):
             status = error.response.status_code
             if status in (401, 403):
-                raise CacheError(f"{start}: the hub refuses ({status}); {_LOGIN}") from error
-            reason = re.sub(r"\s+", " ", error.server_message or str(error))[:200]
-            raise CacheError(f"{start}: the hub answers {status} ({reason}); run the same command again") from error
-        except Exception as error:
-            # huggingface_hub passes the errors of its HTTP and transfer libraries through, whichever these are.
-            if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _TRANSPORTS:
-                raise
-            reason = re.sub(r"\s+", " ", str(error))[:200]
-            raise CacheError(f"{start}: {reason}; check the network, then run the same command again") from error
+                return CacheError(f"{start}: the hub refuses ({status}); {_LOGIN}")
+            return CacheError(f"{start}: the hub answers {status} ({reason}); run the same command again")
+        # huggingface_hub passes the errors of its HTTP and transfer libraries through, whichever these are.
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _TRANSPORTS:
+            return CacheError(f"{start}: {reason}; check the network, then run the same command again")
+        return None
 
 
 _TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
+
+
+def _content_of(item: Any) -> _Content:
+    return _Content(int(item.size), item.lfs.sha256 if item.lfs else None, item.blob_id)
 
 
 def _content(data: bytes) -> _Content:
