@@ -96,7 +96,7 @@ class Store:
     def keys(self) -> list[str]:
         """Of every cache here, complete or not, sorted."""
         names = Folder(self.root).names()
-        return [name for name in names if _KEY.fullmatch(name) and RECIPE in Folder(self.root / name).names()]
+        return [name for name in names if _KEY.fullmatch(name) and _holds_a_cache(Folder(self.root / name))]
 
     def path(self, key: str) -> Path:
         """Where the cache of this full key lies, or would lie."""
@@ -167,6 +167,8 @@ class Store:
             created = datetime.fromtimestamp((folder.root / RECIPE).lstat().st_mtime, UTC)
         except FileNotFoundError:  # removed since it was listed
             return None
+        except OSError:  # not ours to look into: its problem is told below
+            created = datetime.fromtimestamp(folder.root.lstat().st_mtime, UTC)
         used = last_use(self.use_file(key))
         recipe: dict[str, Any] = {}
         try:
@@ -220,6 +222,14 @@ def _inputs(folder: Folder, key: str, done: list[int]) -> dict[str, Any]:
         inputs = record.provenance.get(INPUTS)
         return inputs if isinstance(inputs, dict) else {}
     return {}
+
+
+def _holds_a_cache(folder: Folder) -> bool:
+    try:
+        return RECIPE in folder.names()
+    except CacheError:
+        # Another user's, say: it is listed with its problem, and does not hide the others.
+        return True
 
 
 def _indented(keys: list[str]) -> str:
