@@ -212,15 +212,17 @@ def finished_shards(folder: Objects, n_shards: int) -> list[int]:
 
 
 def _inputs(folder: Folder, key: str, done: list[int]) -> dict[str, Any]:
-    """The names in the first record; {} where it has none or cannot be read, which `verify` tells."""
-    for sid in done[:1]:
+    """The names in one of the first records; {} where none has them. Damaged ones are for `verify` to tell."""
+    # More than one: a record that was written for a killed process says nothing but that.
+    for sid in done[:4]:
+        name = record_name(sid)
         try:
-            name = record_name(sid)
             record = parse_record(folder.read(name, MAX_JSON_BYTES), key, sid, folder.where(name))
         except CacheError:
-            break
+            continue
         inputs = record.provenance.get(INPUTS)
-        return inputs if isinstance(inputs, dict) else {}
+        if isinstance(inputs, dict):
+            return inputs
     return {}
 
 

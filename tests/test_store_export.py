@@ -1,4 +1,4 @@
-"""The dataset that other trainers read: the cache's tokens and log-probs in the order of the data, whole or not there."""
+"""The dataset that other trainers read: the cache's tokens and log-probs in the order of the data, whole or absent."""
 
 from __future__ import annotations
 
