@@ -136,6 +136,7 @@ class StreamingFolder(Objects):
         self._ahead: dict[str, Future[None]] = {}
         """Being fetched, or on the shelf and not read yet."""
         self._running = 0
+        self._process = os.getpid()
         # Half of the shelf: the other half is what was read lately, by this process or others.
         self._budget = shelf.max_bytes // 2
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fpo-fetch")
@@ -152,6 +153,9 @@ class StreamingFolder(Objects):
         entry = self._entries.get(name)
         if entry is None:
             return self.remote.read(name, limit)
+        if os.getpid() != self._process:
+            # The threads did not come along, and waiting for one of them would never end.
+            raise CacheError(f"{self.where('')} was opened before this process was forked; open it in each process")
         with self._lock:
             if name in self._plan:
                 self._plan.remove(name)
@@ -261,7 +265,9 @@ def _locked(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Without locks (some network file systems) two processes may fetch a shard twice or pass the bound briefly.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -167,3 +167,21 @@ class OtherWorld(World):
         super().__init__(root)
         features = tuple(dataclasses.replace(f, acts=f.acts * 0.5) for f in self.pairs.features)
         self.pairs = dataclasses.replace(self.pairs, features=features)
+
+
+def sealed(kind: type[World], root: Path) -> World:
+    """A complete cache; `key` is its key."""
+    world = kind(root)
+    world.key = world.fill().key
+    return world
+
+
+FAULTS = {
+    "drops the connection": lambda body: (200, body[: len(body) // 2], len(body)),
+    "sends nothing": lambda body: (200, b"", len(body)),
+    "truncates": lambda body: (200, body[:-1], len(body) - 1),
+    "flips a bit": lambda body: (200, bytes([body[0] ^ 1]) + body[1:], len(body)),
+    "appends": lambda body: (200, body + b"x", len(body) + 1),
+    "is overloaded": lambda body: (503, b"", 0),
+}
+"""What a web server may do: the true body -> status, what is sent, and the Content-Length that is announced."""
