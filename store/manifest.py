@@ -128,6 +128,9 @@ class _PairsFacts(_Open):
     shard_pairs: tuple[Count, ...] = Field(strict=False, max_length=MAX_SHARDS)
 
 
+Checked = TypeVar("Checked", Record, Manifest)
+
+
 class RecipeFacts(_Open):
     """The part of recipe.json that the store itself reads."""
 
@@ -176,7 +179,7 @@ def record_bytes(record: Record) -> bytes:
 
 def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
     """Raises CacheDamaged naming `where`."""
-    record = _parsed(where, lambda: Record.model_validate(parse_checked_json(data)), REPAIR_RECORD)
+    record = _parsed(where, lambda: _spelled_so(Record, data), REPAIR_RECORD)
     if (record.key, record.shard) != (key, sid):
         raise CacheDamaged(
             f"{where} is the record of shard {record.shard} of cache {record.key[:12]}..., "
@@ -191,7 +194,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Manifest:
     """Raises CacheDamaged naming `where`, also where the manifest does not fit the recipe."""
-    manifest = _parsed(where, lambda: Manifest.model_validate(parse_checked_json(data)))
+    manifest = _parsed(where, lambda: _spelled_so(Manifest, data))
     if manifest.key != key:
         raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...; {REPAIR}")
     if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
@@ -203,13 +206,21 @@ def _recipe(data: bytes) -> dict[str, Any]:
     recipe = json.loads(data)
     if not isinstance(recipe, dict) or canonical_json(recipe) != data:
         raise ValueError("it is not canonical JSON")
-    if recipe.get("format") != FORMAT_VERSION:
+    if type(recipe.get("format")) is not int or recipe["format"] != FORMAT_VERSION:
         raise CacheError(
             f"this cache has format {printable(str(recipe.get('format')))}, this version of fpo reads "
             f"{FORMAT_VERSION}; use the version that wrote it, or build the cache again with fpo cache"
         )
     recipe_facts(recipe)
     return recipe
+
+
+def _spelled_so(model: type[Checked], data: bytes) -> Checked:
+    parsed = model.model_validate(parse_checked_json(data))
+    # pydantic takes true and 1.0 for the format 1; another reader may not.
+    if checked_json(parsed.model_dump()) != data:
+        raise ValueError("it is not spelled as this format writes it")
+    return parsed
 
 
 def _bounded(what: str, data: bytes) -> bytes:
