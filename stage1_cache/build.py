@@ -31,6 +31,7 @@ from store import (
     ReusableRows,
     Store,
     cache_key,
+    is_url,
     nearest,
     open_cache,
     remember,
@@ -149,12 +150,15 @@ def _build(
     try:
         cache = open_cache(store, key)
         return CacheReport(identity.split, cache, drops, 0, time.monotonic() - started, 0, 0)
-    except CacheMissing:
+    except CacheMissing as error:
+        if is_url(store):
+            raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
         near = nearest(store, identity.key_recipe)
         if on_miss is not None:
             on_miss(identity.split, near)
     except CacheIncomplete:
-        pass
+        if is_url(store):
+            raise
 
     plan = identity.plan()
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])

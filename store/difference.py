@@ -13,6 +13,7 @@ from typing import Any
 from store.key import cache_key
 from store.local import Store, Summary
 from store.manifest import MAX_JSON_BYTES, RECIPE, parse_recipe
+from store.remote import RemoteStore, open_store
 
 ABSENT = "-"
 
@@ -67,20 +68,20 @@ class Nearest:
         return self.summary.key
 
 
-def diff(store: Store | Path | str, here: str, there: str) -> DiffReport:
+def diff(store: Store | RemoteStore | Path | str, here: str, there: str) -> DiffReport:
     """Compare two caches of a store, finished or not. Raises CacheMissing or CacheDamaged."""
-    store = store if isinstance(store, Store) else Store(store)
-    a, b = store.summary(here), store.summary(there)
+    store = open_store(store)
+    a, b = _summary(store, here), _summary(store, there)
     inputs = differences(a.inputs, b.inputs)
     return DiffReport(a.key, b.key, differences(_recipe(store, a.key), _recipe(store, b.key)), inputs)
 
 
-def nearest(store: Store | Path | str, recipe: dict[str, Any]) -> Nearest | None:
+def nearest(store: Store | RemoteStore | Path | str, recipe: dict[str, Any]) -> Nearest | None:
     """
     The cache with the fewest fields that differ from a recipe ({"format", "scorer", "pairs"}), finished ones and
     then the youngest first among equals; None where the store holds none but the recipe's own.
     """
-    store = store if isinstance(store, Store) else Store(store)
+    store = open_store(store)
     own = cache_key(recipe)
     found = [
         Nearest(summary, differences(summary.recipe, recipe))
@@ -113,7 +114,14 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
         yield name, json.dumps(value, ensure_ascii=False)
 
 
-def _recipe(store: Store, key: str) -> dict[str, Any]:
+def _summary(store: Store | RemoteStore, name: str) -> Summary:
+    if isinstance(store, Store):
+        return store.summary(name)
+    key = store.resolve(name)
+    return next(summary for summary in store.summaries() if summary.key == key)
+
+
+def _recipe(store: Store | RemoteStore, key: str) -> dict[str, Any]:
     folder = store.folder(key)
     return parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))
 

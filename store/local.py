@@ -36,6 +36,9 @@ STATE = ".state"
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
+URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)", re.IGNORECASE)
+"""Scheme and rest. One slash is what a Path leaves of two."""
+
 
 def default_store() -> Path:
     """$FPO_STORE, else ~/.cache/fpo."""
@@ -91,6 +94,10 @@ class Store:
     """The caches under one folder, which need not exist yet."""
 
     def __init__(self, root: Path | str) -> None:
+        if URL.fullmatch(os.fspath(root)):
+            raise CacheError(
+                f"{root} is a URL: caches are built, tagged and removed in a folder; build there, then fpo store push"
+            )
         self.root = Path(root).expanduser()
 
     def keys(self) -> list[str]:
@@ -112,9 +119,13 @@ class Store:
         """Where the uses of a cache are noted, see `use`."""
         return self.root / STATE / "uses" / key
 
-    def use(self, key: str) -> Use:
-        """Say that the cache of this full key is being read or written: nobody removes it meanwhile."""
-        return Use(self.use_file(key))
+    def use(self, key: str, counts: bool = True) -> Use:
+        """
+        Say that the cache of this full key is being read or written: nobody removes it meanwhile.
+
+        counts: whether it becomes the cache's last use; checking a cache is none.
+        """
+        return Use(self.use_file(key), counts)
 
     def tags(self) -> dict[str, str]:
         """Every tag and the key that it stands for."""
@@ -182,6 +193,8 @@ class Store:
             else:
                 n_bytes = sum(folder.size(shard_name(sid)) for sid in done)
         except CacheError as error:
+            if not os.path.lexists(folder.root):
+                return None
             return Summary(key, False, 0, 0, 0, 0, created, recipe, str(error), used, tags)
         total = len(facts.pairs.shard_pairs)
         return Summary(

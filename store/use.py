@@ -30,19 +30,26 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 class Use:
     """A cache is being used as long as this object lives, or until `end`."""
 
-    def __init__(self, path: Path) -> None:
-        """path: the cache's file in STORE/.state/uses. Never fails: without the file there is no protection."""
+    def __init__(self, path: Path, counts: bool = True) -> None:
+        """
+        path: the cache's file in STORE/.state/uses. Never fails: without the file there is no protection.
+        counts: whether this is a use by which the cache's last use is told, or only a look that must not be disturbed.
+        """
         self.path = path
+        self.counts = counts
         descriptor = None
         with contextlib.suppress(OSError):
-            descriptor = _locked(path, shared=True)
-            os.utime(descriptor)
+            # A file that is made now would tell of a use that was none.
+            if counts or path.exists():
+                descriptor = _locked(path, shared=True)
+            if counts and descriptor is not None:
+                os.utime(descriptor)
         self.end = weakref.finalize(self, _close, descriptor)
         """Call it to say that the use is over; otherwise that is so when the object goes."""
 
-    def __reduce__(self) -> tuple[type[Use], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Use], tuple[Path, bool]]:
         # In a worker process that gets the cache pickled it is a use of its own.
-        return (Use, (self.path,))
+        return (Use, (self.path, self.counts))
 
 
 @contextlib.contextmanager

@@ -68,7 +68,16 @@ def verify(
     """
     store = open_store(store)
     key = store.resolve(name)
-    folder, report = store.folder(key), Report(key)
+    use = store.use(key, counts=False) if isinstance(store, Store) else None
+    try:
+        return _verify(store.folder(key), key, on_shard)
+    finally:
+        if use is not None:
+            use.end()
+
+
+def _verify(folder: Objects, key: str, on_shard: Callable[[int, int], None] | None) -> Report:
+    report = Report(key)
 
     def attempt(step: Callable[[], Found]) -> Found | None:
         try:

@@ -128,6 +128,20 @@ def test_listing_is_no_use(world):
     assert time.time() - world.store.summary(world.key).used.timestamp() > 2 * DAY
 
 
+def test_checking_a_cache_is_no_use_but_nobody_removes_it_meanwhile(world):
+    age(world, world.key, 3)
+
+    def remove_it(*_):
+        with pytest.raises(CacheInUse):
+            rm(world.store, world.key)
+
+    assert verify(world.store, world.key, remove_it).ok
+    assert time.time() - world.store.summary(world.key).used.timestamp() > 2 * DAY
+    world.store.use_file(world.key).unlink()
+    assert verify(world.store, world.key).ok
+    assert world.store.summary(world.key).used is None
+
+
 def test_a_store_that_cannot_be_written_is_read_without_account(world, monkeypatch):
     world.store.use_file(world.key).unlink()
     world.store.use_file(world.key).parent.rmdir()
