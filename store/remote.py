@@ -15,7 +15,7 @@ from store.bucket import SCHEMES as BUCKET_SCHEMES
 from store.bucket import BucketFolder
 from store.hub import SCHEME as HUB_SCHEME
 from store.hub import HubFolder
-from store.local import Store, Summary, finished_shards
+from store.local import URL, Store, Summary, finished_shards
 from store.manifest import (
     MANIFEST,
     MAX_JSON_BYTES,
@@ -27,12 +27,11 @@ from store.manifest import (
 from store.objects import RemoteObjects
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)", re.IGNORECASE)
 
 
 def is_url(store: Store | RemoteStore | Path | str) -> bool:
     """Whether this names a store that is not a folder of this machine."""
-    return isinstance(store, RemoteStore) or (isinstance(store, str | Path) and _URL.fullmatch(str(store)) is not None)
+    return isinstance(store, RemoteStore) or (isinstance(store, str | Path) and URL.fullmatch(str(store)) is not None)
 
 
 def open_store(store: Store | RemoteStore | Path | str) -> Store | RemoteStore:
@@ -45,7 +44,7 @@ def open_store(store: Store | RemoteStore | Path | str) -> Store | RemoteStore:
     """
     if isinstance(store, Store | RemoteStore):
         return store
-    parts = _URL.fullmatch(os.fspath(store))
+    parts = URL.fullmatch(os.fspath(store))
     if parts is None:
         return Store(store)
     scheme, rest = parts[1].lower(), parts[2]

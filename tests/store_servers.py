@@ -57,6 +57,12 @@ def s3_environment(port: int) -> dict[str, str]:
     }
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # Many connections at once: with the default of 5 some would wait a second for their next try.
+    request_queue_size = 64
+
+
 class WebServer:
     """Serves a folder on 127.0.0.1, and misbehaves on request."""
 
@@ -65,8 +71,7 @@ class WebServer:
         self.fault: Callable[[str, int, bytes], tuple[int, bytes, int]] | None = None
         """(name, how often it was asked for, body) -> status, body to send, Content-Length to announce."""
         handler = partial(_Handler, self, directory=str(folder))
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 

@@ -8,7 +8,7 @@ from store_cases import World, same, tree
 from store_servers import BUCKET, FAULTS, OtherWorld, s3_environment, sealed, web_server
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from store import Shelf, Store, open_cache, open_store, pull, push, verify
+from store import CacheWriter, Shelf, Store, open_cache, open_store, pull, push, verify
 
 pytest.importorskip("obstore")
 
@@ -160,6 +160,12 @@ def test_a_url_that_cannot_be_used_is_refused_in_one_line(url, says, monkeypatch
     assert says in str(error.value)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_nothing_is_built_at_a_url(world):
+    for url in ("s3://bucket/path", Path("s3://bucket/path")):
+        with pytest.raises(CacheError, match="is a URL: caches are built, tagged and removed in a folder"):
+            CacheWriter(url, world.recipe, world.plan)
 
 
 def test_a_path_made_from_a_url_is_still_a_url(tmp_path):
