@@ -44,10 +44,10 @@ def sha256_hex(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def printable(text: str) -> str:
-    """A name that a stranger chose, for a message: no line breaks, no terminal codes, no end of pages."""
+def printable(text: str, most: int = 100) -> str:
+    """Something that a stranger wrote, for a message: no line breaks, no terminal codes, no end of pages."""
     shown = text if text.isprintable() else ascii(text)
-    return shown if len(shown) <= 100 else shown[:100] + "..."
+    return shown if len(shown) <= most else shown[:most] + "..."
 
 
 class Folder(Objects):

@@ -235,7 +235,7 @@ def _parsed(where: str, parse: Callable[[], Parsed], repair: str = REPAIR) -> Pa
     except ValidationError as error:
         raise CacheDamaged(f"{where} is damaged: {_first(error)}; {repair}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise CacheDamaged(f"{where} is damaged: {error}; {repair}") from None
+        raise CacheDamaged(f"{where} is damaged: {printable(str(error), 300)}; {repair}") from None
 
 
 def _first(error: ValidationError) -> str:
