@@ -66,7 +66,8 @@ class BucketFolder(RemoteObjects):
         Nothing is asked of the server yet. Raises CacheError for a URL that cannot be used.
         """
         self.url = url.rstrip("/")
-        self.scheme = urlsplit(url).scheme.replace("http", "https").replace("httpss", "https")
+        scheme = urlsplit(url).scheme
+        self.scheme = "https" if scheme == "http" else scheme
         self.listable = self.scheme != "https"
         self._store = _connect(self.url, self.scheme) if store is None else store
         self._prefix = ""

@@ -227,6 +227,11 @@ class _Copy:
         claim = f'{{"manifest":"{self.digest}"}}\n'.encode()
         if self.target.create(CLAIM, claim):
             self.target.sync(TMP)
+            if self.target.create(CLAIM, claim):
+                raise CacheError(
+                    f"{self.target.where('')}: this server ignores conditional writes (If-None-Match), so pushes could "
+                    "overwrite each other; use one that has them"
+                )
             return
         theirs = self.target.read(CLAIM, 2**10)
         if theirs != claim:

@@ -166,6 +166,14 @@ def test_a_damaged_shard_does_not_leave_this_machine(world, s3):
     assert not {"shards/000001.zarr.zip", "records/000001.json", "manifest.json"} & remote_names(s3, world.key)
 
 
+def test_a_server_without_conditional_writes_is_refused(world, s3, monkeypatch):
+    real = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda store, path, data, **options: real(store, path, data))
+    with pytest.raises(CacheError, match="ignores conditional writes"):
+        push(world.store, world.key, s3)
+    assert remote_names(s3, world.key) == {CLAIM}
+
+
 def test_a_shard_that_arrives_damaged_is_told(world, s3, monkeypatch):
     real = obstore.put
 
