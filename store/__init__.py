@@ -6,7 +6,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     format, archive, invariants, shards       pairs <-> the bytes of a shard, checked
     files    a folder written once, durably   manifest recipe, records and manifest
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
-    tags, use, describe, manage               names, last use and locks, labels; tag, rm, gc
+    tags, use, describe, manage, collect      names, last use and locks, labels; tag, rm; gc
     difference, usage                         why two caches are not one; bytes by array
     reuse    rows that other caches hold      export   for other trainers
     objects, bucket, hub, remote              caches behind a URL
@@ -14,11 +14,12 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
 """
 
 from store.cache import Cache, open_cache
+from store.collect import Collection, Garbage, gc
 from store.difference import Difference, DiffReport, Nearest, diff, differences, nearest
 from store.export import ExportReport, export_trl
 from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest
 from store.local import Store, Summary, default_store
-from store.manage import Collection, Garbage, Removed, Tagged, gc, rm, tag, untag
+from store.manage import Removed, Tagged, rm, tag, untag
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards

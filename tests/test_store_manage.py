@@ -309,11 +309,12 @@ def test_gc_of_no_store_finds_nothing(tmp_path):
 # Killed while removing
 
 
-def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path):
-    """SIGKILL before every call with which rm changes the disk; then the next gc and writer find order."""
+@pytest.mark.parametrize("how", ["rm", "gc"])
+def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path, how):
+    """SIGKILL before every call with which rm or gc changes the disk; then the next gc and writer find order."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent)])
-    script = [sys.executable, str(here / "store_killed_removal.py"), str(tmp_path)]
+    script = [sys.executable, str(here / "store_killed_removal.py"), how, str(tmp_path)]
     done = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     whole = World(tmp_path / "whole")
@@ -333,3 +334,52 @@ def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path):
     # rename away; then 3 shards, 3 records, recipe, manifest: both outcomes occur, the second nearly always.
     assert states == {True, False}
     assert len(graves) > 8
+
+
+READER = """
+import sys
+from errors import CacheIncomplete, CacheMissing
+from store import open_cache
+whole = missing = 0
+print("ready", flush=True)
+while not (whole and missing) or whole + missing < 400:
+    try:
+        cache = open_cache(sys.argv[1], sys.argv[2])
+        assert sum(len(cache.shard(sid)) for sid in range(3)) == 5
+        whole += 1
+    except (CacheMissing, CacheIncomplete):
+        missing += 1
+    cache = None
+print(whole, missing)
+"""
+
+
+def test_readers_see_a_cache_that_comes_and_goes_whole_or_not_at_all(world):
+    """Two processes open and read it in a loop while it is removed and built again."""
+    root = str(Path(__file__).parents[1])
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", READER, str(world.store.root), world.key],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        for _ in range(2)
+    ]
+    removed = refused = 0
+    while any(reader.poll() is None for reader in readers):
+        try:
+            rm(world.store, world.key)
+            removed += 1
+            world.fill()
+        except CacheInUse:
+            refused += 1
+    for reader in readers:
+        out, err = reader.communicate()
+        assert reader.returncode == 0, err
+        _, whole, missing = out.split()
+        assert int(whole) > 0
+        assert int(missing) > 0
+    assert removed > 0
+    assert refused > 0
