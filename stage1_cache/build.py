@@ -163,9 +163,9 @@ def _build(
     plan = identity.plan()
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
     reusable = ReusableRows(store, identity.scorer)
-    checks = _self_checks(identity, lazy, reusable, [plan[sid] for sid in writer.missing()])
+    checks = _self_checks(identity, lazy, reusable)
     filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer)
-    writer.seal({"split": identity.split, "self_check": checks, "drops": identity.remembered["drops"]})
+    writer.seal({"self_check": checks, "drops": identity.remembered["drops"]})
     return CacheReport(
         split=identity.split,
         cache=open_cache(store, key),
@@ -180,19 +180,17 @@ def _build(
     )
 
 
-def _self_checks(
-    identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableRows, missing: list[np.ndarray]
-) -> list[dict[str, Any]]:
+def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableRows) -> list[dict[str, Any]]:
     """
-    What the manifest says about the self-check. Remembered, so that a process which resumes says the same; where
-    nothing has to be scored, that of a cache which the rows come from: model and SAE are the same.
+    What the manifest says about the self-check: where every pair can be copied, what a cache says that holds them
+    (model and SAE are the same), else the check. It never depends on how much of the cache a killed run left,
+    or its bytes would; remembered, so that a run which has only the manifest to write loads no model.
     """
     asked = [feature.self_check for feature in identity.recipe.features]
 
     def check() -> dict[str, Any]:
         inherited = _inherited_checks(reusable, asked)
-        rows = np.concatenate([*missing, np.empty(0, np.int64)])
-        if inherited is not None and reusable.held(identity.digests[rows]) == len(rows):
+        if inherited is not None and reusable.held(identity.digests) == len(identity.digests):
             return {"checks": inherited}
         return {"checks": spelled(lazy.self_checks(identity))}
 
