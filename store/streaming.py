@@ -12,12 +12,13 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from errors import CacheError
+from errors import CacheDamaged, CacheError, CacheMissing
 from store.files import Folder, replace_file, sha256_hex
 from store.format import MAX_FILE_BYTES
 from store.manifest import ShardEntry, shard_name
@@ -31,6 +32,10 @@ except ImportError:  # Windows: processes do not wait for each other, and may fe
 
 DEFAULT_GIB = 20.0
 FETCH_THREADS = 4
+
+PATIENCE_SECONDS = 600.0
+"""How long a run that is under way waits for a server or network that is gone."""
+_PAUSE_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -176,9 +181,24 @@ class StreamingFolder(Objects):
         with self.shelf.fetching(entry):
             data = self.shelf.get(entry)
             if data is None:
-                data = fetch_shard(self.remote, entry)
+                data = self._fetch(entry)
                 self.shelf.put(entry, data)
             return data
+
+    def _fetch(self, entry: ShardEntry) -> bytes:
+        """A run of days must not die of a network that is away for a minute; of damage it must."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return fetch_shard(self.remote, entry)
+            except (CacheDamaged, CacheMissing):
+                raise
+            except CacheError as error:
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise
+                _log.warning("%s (trying for another %d s)", error, left)
+                time.sleep(min(_PAUSE_SECONDS, left))
 
     def _go_on(self) -> None:
         """Start as many fetches as threads are free and the budget allows."""
@@ -200,7 +220,7 @@ class StreamingFolder(Objects):
         try:
             if not self.shelf.has(entry):
                 with self.shelf.fetching(entry):
-                    if not self.shelf.has(entry) and not self.shelf.put(entry, fetch_shard(self.remote, entry)):
+                    if not self.shelf.has(entry) and not self.shelf.put(entry, self._fetch(entry)):
                         # Nothing can be kept, so nothing is gained by fetching early.
                         self._budget = 0
         finally:

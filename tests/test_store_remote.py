@@ -34,6 +34,7 @@ def quick(monkeypatch):
     """Nothing here is worth waiting for."""
     monkeypatch.setattr("store.bucket.RETRY_SECONDS", 1.0)
     monkeypatch.setattr("store.shards._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.1)
 
 
 @pytest.fixture

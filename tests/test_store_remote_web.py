@@ -9,8 +9,9 @@ from store_servers import BUCKET, FAULTS, OtherWorld, s3_environment, sealed, we
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
 from store import CacheWriter, Shelf, Store, open_cache, open_store, pull, push, verify
+from store.bucket import BucketFolder
 
-pytest.importorskip("obstore")
+obstore = pytest.importorskip("obstore")
 
 SHARD = "shards/000001.zarr.zip"
 
@@ -20,6 +21,7 @@ def quick(monkeypatch):
     """Nothing here is worth waiting for."""
     monkeypatch.setattr("store.bucket.RETRY_SECONDS", 1.0)
     monkeypatch.setattr("store.shards._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -160,6 +162,31 @@ def test_a_url_that_cannot_be_used_is_refused_in_one_line(url, says, monkeypatch
     assert says in str(error.value)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "text", "says"),
+    [
+        ("s3://b/p", "Error performing PUT http://169.254.169.254/latest/api/token", "set AWS_ACCESS_KEY_ID and"),
+        (
+            "gs://b/p",
+            "GET http://metadata.google.internal/computeMetadata",
+            "run gcloud auth application-default login",
+        ),
+        ("gs://b/p", "404: The specified bucket does not exist.", "there is no bucket gs://b;"),
+        ("s3://b/p", "error sending request for url", "b is not reachable; check the network"),
+        (
+            "s3://b/p",
+            "500 Internal\nServer  Error\n\nDebug source:\nGeneric {",
+            "500 Internal Server Error; run the same",
+        ),
+    ],
+)
+def test_what_an_object_store_says_becomes_one_line(url, text, says):
+    error = BucketFolder(url)._as_cache_error("read", "recipe.json", obstore.exceptions.GenericError(text))
+    assert says in str(error)
+    assert str(error).startswith(f"cannot read {url}/recipe.json: ")
+    assert "\n" not in str(error)
 
 
 def test_nothing_is_built_at_a_url(world):

@@ -24,6 +24,8 @@ def quick(monkeypatch):
     """Nothing here is worth waiting for."""
     monkeypatch.setattr("store.bucket.RETRY_SECONDS", 1.0)
     monkeypatch.setattr("store.shards._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("store.streaming._PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -105,6 +107,20 @@ def test_a_fault_ahead_is_told_when_its_shard_is_read(world, web, tmp_path):
     with pytest.raises(CacheDamaged, match=r"000001\.zarr\.zip has .* bytes with the sha256"):
         cache.shard(1)
     assert same(cache.shard(2), world.shard(2))
+
+
+def test_a_run_under_way_waits_for_a_server_that_is_away(world, web, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 60.0)
+    cache = open_cache(web.url, world.key, Shelf(tmp_path / "shelf"))
+    # Each look asks four times.
+    web.fault = lambda asked, n, body: (503, b"", 0) if n <= 8 else (200, body, len(body))
+    assert same(cache.shard(1), world.shard(1))
+    assert sum("trying for another" in line for line in caplog.messages) == 2
+    web.fault = lambda asked, n, body: (503, b"", 0)
+    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.1)
+    with pytest.raises(CacheError, match=r"cannot read http.*/shards/000002\.zarr\.zip: .*503"):
+        cache.shard(2)
 
 
 def test_the_bound_is_read_from_the_environment(monkeypatch, tmp_path):
