@@ -11,7 +11,8 @@ What a user can cause, and what the command line answers with one clear line and
     │   ├── CacheMissing      no such cache
     │   ├── CacheIncomplete   not sealed yet
     │   ├── CacheDamaged      bytes that are not what the manifest says
-    │   └── CacheConflict     something else already stands there
+    │   ├── CacheConflict     something else already stands there
+    │   └── CacheInUse        another process reads or writes it
     ├── ParityError       the policy does not reproduce the cached reference
     └── RunError          the run folder: exists already, or does not fit the recipe
 
@@ -62,6 +63,10 @@ class CacheDamaged(CacheError):
 
 
 class CacheConflict(CacheError):
+    pass
+
+
+class CacheInUse(CacheError):
     pass
 
 

@@ -1,24 +1,19 @@
 """
 `fpo cache`: find the caches that a recipe asks for, and build or finish those that are not there.
 
-Every process takes the shards that have no record yet, whatever the others do: ranks of torchrun, an array of
-jobs, or the command started twice need no communication, and any number of them may resume.
+A hit costs seconds. On a miss, what other caches of the same scorer hold is copied, the rest is scored: see `fill`.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from errors import CacheIncomplete, CacheMissing, RecipeError
 from recipe import Recipe
@@ -26,9 +21,21 @@ from scoring import Packed, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
+from stage1_cache.fill import fill, token_rows
 from stage1_cache.identity import CacheIdentity, adapter_folder, cache_identities, check_inputs, spelled
 from stage1_cache.score import ReferenceScorer
-from store import Cache, CacheWriter, Store, cache_key, open_cache
+from store import (
+    Cache,
+    CacheWriter,
+    Nearest,
+    ReusableRows,
+    Store,
+    cache_key,
+    is_url,
+    nearest,
+    open_cache,
+    remember,
+)
 
 # Scored completion tokens that the self-check is measured on.
 SELF_CHECK_TOKENS = 512
@@ -42,24 +49,36 @@ class CacheReport:
     cache: Cache
     drops: DropReport
     built_shards: int
-    """Shards that this process scored; 0 is a hit."""
+    """Shards that this process wrote; 0 is a hit."""
     seconds: float
     pairs_scored: int
     tokens_scored: int
+    pairs_reused: int = 0
+    """Pairs that this process copied from other caches of the same scorer instead of scoring them."""
+    reuse_problems: tuple[str, ...] = ()
+    """Caches and shards that could not be copied from, one line each; their pairs were scored."""
+    nearest: Nearest | None = None
+    """On a miss, the cache that came closest and the fields that differ."""
 
 
-def build_caches(recipe: Recipe, store: Path, batch_tokens: int = 8192) -> list[CacheReport]:
+def build_caches(
+    recipe: Recipe,
+    store: Path,
+    batch_tokens: int = 8192,
+    on_miss: Callable[[str, Nearest | None], None] | None = None,
+) -> list[CacheReport]:
     """
     Build, finish or find the caches of a recipe: the training split's and the held-out split's.
 
     store         folder that holds caches
     batch_tokens  packed tokens per forward; changes speed and memory, not the key
+    on_miss       called with the split and the nearest cache, before a cache that is not there is built
     Raises FpoError for what a user can cause, before the model is loaded wherever that can be told.
     """
     check_inputs(recipe)
     identities = cache_identities(recipe)
     lazy = _LazyScorer(recipe, batch_tokens)
-    return [_build(identity, store, lazy) for identity in identities]
+    return [_build(identity, store, lazy, on_miss) for identity in identities]
 
 
 def find_cache(recipe: Recipe, store: Path, *, held_out: bool = False) -> Cache:
@@ -121,87 +140,79 @@ def _sample(identity: CacheIdentity) -> Packed:
     tokens = identity.tokens
     order = np.concatenate(identity.plan())
     needed = int(np.searchsorted(np.cumsum(tokens.lengths[order, 1:].sum(1)), SELF_CHECK_TOKENS)) + 1
-    ids, splits = _rows(tokens.input_ids, tokens.splits, order[:needed])
+    ids, splits = token_rows(tokens.input_ids, tokens.splits, order[:needed])
     return pack(ids, splits)
 
 
-def _build(identity: CacheIdentity, store: Path, lazy: _LazyScorer) -> CacheReport:
+def _build(
+    identity: CacheIdentity,
+    store: Path,
+    lazy: _LazyScorer,
+    on_miss: Callable[[str, Nearest | None], None] | None,
+) -> CacheReport:
     started = time.monotonic()
     key = cache_key(identity.key_recipe)
     drops = DropReport.from_dict(identity.remembered["drops"])
+    near = None
     try:
         cache = open_cache(store, key)
         return CacheReport(identity.split, cache, drops, 0, time.monotonic() - started, 0, 0)
-    except (CacheMissing, CacheIncomplete):
-        pass
+    except CacheMissing as error:
+        if is_url(store):
+            raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
+        near = nearest(store, identity.key_recipe)
+        if on_miss is not None:
+            on_miss(identity.split, near)
+    except CacheIncomplete:
+        if is_url(store):
+            raise
 
     identity.check_lengths()
     plan = identity.plan()
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
-    missing = writer.missing()
-    # Also where a killed run left only the manifest to be written: its bytes must not depend on that.
-    checks = lazy.self_checks(identity)
-    built, pairs, tokens = _write_missing(identity, writer, plan, missing, lazy)
-    writer.seal({"self_check": spelled(checks), "drops": identity.remembered["drops"]})
-    cache = open_cache(store, key)
-    return CacheReport(identity.split, cache, drops, built, time.monotonic() - started, pairs, tokens)
+    reusable = ReusableRows(store, identity.scorer)
+    checks = _self_checks(identity, lazy, reusable)
+    filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer)
+    writer.seal({"self_check": checks, "drops": identity.remembered["drops"]})
+    return CacheReport(
+        split=identity.split,
+        cache=open_cache(store, key),
+        drops=drops,
+        built_shards=filled.shards,
+        seconds=time.monotonic() - started,
+        pairs_scored=filled.scored,
+        tokens_scored=filled.tokens,
+        pairs_reused=filled.reused,
+        reuse_problems=tuple(reusable.problems),
+        nearest=near,
+    )
 
 
-def _write_missing(
-    identity: CacheIdentity,
-    writer: CacheWriter,
-    plan: list[np.ndarray],
-    missing: list[int],
-    lazy: _LazyScorer,
-) -> tuple[int, int, int]:
-    """Score the missing shards; returns shards, pairs and tokens that this process scored."""
-    data = identity.tokens
-    done = sum(len(rows) for sid, rows in enumerate(plan) if sid not in set(missing))
-    built = pairs = tokens = 0
-    label = f"cache {identity.split}"
-    with tqdm(total=len(data), initial=done, desc=label, unit=" pairs", disable=None, smoothing=0.05) as progress:
+def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableRows) -> list[dict[str, Any]]:
+    """
+    What the manifest says about the self-check: where every pair can be copied, what a cache says that holds them
+    (model and SAE are the same), else the check. It never depends on how much of the cache a killed run left,
+    or its bytes would; remembered, so that a run which has only the manifest to write loads no model.
+    """
+    asked = [feature.self_check for feature in identity.recipe.features]
 
-        def advance(n_pairs: int, n_tokens: int) -> None:
-            nonlocal pairs, tokens
-            pairs, tokens = pairs + n_pairs, tokens + n_tokens
-            progress.update(n_pairs)
-            progress.set_postfix_str(f"{tokens / max(progress.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+    def check() -> dict[str, Any]:
+        inherited = _inherited_checks(reusable, asked)
+        if inherited is not None and reusable.held(identity.digests) == len(identity.digests):
+            return {"checks": inherited}
+        return {"checks": spelled(lazy.self_checks(identity))}
 
-        for sid in _own_first(missing):
-            if sid not in writer.missing():
-                continue  # another process finished it meanwhile
-            rows = plan[sid]
-            ids, splits = _rows(data.input_ids, data.splits, rows)
-            shard = lazy.scorer.score(data.pair_id[rows], identity.digests[rows], ids, splits, advance)
-            writer.write(sid, shard, provenance(lazy.scorer))
-            built += 1
-    return built, pairs, tokens
+    if not any(asked):
+        return [{"hookpoint": feature.hookpoint, "checked": False} for feature in identity.recipe.features]
+    facts = {"what": "self-check", "key": cache_key(identity.key_recipe), "asked": asked}
+    checks: list[dict[str, Any]] = remember(facts, check)["checks"]
+    return checks
 
 
-def _own_first(missing: list[int]) -> list[int]:
-    """Under torchrun, a rank's own share first and then the others', so that ranks rarely meet."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    start = len(missing) * rank // world
-    return missing[start:] + missing[:start]
-
-
-def _rows(input_ids: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and splits of some pairs, in this order."""
-    bounds = splits.astype(np.int64)
-    parts = [input_ids[bounds[3 * row] : bounds[3 * row + 3]] for row in rows]
-    sizes = np.diff(bounds).reshape(-1, 3)[rows]
-    new = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint64)
-    return (np.concatenate(parts) if parts else np.empty(0, np.uint32)), new
-
-
-def provenance(scorer: ReferenceScorer) -> dict[str, Any]:
-    """How a shard came to be: for people, never part of the key."""
-    device = torch.cuda.get_device_name() if scorer.device.type == "cuda" else platform.processor() or "cpu"
-    return {
-        "versions": {name: version(name) for name in ("fpo", "torch", "transformers", "numpy", "zarr")},
-        "device": device,
-        "attention": scorer.model.config._attn_implementation,
-        "batch_tokens": scorer.batch_tokens,
-        "host": platform.node(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def _inherited_checks(reusable: ReusableRows, asked: list[bool]) -> list[dict[str, Any]] | None:
+    """The checks that some source's manifest holds, where all that are asked for were made."""
+    for source in reusable.sources:
+        found = source.manifest.facts.get("self_check")
+        if isinstance(found, list) and [bool(one.get("checked")) for one in found] == asked:
+            return found
+    return None

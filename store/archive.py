@@ -25,6 +25,10 @@ _DATE_1980_01_01 = (1 << 5) | 1
 _REGULAR_FILE_0644 = 0o100644 << 16
 
 
+MAX_MEMBERS = 4096
+"""A shard of 256 hookpoints has 2835 members; a stranger's zip may have millions, each a Python object."""
+
+
 def pack(members: Mapping[str, bytes | memoryview]) -> bytes:
     """The zip of these members. Names are ASCII; the whole stays below 4 GiB."""
     body: list[bytes | memoryview] = []
@@ -61,7 +65,9 @@ def unpack(data: bytes) -> dict[str, memoryview]:
     view = memoryview(data)
     members: dict[str, memoryview] = {}
     offset = 0
-    while data[offset : offset + 4] == b"PK\x03\x04":
+    for _ in range(MAX_MEMBERS):
+        if data[offset : offset + 4] != b"PK\x03\x04":
+            break
         start = offset + _LOCAL.size
         if start > len(data):
             break

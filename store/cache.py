@@ -4,12 +4,13 @@ A complete cache, opened for reading: numpy out, every shard verified each time 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from errors import CacheDamaged, CacheIncomplete, CacheMissing
-from store.files import Folder, sha256_hex
+from store.files import sha256_hex
 from store.local import Store, finished_shards
 from store.manifest import (
     MANIFEST,
@@ -23,19 +24,31 @@ from store.manifest import (
     recipe_facts,
     shard_name,
 )
+from store.objects import Objects, RemoteObjects
 from store.pairs import Pairs
+from store.remote import RemoteStore, open_store
 from store.shards import load_shard
+from store.streaming import Shelf, StreamingFolder
+from store.use import Use
 
 
-def open_cache(store: Store | Path | str, name: str) -> Cache:
+def open_cache(store: Store | RemoteStore | Path | str, name: str, shelf: Shelf | None = None) -> Cache:
     """
-    The complete cache whose key starts with `name`.
+    The complete cache whose key starts with `name`, or whose tag it is, in a folder or at a URL (see `open_store`).
+    As long as it is open, nobody removes it from a folder. Shards of a URL pass through `shelf`, a bounded folder
+    on this machine (default: `Shelf()`).
 
     Raises CacheMissing, CacheIncomplete (how far it is and what to run) or CacheDamaged.
     """
-    store = store if isinstance(store, Store) else Store(store)
+    store = open_store(store)
     key = store.resolve(name)
-    return Cache(store.folder(key), key)
+    if isinstance(store, RemoteStore):
+        cache = Cache(store.folder(key), key)
+        cache.folder = StreamingFolder(cache.folder, cache.manifest.shards, shelf or Shelf())
+        return cache
+    # Taken before the first look, so that what is found cannot be removed any more.
+    use = store.use(key)
+    return Cache(store.folder(key), key, use)
 
 
 class Cache:
@@ -45,7 +58,8 @@ class Cache:
     Holds the recipe and the manifest (about 1 kB per shard), never a shard.
     """
 
-    def __init__(self, folder: Folder, key: str) -> None:
+    def __init__(self, folder: Objects, key: str, use: Use | None = None) -> None:
+        self._use = use
         self.folder = folder
         self.key = key
         self.recipe: dict[str, Any] = parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))
@@ -76,28 +90,40 @@ class Cache:
             raise IndexError(f"shard {sid} of a cache with {len(self.manifest.shards)} shards")
         return load_shard(self.folder, self.key, self.manifest.shards[sid], self._facts.bounds)
 
+    def prefetch(self, sids: Sequence[int]) -> None:
+        """
+        A hint: these shards will be read next, in this order. Those of a URL are then fetched in the background, as
+        far ahead as half of the shelf; a cache in a folder needs none. Replaces earlier hints.
+        """
+        self.folder.expect([shard_name(sid) for sid in sids])
+
     def _read_manifest(self) -> bytes:
         try:
             return self.folder.read(MANIFEST, MAX_JSON_BYTES)
         except CacheMissing:
-            total = len(self._facts.pairs.shard_pairs)
-            done = len(finished_shards(self.folder, total))
-        raise CacheIncomplete(
-            f"cache {self.key[:12]} in {self.folder.root.parent} is not complete: "
-            f"{done} of {total} shards are done; finish it with: fpo cache RECIPE"
-        )
+            pass
+        raise incomplete(self.folder, len(self._facts.pairs.shard_pairs))
 
     def _check_sizes(self) -> None:
         """A missing or truncated file shows when the cache opens, not hours later."""
+        sizes = self.folder.sizes([shard_name(entry.shard) for entry in self.manifest.shards])
         for entry in self.manifest.shards:
             name = shard_name(entry.shard)
-            try:
-                size = self.folder.size(name)
-            except CacheMissing:
-                size = None
+            size = sizes.get(name)
             if size != entry.size:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise CacheDamaged(f"{self.folder.where(name)} {found}, the manifest says {entry.size} bytes; {REPAIR}")
 
     def __repr__(self) -> str:
         return f"Cache({self.key[:12]}, {self.n_pairs} pairs in {len(self.shard_pairs)} {SHARDS})"
+
+
+def incomplete(folder: Objects, n_shards: int) -> CacheIncomplete:
+    """A cache without a manifest: how far it is, and what finishes it."""
+    place = f"cache {folder.where('')}"
+    if isinstance(folder, RemoteObjects):
+        return CacheIncomplete(f"{place} is not complete: it has no {MANIFEST}; push it again from where it was built")
+    done = len(finished_shards(folder, n_shards))
+    return CacheIncomplete(
+        f"{place} is not complete: {done} of {n_shards} shards are done; finish it with: fpo cache RECIPE"
+    )

@@ -1,8 +1,8 @@
 """
 A folder of named objects that are written once, durably, and never replaced.
 
-`Folder` is all that the rest of the store knows of the place where a cache lies: names with forward
-slashes, read, create, size, list. An object store offers the same (create is its conditional put).
+`Folder` is the place where a cache lies on this machine; what the rest of the store knows of it stands in
+`objects`. An object store offers the same (create is its conditional put).
 
 Writing: bytes to a fresh file in tmp/, fsync, hard link to the final name (atomic, and it fails where
 the name is taken), fsync of the directory. A reader never sees a part of a file, and the first writer wins.
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import CacheDamaged, CacheError, CacheMissing
+from store.objects import Objects
 
 TMP = "tmp"
 """Where unfinished files lie. Leftovers of killed writers are never read."""
@@ -43,8 +44,14 @@ def sha256_hex(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class Folder:
-    """Objects under one directory."""
+def printable(text: str, most: int = 100) -> str:
+    """Something that a stranger wrote, for a message: no line breaks, no terminal codes, no end of pages."""
+    shown = text if text.isprintable() else ascii(text)
+    return shown if len(shown) <= most else shown[:most] + "..."
+
+
+class Folder(Objects):
+    """Objects under one directory. Subfolders that are links are refused: they could lead anywhere."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -56,16 +63,17 @@ class Folder:
     def prepare(self, *subfolders: str) -> None:
         """Make the directory and these inside it, durably."""
         for path in (self.root, self.root / TMP, *(self.root / name for name in subfolders)):
-            with _explained("make", path):
-                _make_durable_dirs(path)
+            with explained("make", path):
+                _refuse_link(path, self.root)
+                make_durable_dirs(path)
 
     def read(self, name: str, limit: int) -> bytes:
         """
         The whole object. Raises CacheMissing where there is none, CacheDamaged for one above `limit`
         bytes or one that is no plain file (a link could lead anywhere).
         """
-        path = self.root / name
-        with _explained("read", path):
+        path = self._path(name)
+        with explained("read", path):
             try:
                 descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
             except FileNotFoundError:
@@ -80,12 +88,12 @@ class Folder:
                     raise CacheDamaged(f"{path} is no plain file")
                 if facts.st_size > limit:
                     raise CacheDamaged(f"{path} has {facts.st_size} bytes, at most {limit} are read")
-                return file.read(limit)
+                return file.read(facts.st_size)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a new object; False where the name is taken already, whose bytes then stay as they are."""
-        path = self.root / name
-        with _explained("write", path):
+        path = self._path(name)
+        with explained("write", path):
             if os.path.lexists(path):
                 # Somebody may have made the name without having synced it yet; what follows relies on it.
                 _sync_directory(path.parent)
@@ -101,13 +109,13 @@ class Folder:
 
     def sync(self, subfolder: str) -> None:
         """Make the names inside durable, whoever made them."""
-        with _explained("sync", self.root / subfolder):
+        with explained("sync", self.root / subfolder):
             _sync_directory(self.root / subfolder)
 
     def size(self, name: str) -> int:
         """In bytes. Raises CacheMissing where there is none."""
-        path = self.root / name
-        with _explained("read", path):
+        path = self._path(name)
+        with explained("read", path):
             try:
                 return os.lstat(path).st_size
             except (FileNotFoundError, NotADirectoryError):
@@ -115,38 +123,57 @@ class Folder:
 
     def names(self, subfolder: str = "") -> list[str]:
         """Of the objects (and folders) directly inside, sorted; none where the folder is absent."""
-        with _explained("list", self.root / subfolder):
+        path = self.root / subfolder
+        _refuse_link(path, self.root)
+        with explained("list", path):
             try:
-                return sorted(os.listdir(self.root / subfolder))
+                return sorted(os.listdir(path))
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def set_aside(self, name: str) -> str | None:
         """Move an object into tmp/ and return its name there; None where somebody else was faster."""
         aside = f"{TMP}/{Path(name).name}.{secrets.token_hex(8)}"
-        with _explained("move", self.root / name):
+        path = self._path(name)
+        with explained("move", path):
             try:
-                os.rename(self.root / name, self.root / aside)
+                os.rename(path, self._path(aside))
             except FileNotFoundError:
                 return None
-            _sync_directory((self.root / name).parent)
+            _sync_directory(path.parent)
         return aside
 
     def remove(self, name: str) -> None:
         """Remove an object if it is there."""
-        with _explained("remove", self.root / name), contextlib.suppress(FileNotFoundError):
-            os.unlink(self.root / name)
+        path = self._path(name)
+        with explained("remove", path), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def _path(self, name: str) -> Path:
+        path = self.root / name
+        _refuse_link(path.parent, self.root)
+        return path
+
+    def move_away(self, target: Path) -> None:
+        """Rename the whole folder: at once, nothing of it is left under its name. Raises CacheMissing."""
+        with explained("move", self.root):
+            try:
+                os.rename(self.root, target)
+            except FileNotFoundError:
+                raise CacheMissing(f"{self.root} is missing") from None
+            _sync_directory(self.root.parent)
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write or overwrite a file atomically: for notes that only save time, not for caches. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _write_temporary(path.parent, path.name, data)
+    # The dot: what a killed process leaves is told from a finished file by its name.
+    temporary = _write_temporary(path.parent, f".{path.name}", data)
     os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def _explained(verb: str, path: Path) -> Iterator[None]:
+def explained(verb: str, path: Path) -> Iterator[None]:
     """An OSError becomes one line: what failed, where, why, what to do."""
     try:
         yield
@@ -156,7 +183,14 @@ def _explained(verb: str, path: Path) -> Iterator[None]:
         raise CacheError(f"cannot {verb} {path}: {reason}; {step}") from error
 
 
-def _make_durable_dirs(path: Path) -> None:
+def _refuse_link(folder: Path, root: Path) -> None:
+    # The root itself may be a link: its owner made it. What lies inside may come from a stranger.
+    if folder != root and os.path.islink(folder):
+        raise CacheDamaged(f"{folder} is a link, not a folder")
+
+
+def make_durable_dirs(path: Path) -> None:
+    """Make a directory and what is missing above it, and make their names durable. Raises OSError."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     for directory in reversed(missing):
         directory.mkdir(exist_ok=True)

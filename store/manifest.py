@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from errors import CacheDamaged, CacheError
-from store.files import sha256_hex
+from store.files import printable, sha256_hex
 from store.invariants import Bounds
 from store.key import FORMAT_VERSION, canonical_json, checked_json, parse_checked_json
 
@@ -23,8 +23,17 @@ MANIFEST = "manifest.json"
 SHARDS = "shards"
 RECORDS = "records"
 
-MAX_JSON_BYTES = 2**26
-"""Largest recipe, record or manifest that is read: a manifest takes about 200 bytes per shard."""
+MAX_JSON_BYTES = 2**24
+"""
+Largest recipe, record or manifest that is written or read: a manifest takes about 200 bytes per shard. Parsed,
+hostile JSON takes 27 times its size.
+"""
+
+MAX_SHARDS = 2**16
+"""Of one cache: 134 million pairs, or 4 TiB uncompressed."""
+
+MAX_HOOKPOINTS = 256
+"""Of one cache."""
 
 REPAIR = "restore it from a copy, or delete the whole cache and run fpo cache again"
 REPAIR_RECORD = "delete it and run fpo cache again: its shard is checked and recorded anew"
@@ -73,7 +82,7 @@ class Manifest(_Closed):
     key: Sha256
     n_pairs: Count
     n_tokens: Count
-    shards: tuple[ShardEntry, ...] = Field(strict=False)
+    shards: tuple[ShardEntry, ...] = Field(strict=False, max_length=MAX_SHARDS)
     facts: dict[str, Any]
     """What its maker adds: the self-check's result, the drop report."""
 
@@ -99,16 +108,16 @@ class _Open(BaseModel):
 
 class _FeatureFacts(_Open):
     d_sae: Annotated[int, Field(gt=0, lt=2**32 - 1)]
-    top_k: Annotated[int, Field(gt=0)] | Literal["all"]
+    top_k: Annotated[int, Field(gt=0, lt=2**32 - 1)] | Literal["all"]
 
 
 class _ExtraFacts(_Open):
-    top_logits: Annotated[int, Field(ge=0)] = 0
+    top_logits: Annotated[int, Field(ge=0, lt=2**32 - 1)] = 0
 
 
 class _ScorerFacts(_Open):
     vocab_size: Annotated[int, Field(gt=0, lt=2**32 - 1)]
-    features: tuple[_FeatureFacts, ...] = Field(strict=False)
+    features: tuple[_FeatureFacts, ...] = Field(strict=False, max_length=MAX_HOOKPOINTS)
     extras: _ExtraFacts = _ExtraFacts()
 
 
@@ -116,7 +125,10 @@ class _PairsFacts(_Open):
     digest: Sha256
     n_pairs: Count
     seed: int
-    shard_pairs: tuple[Count, ...] = Field(strict=False)
+    shard_pairs: tuple[Count, ...] = Field(strict=False, max_length=MAX_SHARDS)
+
+
+Checked = TypeVar("Checked", Record, Manifest)
 
 
 class RecipeFacts(_Open):
@@ -147,6 +159,11 @@ def recipe_facts(recipe: dict[str, Any]) -> RecipeFacts:
         raise ValueError(_first(error)) from None
 
 
+def recipe_bytes(recipe: dict[str, Any]) -> bytes:
+    """Raises ValueError above MAX_JSON_BYTES, as those of record and manifest do: nobody could read it again."""
+    return _bounded(RECIPE, canonical_json(recipe))
+
+
 def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
     """recipe.json of cache `key`. Raises CacheDamaged, or CacheError for another format version."""
     if sha256_hex(data) != key:
@@ -157,12 +174,12 @@ def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
 
 
 def record_bytes(record: Record) -> bytes:
-    return checked_json(record.model_dump())
+    return _bounded("a record", checked_json(record.model_dump()))
 
 
 def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
     """Raises CacheDamaged naming `where`."""
-    record = _parsed(where, lambda: Record.model_validate(parse_checked_json(data)), REPAIR_RECORD)
+    record = _parsed(where, lambda: _spelled_so(Record, data), REPAIR_RECORD)
     if (record.key, record.shard) != (key, sid):
         raise CacheDamaged(
             f"{where} is the record of shard {record.shard} of cache {record.key[:12]}..., "
@@ -172,12 +189,12 @@ def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    return checked_json(manifest.model_dump())
+    return _bounded(MANIFEST, checked_json(manifest.model_dump()))
 
 
 def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Manifest:
     """Raises CacheDamaged naming `where`, also where the manifest does not fit the recipe."""
-    manifest = _parsed(where, lambda: Manifest.model_validate(parse_checked_json(data)))
+    manifest = _parsed(where, lambda: _spelled_so(Manifest, data))
     if manifest.key != key:
         raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...; {REPAIR}")
     if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
@@ -189,13 +206,27 @@ def _recipe(data: bytes) -> dict[str, Any]:
     recipe = json.loads(data)
     if not isinstance(recipe, dict) or canonical_json(recipe) != data:
         raise ValueError("it is not canonical JSON")
-    if recipe.get("format") != FORMAT_VERSION:
+    if type(recipe.get("format")) is not int or recipe["format"] != FORMAT_VERSION:
         raise CacheError(
-            f"this cache has format {recipe.get('format')!r}, this version of fpo reads {FORMAT_VERSION}; "
-            "use the version that wrote it, or build the cache again with fpo cache"
+            f"this cache has format {printable(str(recipe.get('format')))}, this version of fpo reads "
+            f"{FORMAT_VERSION}; use the version that wrote it, or build the cache again with fpo cache"
         )
     recipe_facts(recipe)
     return recipe
+
+
+def _spelled_so(model: type[Checked], data: bytes) -> Checked:
+    parsed = model.model_validate(parse_checked_json(data))
+    # pydantic takes true and 1.0 for the format 1; another reader may not.
+    if checked_json(parsed.model_dump()) != data:
+        raise ValueError("it is not spelled as this format writes it")
+    return parsed
+
+
+def _bounded(what: str, data: bytes) -> bytes:
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"{what} would have {len(data)} bytes, at most {MAX_JSON_BYTES} are read")
+    return data
 
 
 def _parsed(where: str, parse: Callable[[], Parsed], repair: str = REPAIR) -> Parsed:
@@ -204,10 +235,10 @@ def _parsed(where: str, parse: Callable[[], Parsed], repair: str = REPAIR) -> Pa
     except ValidationError as error:
         raise CacheDamaged(f"{where} is damaged: {_first(error)}; {repair}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise CacheDamaged(f"{where} is damaged: {error}; {repair}") from None
+        raise CacheDamaged(f"{where} is damaged: {printable(str(error), 300)}; {repair}") from None
 
 
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in problem["loc"])
+    field = printable(".".join(str(part) for part in problem["loc"]))
     return f"{field}: {problem['msg']}" if field else problem["msg"]

@@ -46,7 +46,7 @@ class Features:
     def take(self, rows: ArrayLike) -> Features:
         """The features of these pairs, in this order."""
         rows = _positions(rows, len(self.active))
-        entries, splits = _gather(self.splits, _completions(rows))
+        entries, splits = gather(self.splits, _completions(rows))
         return Features(self.indices[entries], self.acts[entries], splits, self.active[rows], self.tail_sq[rows])
 
     @staticmethod
@@ -128,8 +128,8 @@ class Pairs:
         Raises IndexError for a position outside 0..P-1.
         """
         rows = _positions(rows, len(self))
-        tokens, splits = _gather(self.splits, (3 * rows[:, None] + np.arange(3)).ravel())
-        scored, _ = _gather(self.completion_splits, _completions(rows))
+        tokens, splits = gather(self.splits, (3 * rows[:, None] + np.arange(3)).ravel())
+        scored, _ = gather(self.completion_splits, _completions(rows))
         top = self.top_logits
         return Pairs(
             pair_id=self.pair_id[rows],
@@ -203,7 +203,7 @@ def _completions(rows: I64) -> I64:
     return np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1)
 
 
-def _gather(splits: NDArray[np.integer[Any]], segments: I64) -> tuple[I64, U64]:
+def gather(splits: NDArray[np.integer[Any]], segments: I64) -> tuple[I64, U64]:
     """Positions in the flat array of these segments, and the splits of the result."""
     bounds = splits.astype(np.int64)
     lengths = bounds[segments + 1] - bounds[segments]

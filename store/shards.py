@@ -4,15 +4,22 @@ Reading one shard with every check, for whoever needs one: the cache, the writer
 
 from __future__ import annotations
 
+import time
+
 from errors import CacheDamaged, CacheMissing
-from store.files import Folder, sha256_hex
+from store.files import sha256_hex
 from store.format import MAX_FILE_BYTES, decode_shard
 from store.invariants import Bounds, Invalid
 from store.manifest import REPAIR, ShardEntry, shard_name
+from store.objects import Objects, RemoteObjects
 from store.pairs import Pairs
 
+FETCH_ATTEMPTS = 4
+"""A shard whose bytes arrive damaged is fetched again before it counts as damaged."""
+_FIRST_PAUSE = 0.1
 
-def load_shard(folder: Folder, key: str, entry: ShardEntry, bounds: Bounds) -> Pairs:
+
+def load_shard(folder: Objects, key: str, entry: ShardEntry, bounds: Bounds) -> Pairs:
     """
     The pairs of a committed shard. Size, checksum, encoding and invariants are checked.
 
@@ -32,8 +39,33 @@ def load_shard(folder: Folder, key: str, entry: ShardEntry, bounds: Bounds) -> P
     return found
 
 
+def fetch_shard(place: Objects, entry: ShardEntry) -> bytes:
+    """
+    The bytes of a shard, as its manifest entry describes them: size and sha256 are checked, nothing else.
+
+    Raises CacheDamaged, naming the object and both values, where they arrive wrong every time.
+    """
+    name = shard_name(entry.shard)
+    # On this machine a second look sees the same.
+    for attempt in range(FETCH_ATTEMPTS if isinstance(place, RemoteObjects) else 1):
+        if attempt:
+            time.sleep(_FIRST_PAUSE * 4 ** (attempt - 1))
+        try:
+            data = place.read(name, min(entry.size, MAX_FILE_BYTES))
+        except CacheMissing as error:
+            raise CacheDamaged(f"{error}; {REPAIR}") from None
+        except CacheDamaged as error:
+            found = str(error)
+            continue
+        digest = sha256_hex(data)
+        if len(data) == entry.size and digest == entry.sha256:
+            return data
+        found = f"{place.where(name)} has {len(data)} bytes with the sha256 {digest[:12]}..."
+    raise CacheDamaged(f"{found}; the manifest says {entry.size} bytes, {entry.sha256[:12]}...; {REPAIR}")
+
+
 def check_shard(
-    folder: Folder, key: str, sid: int, data: bytes, bounds: Bounds, entry: ShardEntry | None = None
+    folder: Objects, key: str, sid: int, data: bytes, bounds: Bounds, entry: ShardEntry | None = None
 ) -> tuple[Pairs, ShardEntry]:
     """
     Bytes of shard `sid` -> its pairs and what a record says about it; held against `entry` where known.

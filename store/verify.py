@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from errors import CacheError
-from store.files import TMP, Folder
+from store.files import TMP, printable
 from store.key import pairs_digest
 from store.local import Store
 from store.manifest import (
@@ -32,6 +32,8 @@ from store.manifest import (
     record_name,
     shard_name,
 )
+from store.objects import Objects, RemoteObjects
+from store.remote import RemoteStore, open_store
 from store.shards import load_shard
 
 Found = TypeVar("Found")
@@ -54,7 +56,9 @@ class Report:
         return not self.problems
 
 
-def verify(store: Store | Path | str, name: str, on_shard: Callable[[int, int], None] | None = None) -> Report:
+def verify(
+    store: Store | RemoteStore | Path | str, name: str, on_shard: Callable[[int, int], None] | None = None
+) -> Report:
     """
     Read the whole cache: sizes, checksums, encodings, invariants, the key, records against the manifest,
     files that do not belong there. One shard is in memory at a time.
@@ -62,9 +66,18 @@ def verify(store: Store | Path | str, name: str, on_shard: Callable[[int, int], 
     on_shard(done, total) is called after each shard, for a progress bar.
     Raises CacheMissing where no key starts with `name`; all else is in the report.
     """
-    store = store if isinstance(store, Store) else Store(store)
+    store = open_store(store)
     key = store.resolve(name)
-    folder, report = store.folder(key), Report(key)
+    use = store.use(key, counts=False) if isinstance(store, Store) else None
+    try:
+        return _verify(store.folder(key), key, on_shard)
+    finally:
+        if use is not None:
+            use.end()
+
+
+def _verify(folder: Objects, key: str, on_shard: Callable[[int, int], None] | None) -> Report:
+    report = Report(key)
 
     def attempt(step: Callable[[], Found]) -> Found | None:
         try:
@@ -99,28 +112,31 @@ def verify(store: Store | Path | str, name: str, on_shard: Callable[[int, int], 
     return report
 
 
-def _facts(folder: Folder, key: str) -> RecipeFacts:
+def _facts(folder: Objects, key: str) -> RecipeFacts:
     return recipe_facts(parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE)))
 
 
-def _manifest(folder: Folder, key: str, facts: RecipeFacts) -> Manifest:
+def _manifest(folder: Objects, key: str, facts: RecipeFacts) -> Manifest:
     return parse_manifest(folder.read(MANIFEST, MAX_JSON_BYTES), key, facts, folder.where(MANIFEST))
 
 
-def _record(folder: Folder, key: str, sid: int) -> ShardEntry:
+def _record(folder: Objects, key: str, sid: int) -> ShardEntry:
     name = record_name(sid)
     record = parse_record(folder.read(name, MAX_JSON_BYTES), key, sid, folder.where(name))
     return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
 
 
-def _refuse_strangers(folder: Folder, total: int, report: Report) -> None:
+def _refuse_strangers(folder: Objects, total: int, report: Report) -> None:
+    if isinstance(folder, RemoteObjects) and not folder.listable:
+        return
     known = {RECIPE, MANIFEST, SHARDS, RECORDS, TMP}
     known |= {name(sid) for sid in range(total) for name in (shard_name, record_name)}
     there = folder.names() + [f"{sub}/{name}" for sub in (SHARDS, RECORDS) for name in folder.names(sub)]
-    report.problems += [f"{folder.where(name)} does not belong to this cache" for name in there if name not in known]
+    strangers = [folder.where(printable(name)) for name in there if name not in known]
+    report.problems += [f"{stranger} does not belong to this cache" for stranger in strangers]
 
 
-def _check_all_pairs(folder: Folder, facts: RecipeFacts, ids: np.ndarray, digests: np.ndarray, report: Report) -> None:
+def _check_all_pairs(folder: Objects, facts: RecipeFacts, ids: np.ndarray, digests: np.ndarray, report: Report) -> None:
     if len(np.unique(ids)) != len(ids):
         report.problems.append(f"{folder.where(SHARDS)}: a pair stands in two shards")
     found = pairs_digest(digests[np.argsort(ids)])

@@ -50,7 +50,7 @@ def remember(facts: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> di
     facts: canonical JSON (no floats) that decides the answer. The answer is a small JSON object.
     """
     question = canonical_json(facts)
-    path = _memo_folder() / f"{sha256_hex(question)}.json"
+    path = memo_folder() / f"{sha256_hex(question)}.json"
     try:
         note = parse_checked_json(path.read_bytes())
         if canonical_json(note["facts"]) == question and isinstance(note["value"], dict):
@@ -64,7 +64,8 @@ def remember(facts: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> di
     return value
 
 
-def _memo_folder() -> Path:
+def memo_folder() -> Path:
+    """Where what only saves time is kept."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fpo-memo"
 

@@ -19,7 +19,7 @@ from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, Cac
 from store.files import sha256_hex
 from store.format import MAX_FILE_BYTES, encode_shard
 from store.invariants import Invalid
-from store.key import cache_key, canonical_json, pairs_digest
+from store.key import cache_key, pairs_digest
 from store.local import Store, finished_shards
 from store.manifest import (
     MANIFEST,
@@ -34,6 +34,7 @@ from store.manifest import (
     parse_manifest,
     parse_recipe,
     parse_record,
+    recipe_bytes,
     recipe_facts,
     record_bytes,
     record_name,
@@ -61,11 +62,12 @@ class CacheWriter:
             raise ValueError("recipe pairs.shard_pairs must be [len(ids) for ids in plan]")
         if self.plan and len(np.unique(np.concatenate(self.plan))) != self.facts.pairs.n_pairs:
             raise ValueError("the plan holds a pair twice")
-        self.key = cache_key(recipe)
+        self.key, data = cache_key(recipe), recipe_bytes(recipe)
         store = store if isinstance(store, Store) else Store(store)
+        self._use = store.use(self.key)
         self.folder = store.folder(self.key)
         self.folder.prepare(SHARDS, RECORDS)
-        if not self.folder.create(RECIPE, canonical_json(recipe)):
+        if not self.folder.create(RECIPE, data):
             parse_recipe(self.folder.read(RECIPE, MAX_JSON_BYTES), self.key, self.folder.where(RECIPE))
         self._adopt_unrecorded()
 
@@ -210,6 +212,15 @@ class CacheWriter:
         name = record_name(sid)
         record = parse_record(self.folder.read(name, MAX_JSON_BYTES), self.key, sid, self.folder.where(name))
         return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
+
+
+def own_share_first(missing: Sequence[int], rank: int, world: int) -> list[int]:
+    """
+    The order in which process `rank` of `world` takes the missing shards: its own share, then the others', so that
+    processes rarely meet although none knows of another. Any number of them may come, go and come back.
+    """
+    start = len(missing) * rank // world
+    return [*missing[start:], *missing[:start]]
 
 
 def _few(ids: NDArray[Any]) -> str:

@@ -1,0 +1,135 @@
+"""
+A cache for other trainers: the pairs' tokens and the reference's log-probs as a folder of Hugging Face `datasets`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errors import CacheConflict
+from store.cache import Cache
+from store.files import explained
+from store.pairs import I64, U32, U64, gather, lengths_of, starts_of
+
+TRL_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+BLOCK_TOKENS = 2**28
+"""Tokens that are put into the dataset's order at a time: about 3 GB of memory."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    folder: Path
+    n_pairs: int
+    n_bytes: int
+    key: str
+    digest: str
+    """Output address of the cache; it stands in the dataset's description too."""
+
+
+def export_trl(
+    cache: Cache,
+    folder: Path,
+    on_shard: Callable[[int, int], None] | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+) -> ExportReport:
+    """
+    Write the columns of which TRL's DPOTrainer makes its batches, one row per pair in the order of the dataset:
+    prompt_ids, chosen_ids, rejected_ids (int32 lists) and ref_chosen_logps, ref_rejected_logps (float32, nats).
+
+    folder    must not exist, or be empty; `datasets.load_from_disk` opens it. It is complete or not there.
+    on_shard  called with (done, total) after each shard that was read and verified
+    Raises CacheConflict where the folder is taken, CacheDamaged, CacheError where it cannot be written.
+    """
+    import datasets
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CacheConflict(f"{folder} is there already; choose another folder, or delete it")
+    with explained("write", folder):
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as scratch:
+            stream = Path(scratch) / "pairs.arrow"
+            _write_stream(stream, _blocks(cache, block_tokens, on_shard))
+            about = datasets.DatasetInfo(
+                description=f"Pairs and reference log-probs of fpo cache {cache.key}, manifest {cache.digest}."
+            )
+            datasets.Dataset.from_file(str(stream), info=about).save_to_disk(Path(scratch) / "dataset")
+            os.rename(Path(scratch) / "dataset", folder)
+    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    return ExportReport(folder, cache.n_pairs, n_bytes, cache.key, cache.digest)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some pairs: only what is exported of them."""
+
+    pair_id: U64
+    input_ids: U32
+    splits: U64
+    ref_logps: Any
+
+
+def _blocks(cache: Cache, block_tokens: int, on_shard: Callable[[int, int], None] | None) -> Iterator[_Block]:
+    """All pairs by ascending pair_id, in blocks of about `block_tokens`; each block reads every shard once."""
+    n_blocks = -(-cache.manifest.n_tokens // block_tokens) or 1
+    n_shards = len(cache.shard_pairs)
+    bounds = [0, 2**64 - 1]
+    if n_blocks > 1:
+        ids = np.sort(np.concatenate([cache.shard(sid).pair_id for sid in range(n_shards)]))
+        bounds = [0, *(int(ids[len(ids) * n // n_blocks]) for n in range(1, n_blocks)), 2**64 - 1]
+    for n in range(n_blocks):
+        parts = []
+        for sid in range(n_shards):
+            pairs = cache.shard(sid)
+            here = pairs.take(np.flatnonzero((pairs.pair_id >= bounds[n]) & (pairs.pair_id < bounds[n + 1])))
+            parts.append(_Block(here.pair_id, here.input_ids, here.splits, here.ref_logps))
+            if on_shard is not None:
+                on_shard(n * n_shards + sid + 1, n_blocks * n_shards)
+        yield _sorted(parts)
+
+
+def _sorted(parts: list[_Block]) -> _Block:
+    empty = _Block(np.empty(0, np.uint64), np.empty(0, np.uint32), np.zeros(1, np.uint64), np.empty((0, 2), np.float32))
+    parts = parts or [empty]
+    pair_id = np.concatenate([part.pair_id for part in parts])
+    splits = starts_of(np.concatenate([lengths_of(part.splits) for part in parts]))
+    order = np.argsort(pair_id)
+    tokens, sorted_splits = gather(splits, (3 * order[:, None] + np.arange(3)).ravel())
+    return _Block(
+        pair_id[order],
+        np.concatenate([part.input_ids for part in parts])[tokens],
+        sorted_splits,
+        np.concatenate([part.ref_logps for part in parts])[order],
+    )
+
+
+def _write_stream(path: Path, blocks: Iterator[_Block]) -> None:
+    """An Arrow stream, one batch per block."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    types = [pa.list_(pa.int32())] * 3 + [pa.float32()] * 2
+    schema = pa.schema(list(zip(TRL_COLUMNS, types, strict=True)))
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        for block in blocks:
+            columns = [_token_lists(block, part) for part in range(3)]
+            columns += [pa.array(np.ascontiguousarray(block.ref_logps[:, side])) for side in (0, 1)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _token_lists(block: _Block, part: int) -> Any:
+    """The ids of every pair's prompt (0), chosen (1) or rejected (2) completion."""
+    import pyarrow as pa
+
+    segments: I64 = 3 * np.arange(len(block.pair_id)) + part
+    tokens, splits = gather(block.splits, segments)
+    return pa.ListArray.from_arrays(
+        pa.array(splits.astype(np.int32)), pa.array(block.input_ids[tokens].astype(np.int32))
+    )

@@ -1,0 +1,83 @@
+"""
+Names that people give to caches: STORE/tags/NAME holds the key that it stands for.
+
+A tag works wherever a key does, may be moved to another cache, and keeps its cache from being collected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from errors import CacheDamaged, CacheError, CacheMissing
+from store.files import Folder, explained, replace_file
+
+TAGS = "tags"
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_LIKE_A_KEY = re.compile(r"[0-9a-f]+")
+_CONTENT = re.compile(rb"([0-9a-f]{64})\n")
+
+
+def check_tag_name(name: str) -> None:
+    """Raises CacheError for what is no name, or could be taken for the start of a key."""
+    if not _NAME.fullmatch(name):
+        raise CacheError(
+            f"{name!r} cannot be a tag: use up to 100 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+        )
+    if _LIKE_A_KEY.fullmatch(name):
+        raise CacheError(f"{name!r} cannot be a tag: it could be the start of a key; add a letter beyond f, or a '-'")
+
+
+def is_tag_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and not _LIKE_A_KEY.fullmatch(name)
+
+
+def read_tag(store: Folder, name: str) -> str | None:
+    """The key that a tag of this store stands for; None where there is no such tag. Raises CacheDamaged."""
+    if not is_tag_name(name):
+        return None
+    try:
+        content = store.read(f"{TAGS}/{name}", 2**10)
+    except CacheMissing:
+        return None
+    found = _CONTENT.fullmatch(content)
+    if found is None:
+        raise CacheDamaged(f"{store.where(f'{TAGS}/{name}')} holds no key; delete it and tag again")
+    return found[1].decode()
+
+
+def read_tags(store: Folder) -> dict[str, str]:
+    """Every tag with its key; damaged ones are left out."""
+    tags = {}
+    for name in store.names(TAGS):
+        try:
+            key = read_tag(store, name)
+        except CacheDamaged:
+            continue
+        if key is not None:
+            tags[name] = key
+    return tags
+
+
+def write_tag(root: Path, name: str, key: str) -> str | None:
+    """Let `name` stand for `key`, atomically; returns the key that it stood for. Raises CacheError."""
+    check_tag_name(name)
+    before = read_tag(Folder(root), name)
+    with explained("write", root / TAGS / name):
+        replace_file(root / TAGS / name, f"{key}\n".encode())
+    return before
+
+
+def remove_tag(root: Path, name: str) -> str:
+    """Forget a tag; returns the key that it stood for, which keeps its cache. Raises CacheMissing."""
+    folder = Folder(root)
+    key = read_tag(folder, name)
+    if key is None:
+        known = sorted(read_tags(folder))
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(known[:10])}" if known else ""
+        raise CacheMissing(f"{root} has no tag {name!r}{hint}")
+    folder.remove(f"{TAGS}/{name}")
+    return key

@@ -1,0 +1,56 @@
+"""
+One process of several that fill a cache, as torchrun or an array of jobs starts it (RANK, WORLD_SIZE):
+python store_one_writer.py STORE WRITER AT_MOST
+
+Its scores are those of another GPU: WRITER decides their last bits. It stops after AT_MOST shards, or seals the cache
+and prints the output address.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from store_cases import make_pairs, make_recipe
+
+from store import CacheWriter, Pairs, open_cache, own_share_first, plan_shards
+
+N = 24
+LENGTHS = [(n % 3, 1 + n % 4, 2 + n % 2) for n in range(N)]
+PAIRS = make_pairs(LENGTHS, seed=3)
+PLAN = plan_shards(np.array(LENGTHS), np.zeros(N, np.int64), seed=1, max_pairs=2)
+RECIPE = make_recipe(PAIRS, PLAN)
+
+
+def scored_by(writer: int, sid: int) -> Pairs:
+    """A shard as this writer computes it: every log-prob differs from the others' by a little."""
+    pairs = PAIRS.take(PLAN[sid])
+    logps = pairs.token_logps - np.float32(1e-4) * writer
+    bounds = pairs.completion_splits
+    sums = [logps[a:b].sum(dtype=np.float64) for a, b in itertools.pairwise(bounds)]
+    return dataclasses.replace(pairs, token_logps=logps, ref_logps=np.array(sums, np.float32).reshape(-1, 2))
+
+
+def main(store: Path, name: int, at_most: int) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    writer = CacheWriter(store, RECIPE, PLAN)
+    written = 0
+    while missing := writer.missing():
+        if written == at_most:
+            return
+        sid = own_share_first(missing, rank, world)[0]
+        shard = scored_by(name, sid)
+        time.sleep(0.002)  # the forward passes, during which others write
+        writer.write(sid, shard, {"writer": name})
+        written += 1
+    writer.seal({})
+    print(open_cache(store, writer.key).digest)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,187 @@
+"""Stage 1 computes only what no cache of the same scorer holds; a miss says which cache comes nearest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_world import TinyWorld, build_tiny_world
+
+import stage1_cache.build as build_module
+import stage1_cache.score as score_module
+from errors import SelfCheckError
+from stage1_cache import CacheReport, build_caches
+from store import Cache, Pairs, Store, verify
+from store.manifest import parse_record, record_name
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_tiny_world(tmp_path_factory.mktemp("world"), n_train=44, n_test=12)
+
+
+@pytest.fixture(autouse=True)
+def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+def built(world: TinyWorld, store: Path, split: str, **sections: object) -> CacheReport:
+    data = {"split": split, "eval_split": None}
+    (report,) = build_caches(world.recipe(data=data, **sections), store)
+    assert verify(store, report.cache.key).ok
+    return report
+
+
+def whole(cache: Cache) -> Pairs:
+    pairs = Pairs.concat([cache.shard(sid) for sid in range(len(cache.shard_pairs))])
+    return pairs.take(np.argsort(pairs.pair_id))
+
+
+def forbid_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_module, "load_model", lambda *_: pytest.fail("the model was loaded"))
+
+
+def test_growing_a_dataset_by_a_tenth_scores_a_tenth(world: TinyWorld, tmp_path: Path) -> None:
+    old = built(world, tmp_path, "train[:40]")
+    new = built(world, tmp_path, "train")
+    assert (old.pairs_reused, old.pairs_scored) == (0, 40)
+    assert (new.pairs_reused, new.pairs_scored) == (40, 4)
+    grown, before = whole(new.cache), whole(old.cache)
+    for name in ("pair_digest", "ref_logps"):
+        assert np.array_equal(getattr(grown, name)[:40], getattr(before, name))
+    # The four new ones are what a cache built from nothing says.
+    alone = whole(built(world, tmp_path / "alone", "train").cache)
+    np.testing.assert_allclose(grown.token_logps, alone.token_logps, atol=1e-5)
+    assert np.array_equal(grown.features[0].indices, alone.features[0].indices)
+    np.testing.assert_allclose(grown.features[0].acts, alone.features[0].acts, rtol=1e-4, atol=1e-6)
+
+
+def test_mixing_and_filtering_cached_datasets_loads_no_model(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [built(world, tmp_path, split).cache.key for split in ("train", "test")]
+    forbid_the_model(monkeypatch)
+    mixed = built(world, tmp_path, "test[:6]+train[8:]", cache={"shard_pairs": 9, "seed": 5})
+    assert (mixed.pairs_reused, mixed.pairs_scored, mixed.tokens_scored) == (42, 0, 0)
+    folder = Store(tmp_path).folder(mixed.cache.key)
+    counts: dict[str, int] = {}
+    for sid in range(mixed.built_shards):
+        name = record_name(sid)
+        record = parse_record(folder.read(name, 10**6), mixed.cache.key, sid, name)
+        assert record.provenance["pairs"]["scored"] == 0
+        assert "device" not in record.provenance
+        for key, count in record.provenance["pairs"]["reused"].items():
+            counts[key] = counts.get(key, 0) + count
+    assert counts == {sources[0]: 36, sources[1]: 6}
+
+
+def test_what_is_reused_decides_the_bytes_not_who_resumes(world: TinyWorld, tmp_path: Path) -> None:
+    """A process stopped in the middle of a shard that is half copied: the next one writes what one alone writes."""
+    for name in ("once", "twice"):
+        built(world, tmp_path / name, "train[:30]")
+    once = built(world, tmp_path / "once", "train").cache
+    score, calls = score_module.ReferenceScorer.score, []
+
+    def stop_at_the_second(*args: object, **kwargs: object) -> Pairs:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_module.ReferenceScorer, "score", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            built(world, tmp_path / "twice", "train")
+    twice = built(world, tmp_path / "twice", "train")
+    assert twice.cache.digest == once.digest
+    assert twice.built_shards < len(once.shard_pairs)
+
+
+def test_a_damaged_source_is_not_copied_from_and_is_named(world: TinyWorld, tmp_path: Path) -> None:
+    old = built(world, tmp_path, "train[:40]").cache
+    path = Store(tmp_path).path(old.key) / "shards/000001.zarr.zip"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    new = built(world, tmp_path, "train")
+    assert (new.pairs_reused, new.pairs_scored) == (40 - old.shard_pairs[1], 4 + old.shard_pairs[1])
+    assert any("000001.zarr.zip" in problem for problem in new.reuse_problems)
+
+
+def test_a_miss_names_the_nearest_cache_before_anything_is_scored(world: TinyWorld, tmp_path: Path) -> None:
+    first = built(world, tmp_path, "train")
+    assert first.nearest is None
+    told = []
+    feature = {**world.raw_recipe()["features"][0], "top_k": 8}
+    recipe = world.recipe(data={"eval_split": None}, features=[feature])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_module, "load_model", lambda *_: pytest.fail("it was told too late") if not told else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build_caches(recipe, tmp_path, on_miss=lambda split, near: told.append((split, near)))
+    ((split, near),) = told
+    assert split == "train"
+    assert near is not None
+    assert near.key == first.cache.key
+    assert [str(difference) for difference in near.differences] == ["scorer.features[0].top_k: 16 -> 8"]
+
+
+def test_the_names_of_what_a_cache_was_made_from_are_found_again(world: TinyWorld, tmp_path: Path) -> None:
+    key = built(world, tmp_path, "train").cache.key
+    summary = Store(tmp_path).summary(key)
+    weights = summary.recipe["scorer"]["reference"]["weights"][:8]
+    assert summary.reference == f"{world.root / 'model'} [{weights}]"
+    assert str(world.root / "sae") in summary.features[0]
+    assert summary.data == f"{world.root / 'pairs'} train"
+    json.dumps(summary.inputs)
+
+
+class Checks:
+    """In place of the self-check: counts, or refuses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made = 0
+        monkeypatch.setattr(build_module._LazyScorer, "self_checks", self._check)
+
+    def _check(self, *_: object) -> list[dict[str, object]]:
+        self.made += 1
+        if self.made > 1:
+            raise SelfCheckError("again")
+        return [{"hookpoint": "model.layers.1", "checked": True, "fvu": 0.25}]
+
+
+def checked(world: TinyWorld) -> dict[str, object]:
+    return {"features": [{**world.raw_recipe()["features"][0], "self_check": True}]}
+
+
+def test_a_cache_made_by_copying_alone_says_what_its_sources_say_of_the_sae(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = Checks(monkeypatch)
+    whole_set = built(world, tmp_path, "train", **checked(world)).cache
+    forbid_the_model(monkeypatch)
+    part = built(world, tmp_path, "train[:20]", **checked(world)).cache
+    assert part.manifest.facts["self_check"] == whole_set.manifest.facts["self_check"]
+    assert part.manifest.facts["self_check"][0]["fvu"] == "0.25"
+    assert checks.made == 1
+
+
+def test_a_source_that_was_never_checked_does_not_pass_for_checked(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(world, tmp_path, "train")
+    checks = Checks(monkeypatch)
+    part = built(world, tmp_path, "train[:20]", **checked(world))
+    assert (checks.made, part.pairs_scored) == (1, 0)
+
+
+def test_stopped_before_sealing_the_next_process_says_the_same_of_the_sae(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Checks(monkeypatch)
+    cache = built(world, tmp_path, "train", **checked(world)).cache
+    (Store(tmp_path).path(cache.key) / "manifest.json").unlink()
+    forbid_the_model(monkeypatch)
+    again = built(world, tmp_path, "train", **checked(world))
+    assert again.cache.digest == cache.digest
+    assert again.built_shards == 0

@@ -1,0 +1,168 @@
+"""Why two caches are not one, what a cache was made from, and where its bytes go."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from store_cases import LENGTHS, World, make_pairs, make_recipe, tree
+
+from errors import CacheDamaged, CacheMissing
+from store import CacheWriter, Features, cache_key, diff, disk_usage, nearest, open_cache
+from store.difference import differences
+from store.usage import OVERHEAD
+
+INPUTS = {
+    "reference": {"model": "google/gemma-2-2b-it", "revision": None, "adapter": None},
+    "features": [{"sae": "scope/layer_25"}, {"sae": "scope/layer_3"}],
+    "data": {"source": "ultrafeedback", "subset": None, "revision": None, "split": "train_prefs"},
+}
+
+
+def build(world: World, recipe, pairs, plan, inputs=None, n=None) -> str:
+    writer = CacheWriter(world.store, recipe, plan)
+    for sid in range(len(plan) if n is None else n):
+        writer.write(sid, pairs.take(plan[sid]), {"inputs": inputs} if inputs else {})
+    if n is None:
+        writer.seal({"self_check": []})
+    return writer.key
+
+
+def changed(recipe, **fields):
+    """A copy of the recipe whose scorer has these fields too."""
+    other = copy.deepcopy(recipe)
+    other["scorer"] |= fields
+    return other
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def test_differences_name_fields_and_both_values():
+    here = {"a": {"b": 1, "c": [1, 2]}, "f": [{"k": 64, "h": "x"}], "same": True, "gone": None}
+    there = {"a": {"b": 2, "c": [1, 2, 3]}, "f": [{"k": "all", "h": "x"}, {"k": 1}], "same": True}
+    found = [(d.field, d.here, d.there) for d in differences(here, there)]
+    assert found == [
+        ("a.b", "1", "2"),
+        ("a.c", "[1, 2]", "[1, 2, 3]"),
+        ("f[0].k", "64", '"all"'),
+        ("f[1].k", "-", "1"),
+        ("gone", "null", "-"),
+    ]
+
+
+def test_a_difference_reads_as_one_line():
+    other = "9b" * 32
+    (line,) = (str(d) for d in differences({"pairs": {"digest": "3f" * 32}}, {"pairs": {"digest": other}}))
+    assert line.startswith("pairs.digest: 3f3f3f3f3f3f -> 9b9b9b9b9b9b  (other tokens: data, split, tokenizer")
+    (line,) = (str(d) for d in differences({"a": list(range(100))}, {"a": []}))
+    assert len(line) < 70
+
+
+def test_diff_of_two_caches_shows_the_recipe_and_the_names_behind_it(world):
+    other = changed(world.recipe, dtype="bfloat16")
+    there = {**INPUTS, "reference": {**INPUTS["reference"], "model": "google/gemma-2-9b-it"}}
+    a = build(world, world.recipe, world.pairs, world.plan, INPUTS)
+    b = build(world, other, world.pairs, world.plan, there, n=1)
+    report = diff(world.store, a[:8], b)
+    assert (report.here, report.there) == (a, b)
+    assert [str(d) for d in report.recipe] == ['scorer.dtype: - -> "bfloat16"']
+    assert [str(d) for d in report.inputs] == ['reference.model: "google/gemma-2-2b-it" -> "google/gemma-2-9b-it"']
+    assert diff(world.store, a, a).recipe == ()
+    with pytest.raises(CacheMissing):
+        diff(world.store, a, "nothing")
+
+
+def test_nearest_is_the_cache_with_the_fewest_differences(world):
+    build(world, changed(world.recipe, dtype="bfloat16", seed=1), world.pairs, world.plan)
+    close = build(world, changed(world.recipe, dtype="bfloat16"), world.pairs, world.plan)
+    found = nearest(world.store, world.recipe)
+    assert found is not None
+    assert found.key == close
+    assert [str(d) for d in found.differences] == ['scorer.dtype: "bfloat16" -> -']
+
+
+def test_nearest_prefers_what_is_complete_and_never_names_the_recipe_itself(world):
+    assert nearest(world.store, world.recipe) is None
+    world.writer()
+    assert nearest(world.store, world.recipe) is None
+    build(world, changed(world.recipe, dtype="a"), world.pairs, world.plan, n=1)
+    complete = build(world, changed(world.recipe, dtype="b"), world.pairs, world.plan)
+    build(world, changed(world.recipe, dtype="c"), world.pairs, world.plan, n=1)
+    assert nearest(world.store, world.recipe).key == complete
+
+
+def test_nearest_leaves_damaged_caches_out(world):
+    key = build(world, changed(world.recipe, dtype="a"), world.pairs, world.plan)
+    (world.store.path(key) / "manifest.json").write_text("{}")
+    assert nearest(world.store, world.recipe) is None
+
+
+def test_ls_names_reference_sae_and_data_where_the_maker_wrote_them_down(world):
+    recipe = changed(world.recipe, reference={"weights": "3fa9c1d2" + "0" * 56})
+    recipe["scorer"]["features"][0]["sae"] = {"weights": "9b01e2aa" + "0" * 56}
+    named = build(world, recipe, world.pairs, world.plan, INPUTS)
+    plain = world.fill().key
+    by_key = {summary.key: summary for summary in world.store.summaries()}
+    assert by_key[named].reference == "google/gemma-2-2b-it [3fa9c1d2]"
+    assert by_key[named].features == [
+        "model.layers.0 top 4: scope/layer_25 [9b01e2aa]",
+        "model.layers.1 top all: scope/layer_3",
+    ]
+    assert by_key[named].data == "ultrafeedback train_prefs"
+    assert (by_key[plain].reference, by_key[plain].data) == ("", "")
+    assert by_key[plain].features == ["model.layers.0 top 4", "model.layers.1 top all"]
+
+
+@pytest.mark.parametrize("inputs", [[], "x", {"reference": "x", "features": {"sae": 1}, "data": [1]}])
+def test_strange_provenance_is_no_reason_to_fail(world, inputs):
+    build(world, world.recipe, world.pairs, world.plan, inputs)
+    (summary,) = world.store.summaries()
+    assert (summary.problem, summary.reference, summary.data) == (None, "", "")
+
+
+def test_state_says_how_far_a_cache_is(world):
+    build(world, world.recipe, world.pairs, world.plan, n=2)
+    assert [summary.state for summary in world.store.summaries()] == ["2 of 3 shards"]
+    world.fill()
+    assert [summary.state for summary in world.store.summaries()] == ["complete"]
+
+
+def test_disk_usage_adds_up_to_the_shard_files_and_to_the_arrays(world):
+    key = world.fill().key
+    calls: list[tuple[int, int]] = []
+    usage = {array.name: array for array in disk_usage(open_cache(world.store, key), lambda *at: calls.append(at))}
+    files = tree(world.store.path(key))
+    assert sum(a.stored for a in usage.values()) == sum(len(d) for n, d in files.items() if n.startswith("shards/"))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    # 5 pairs; splits has one more than 3 per pair in each of 3 shards.
+    T = int(np.sum(LENGTHS))
+    assert usage["pair_id"].raw == 5 * 8
+    assert usage["splits"].raw == (3 * 5 + 3) * 8
+    assert usage["input_ids"].raw == 4 * T
+    assert usage["top_logits/logps"].raw == 4 * world.pairs.top_logits.logps.size
+    for n, features in enumerate(world.pairs.features):
+        for name in set(Features.__dataclass_fields__) - {"splits"}:
+            assert usage[f"features/{n}/{name}"].raw == getattr(features, name).nbytes
+    assert usage[OVERHEAD].raw == 0
+    assert list(usage)[-1] == OVERHEAD
+
+
+def test_disk_usage_refuses_a_damaged_shard(world):
+    key = world.fill().key
+    cache = open_cache(world.store, key)
+    path = world.store.path(key) / "shards/000001.zarr.zip"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CacheDamaged, match="000001"):
+        disk_usage(cache)
+
+
+def test_a_recipe_and_its_cache_do_not_differ(world):
+    assert diff(world.store, world.fill().key, cache_key(world.recipe)).recipe == ()
+    other = make_pairs(LENGTHS, seed=1)
+    report = differences(world.recipe, make_recipe(other, world.plan))
+    assert [d.field for d in report] == ["pairs.digest"]

@@ -1,0 +1,256 @@
+"""Stores in an object store: push, pull and read, against moto's S3, with what goes wrong on the way."""
+
+import multiprocessing
+
+import pytest
+from store_cases import World, same, tree
+from store_servers import BUCKET, OtherWorld, dropping_proxy, s3_environment, s3_server, sealed
+
+from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
+from store import Shelf, Store, open_cache, open_store, pull, push, verify
+from store.bucket import BucketFolder
+from store.transfer import CLAIM
+
+obstore = pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+
+@pytest.fixture(scope="module")
+def s3_port():
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3(s3_port, monkeypatch, request):
+    """The URL of an empty store."""
+    for name, value in s3_environment(s3_port).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Nothing here is worth waiting for."""
+    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 1.0)
+    monkeypatch.setattr("store.shards._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.1)
+
+
+@pytest.fixture
+def world(tmp_path):
+    return sealed(World, tmp_path / "here")
+
+
+@pytest.fixture
+def other(tmp_path):
+    """The same key with other bytes."""
+    return sealed(OtherWorld, tmp_path / "other")
+
+
+def digest(world: World) -> str:
+    return open_cache(world.store, world.key).digest
+
+
+def remote_names(url: str, key: str) -> set[str]:
+    paths = [meta["path"] for batch in obstore.list(BucketFolder(url)._store) for meta in batch]
+    return {path.removeprefix(f"{key}/") for path in paths}
+
+
+def drop(url: str, key: str, name: str) -> None:
+    obstore.delete(BucketFolder(url)._store, f"{key}/{name}")
+
+
+def bytes_there(url: str, key: str, name: str) -> bytes:
+    return BucketFolder(url).inside(key).read(name, 10**6)
+
+
+def test_a_pushed_cache_reads_verifies_and_pulls_with_the_same_bytes(world, s3, tmp_path):
+    seen = []
+    report = push(world.store, world.key[:8], s3, on_object=lambda done, total: seen.append((done, total)))
+    # recipe, manifest, and a shard and a record for each of three shards
+    assert (report.moved, report.present, report.repaired) == (8, 0, ())
+    assert report.manifest_digest == digest(world)
+    n_bytes = open_cache(world.store, world.key).manifest.n_bytes
+    assert [total for _, total in seen] == [n_bytes] * 3
+    assert seen[-1][0] == n_bytes
+    assert open_store(s3).keys() == [world.key]
+    cache = open_cache(s3, world.key[:8], Shelf(tmp_path / "shelf"))
+    assert all(same(cache.shard(sid), world.shard(sid)) for sid in range(3))
+    assert verify(s3, world.key[:5]).ok
+    pulled = pull(s3, world.key[:8], tmp_path / "there")
+    assert pulled.moved == 8
+    assert tree(Store(tmp_path / "there").path(world.key)) == tree(world.store.path(world.key))
+    summary = open_store(s3).summaries()[0]
+    assert (summary.key, summary.complete, summary.shards_done, summary.n_pairs) == (world.key, True, 3, 5)
+
+
+def test_only_missing_objects_move(world, s3):
+    push(world.store, world.key, s3)
+    again = push(world.store, world.key, s3)
+    assert (again.moved, again.present, again.n_bytes) == (0, 8, 0)
+    drop(s3, world.key, "shards/000001.zarr.zip")
+    mended = push(world.store, world.key, s3)
+    assert (mended.moved, mended.present) == (1, 7)
+    assert mended.repaired == (f"{s3}/{world.key}/shards/000001.zarr.zip",)
+    assert verify(s3, world.key).ok
+
+
+def test_an_interrupted_push_continues_and_moves_the_rest(world, s3, monkeypatch):
+    real = BucketFolder.create
+
+    def failing(self, name, data):
+        if name == "shards/000002.zarr.zip":
+            raise CacheError("the line is cut")
+        return real(self, name, data)
+
+    monkeypatch.setattr(BucketFolder, "create", failing)
+    with pytest.raises(CacheError, match="the line is cut"):
+        push(world.store, world.key, s3, threads=1)
+    with pytest.raises(CacheIncomplete, match=r"it has no manifest\.json; push it again"):
+        open_cache(s3, world.key)
+    monkeypatch.setattr(BucketFolder, "create", real)
+    rest = push(world.store, world.key, s3)
+    assert (rest.moved, rest.present) == (3, 5)
+    assert verify(s3, world.key).ok
+
+
+def test_other_bytes_under_the_same_key_are_a_conflict_that_names_both_manifests(world, other, s3, tmp_path):
+    assert other.key == world.key
+    push(world.store, world.key, s3)
+    before = {name: bytes_there(s3, world.key, name) for name in remote_names(s3, world.key)}
+    for attempt in (lambda: push(other.store, other.key, s3), lambda: pull(s3, world.key, other.store)):
+        with pytest.raises(CacheConflict) as error:
+            attempt()
+        assert digest(world)[:12] in str(error.value)
+        assert digest(other)[:12] in str(error.value)
+        assert "\n" not in str(error.value)
+    assert {name: bytes_there(s3, world.key, name) for name in remote_names(s3, world.key)} == before
+
+
+def test_an_unfinished_push_keeps_its_place_against_other_bytes(world, other, s3, monkeypatch):
+    real = BucketFolder.create
+
+    def failing(self, name, data):
+        if name.startswith("records/"):
+            raise CacheError("the line is cut")
+        return real(self, name, data)
+
+    monkeypatch.setattr(BucketFolder, "create", failing)
+    with pytest.raises(CacheError, match="the line is cut"):
+        push(world.store, world.key, s3)
+    monkeypatch.setattr(BucketFolder, "create", real)
+    with pytest.raises(CacheConflict, match="left unfinished, by a push of other bytes") as error:
+        push(other.store, other.key, s3)
+    assert digest(world)[:12] in str(error.value)
+    assert digest(other)[:12] in str(error.value)
+    push(world.store, world.key, s3)
+    assert open_cache(s3, world.key).digest == digest(world)
+
+
+def test_an_incomplete_cache_is_not_pushed(tmp_path, s3):
+    world = World(tmp_path)
+    writer = world.writer()
+    writer.write(1, world.shard(1), {})
+    with pytest.raises(CacheIncomplete, match="1 of 3 shards are done; finish it with: fpo cache RECIPE"):
+        push(world.store, writer.key, s3)
+    assert remote_names(s3, writer.key) == set()
+
+
+def test_a_damaged_shard_does_not_leave_this_machine(world, s3):
+    path = world.store.path(world.key) / "shards/000001.zarr.zip"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheDamaged, match=r"shards/000001\.zarr\.zip has .* the manifest says"):
+        push(world.store, world.key, s3)
+    assert not {"shards/000001.zarr.zip", "records/000001.json", "manifest.json"} & remote_names(s3, world.key)
+
+
+def test_a_server_without_conditional_writes_is_refused(world, s3, monkeypatch):
+    real = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda store, path, data, **options: real(store, path, data))
+    with pytest.raises(CacheError, match="ignores conditional writes"):
+        push(world.store, world.key, s3)
+    assert remote_names(s3, world.key) == {CLAIM}
+
+
+def test_a_shard_that_arrives_damaged_is_told(world, s3, monkeypatch):
+    real = obstore.put
+
+    def flipping(store, path, data, **options):
+        if path.endswith("000001.zarr.zip"):
+            data = bytes([data[0] ^ 1]) + data[1:]
+        return real(store, path, data, **options)
+
+    monkeypatch.setattr(obstore, "put", flipping)
+    with pytest.raises(CacheDamaged, match=r"shards/000001\.zarr\.zip arrived damaged; delete it"):
+        push(world.store, world.key, s3)
+    assert "manifest.json" not in remote_names(s3, world.key)
+
+
+def test_dropped_connections_on_the_way_to_s3_are_survived(world, s3, s3_port, monkeypatch, tmp_path):
+    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 10.0)
+    with dropping_proxy(s3_port, [0, 20, 150, 0, 400, 10, 1000]) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        push(world.store, world.key, s3)
+    with dropping_proxy(s3_port, [0, 300, 2000, 700, 3000]) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        pull(s3, world.key, tmp_path / "there", threads=2)
+    assert tree(Store(tmp_path / "there").path(world.key)) == tree(world.store.path(world.key))
+
+
+def _push_in_process(world_class, root, url, environment, start, results):
+    import os
+
+    os.environ.update(environment)
+    world = world_class(root)
+    key = world.writer().key
+    start.wait()
+    try:
+        push(world.store, key, url, threads=2)
+        results.put((world_class.__name__, "pushed"))
+    except CacheConflict:
+        results.put((world_class.__name__, "conflict"))
+
+
+@pytest.mark.parametrize("theirs", [World, OtherWorld])
+def test_two_pushers_at_once_cannot_harm_each_other(world, other, s3, s3_port, theirs):
+    """The same bytes: both end well. Other bytes: one ends well and its cache is whole, the other is told."""
+    spawn = multiprocessing.get_context("spawn")
+    start, results = spawn.Barrier(2), spawn.Queue()
+    second = (World, world) if theirs is World else (OtherWorld, other)
+    jobs = [
+        spawn.Process(target=_push_in_process, args=(kind, own.store.root, s3, s3_environment(s3_port), start, results))
+        for kind, own in ((World, world), second)
+    ]
+    for job in jobs:
+        job.start()
+    answers = [results.get(timeout=60) for _ in jobs]
+    for job in jobs:
+        job.join()
+    ended = [how for _, how in answers]
+    winner = next(name for name, how in answers if how == "pushed")
+    assert sorted(ended) == (["pushed", "pushed"] if theirs is World else ["conflict", "pushed"])
+    assert verify(s3, world.key).ok
+    assert open_cache(s3, world.key).digest == digest(world if winner == "World" else other)
+    assert CLAIM in remote_names(s3, world.key)
+
+
+def test_a_bucket_that_is_not_there_is_named(world, s3):
+    for attempt in (
+        lambda: open_cache("s3://no-such-bucket/path", world.key),
+        lambda: push(world.store, world.key, "s3://no-such-bucket/path"),
+    ):
+        with pytest.raises(CacheError, match="there is no bucket s3://no-such-bucket; check its name") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+
+
+def test_a_key_that_no_cache_has_lists_what_is_there(world, s3):
+    with pytest.raises(CacheMissing, match="it is empty; fill it with fpo store push"):
+        open_cache(s3, "ab")
+    push(world.store, world.key, s3)
+    wrong = "0" if world.key[0] != "0" else "1"
+    with pytest.raises(CacheMissing, match=f"it holds 1 caches\n  {world.key}"):
+        open_cache(s3, wrong)

@@ -1,0 +1,78 @@
+"""Pushes and pulls that are killed anywhere, then continued."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from store_cases import World, tree
+from store_servers import BUCKET, s3_environment, s3_server, web_server
+
+from errors import CacheIncomplete, CacheMissing
+from store import Store, open_cache, pull, push, verify
+
+pytest.importorskip("obstore")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+every_point = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.campaign)])
+
+
+def run_killed(what: str, folder: Path, url: str, step: int, environment: dict[str, str]) -> list[int]:
+    """The points at which a transfer was killed."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    script = [sys.executable, str(here / "store_killed_transfer.py"), what, str(folder), url, str(step)]
+    environment = {**os.environ, **environment, "PYTHONPATH": path}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(range(1, int(done.stdout), step))
+
+
+@every_point
+def test_a_killed_push_continues_and_no_reader_sees_a_part(tmp_path, monkeypatch, step):
+    pytest.importorskip("moto")
+    with s3_server() as port:
+        for name, value in s3_environment(port).items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{BUCKET}/killed"
+        points = run_killed("push", tmp_path, url, step, s3_environment(port))
+        # claim, recipe, 3 shards, 3 records, manifest: each at least put and looked at, before and after
+        assert points[-1] > 9 * 2 * 2 - step
+        world = World(tmp_path / "source")
+        key, sealed = world.writer().key, 0
+        for n in points:
+            there = f"{url}/{n}"
+            try:
+                open_cache(there, key)
+                sealed += 1
+            except (CacheMissing, CacheIncomplete):
+                pass
+            push(world.store, key, there)
+            again = push(world.store, key, there)
+            assert (again.moved, again.present) == (0, 8), n
+            report = verify(there, key)
+            assert report.ok, (n, report.problems)
+            assert open_cache(there, key).digest == open_cache(world.store, key).digest
+        assert sealed < len(points)
+        print(f"push: killed at {len(points)} points, {sealed} of them after the manifest")
+
+
+@every_point
+def test_a_killed_pull_continues_to_the_same_bytes(tmp_path, step):
+    world = World(tmp_path / "source")
+    key = world.fill().key
+    expected = tree(world.store.path(key))
+    with web_server(world.store.root) as web:
+        points = run_killed("pull", tmp_path, web.url, step, {})
+        # 3 shards, 3 records, recipe and manifest: each at least open, write, fsync, link, unlink, open, fsync
+        assert points[-1] > 8 * 7 - step
+        for n in points:
+            mine = Store(tmp_path / f"{n}")
+            found = tree(mine.path(key))
+            # What stands under its final name is whole, whenever the killer came.
+            assert all(expected[name] == data for name, data in found.items()), n
+            assert "manifest.json" not in found or set(found) == set(expected), n
+            pull(web.url, key, mine)
+            assert tree(mine.path(key)) == expected, n
+        print(f"pull: killed at {len(points)} points")
