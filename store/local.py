@@ -39,9 +39,6 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)", re.IGNORECASE)
 """Scheme and rest. One slash is what a Path leaves of two."""
 
-URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)", re.IGNORECASE)
-"""Scheme and rest. One slash is what a Path leaves of two."""
-
 
 def default_store() -> Path:
     """$FPO_STORE, else ~/.cache/fpo."""
@@ -97,10 +94,6 @@ class Store:
     """The caches under one folder, which need not exist yet."""
 
     def __init__(self, root: Path | str) -> None:
-        if URL.fullmatch(os.fspath(root)):
-            raise CacheError(
-                f"{root} is a URL: caches are built, tagged and removed in a folder; build there, then fpo store push"
-            )
         if URL.fullmatch(os.fspath(root)):
             raise CacheError(
                 f"{root} is a URL: caches are built, tagged and removed in a folder; build there, then fpo store push"
