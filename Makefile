@@ -44,7 +44,7 @@ test: $(VENV)/installed-test  ## set up and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-store: $(VENV)/installed-test  ## the long rounds of the store: kills, damage, fuzzing, scale
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign -s
 
 test-oracles: $(ORACLES)/installed  ## compare with TRL, sae-lens and eai-sparsify, in an environment of their own
 	OMP_NUM_THREADS=1 $(ORACLES)/bin/python -m pytest -m oracle
@@ -59,9 +59,10 @@ lint: $(VENV)/installed-test
 docs: $(VENV)/installed  ## write docs/recipe.md from recipe.py
 	$(BIN)/python -c "import recipe; print(recipe.reference_page(), end='')" > docs/recipe.md
 
-bench: $(VENV)/installed  ## a step from the cache against a padded two-model step
+bench: $(VENV)/installed  ## a step from the cache against a padded two-model step; the store against other formats
 	$(BIN)/python -m demo.build
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/align_step.py --pairs demo-world/pairs/train.jsonl --tokenizer demo-world/model
+	$(BIN)/python benchmarks/store.py
 
 clean:  ## remove environments and what the demo made; caches elsewhere stay
 	rm -rf $(VENV) $(ORACLES) demo-world demo-world.building runs/demo caches

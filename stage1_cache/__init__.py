@@ -3,9 +3,11 @@ Pairs to cache.
 
     pairs, columns  read and check the data      identity  the cache key, without loading a model
     texts, tokenise TRL's rules                  score     one shard through the reference
-    drops           what was left out, and why   build     fpo cache
+    drops           what was left out, and why   build     fpo cache; fill writes the shards
+    recompute       random pairs, scored again
 """
 
 from stage1_cache.build import CacheReport, build_caches, find_cache
+from stage1_cache.recompute import RecomputeReport, recompute
 
-__all__ = ["CacheReport", "build_caches", "find_cache"]
+__all__ = ["CacheReport", "RecomputeReport", "build_caches", "find_cache", "recompute"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import CacheIncomplete, CacheMissing, RecipeError
+from errors import CacheError, CacheIncomplete, CacheMissing, RecipeError
 from recipe import Recipe
 from scoring import Packed, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
@@ -63,14 +63,14 @@ class CacheReport:
 
 def build_caches(
     recipe: Recipe,
-    store: Path,
+    store: Path | str,
     batch_tokens: int = 8192,
     on_miss: Callable[[str, Nearest | None], None] | None = None,
 ) -> list[CacheReport]:
     """
     Build, finish or find the caches of a recipe: the training split's and the held-out split's.
 
-    store         folder that holds caches
+    store         folder that holds caches; at a URL complete ones are found, none is built
     batch_tokens  packed tokens per forward; changes speed and memory, not the key
     on_miss       called with the split and the nearest cache, before a cache that is not there is built
     Raises FpoError for what a user can cause, before the model is loaded wherever that can be told.
@@ -78,10 +78,11 @@ def build_caches(
     check_inputs(recipe)
     identities = cache_identities(recipe)
     lazy = _LazyScorer(recipe, batch_tokens)
-    return [_build(identity, store, lazy, on_miss) for identity in identities]
+    siblings = {cache_key(identity.key_recipe) for identity in identities}
+    return [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
 
 
-def find_cache(recipe: Recipe, store: Path, *, held_out: bool = False) -> Cache:
+def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
     """
     The complete cache of a recipe's training pairs, or of its held-out ones.
 
@@ -90,8 +91,36 @@ def find_cache(recipe: Recipe, store: Path, *, held_out: bool = False) -> Cache:
     check_inputs(recipe)
     if held_out and recipe.data.eval_split is None:
         raise RecipeError("data.eval_split is not set, so there are no held-out pairs")
-    identity = cache_identities(recipe)[1 if held_out else 0]
-    return open_cache(store, cache_key(identity.key_recipe))
+    wanted = cache_identities(recipe)[1 if held_out else 0].key_recipe
+    try:
+        return open_cache(store, cache_key(wanted))
+    except CacheMissing:
+        raise CacheMissing(_missing(store, wanted)) from None
+
+
+def _missing(store: Path | str, wanted: dict[str, Any]) -> str:
+    """That a cache is not there, and what keeps the nearest one from being it."""
+    said = f"{store} does not hold this recipe's cache, {cache_key(wanted)[:12]}"
+    try:
+        near = nearest(store, wanted)
+    except CacheError:  # a server without a listing
+        near = None
+    if near is None:
+        return said
+    return "\n  ".join([f"{said}; nearest is {near.key[:12]}, which differs in", *map(str, near.differences[:5])])
+
+
+def reference_scorer(recipe: Recipe, batch_tokens: int) -> ReferenceScorer:
+    """The recipe's reference with its SAEs, loaded."""
+    reference = recipe.reference
+    return ReferenceScorer(
+        model_folder(reference.model, reference.revision),
+        reference.dtype,
+        adapter_folder(reference),
+        [(f.hookpoint, load_sae(f.sae, f.hookpoint), f.top_k) for f in recipe.features],
+        recipe.cache.top_logits,
+        batch_tokens,
+    )
 
 
 @dataclass(frozen=True)
@@ -103,12 +132,7 @@ class _LazyScorer:
 
     @cached_property
     def scorer(self) -> ReferenceScorer:
-        reference, options = self.recipe.reference, self.recipe.cache
-        saes = [(f.hookpoint, load_sae(f.sae, f.hookpoint), f.top_k) for f in self.recipe.features]
-        folder = model_folder(reference.model, reference.revision)
-        return ReferenceScorer(
-            folder, reference.dtype, adapter_folder(reference), saes, options.top_logits, self.batch_tokens
-        )
+        return reference_scorer(self.recipe, self.batch_tokens)
 
     def self_checks(self, identity: CacheIdentity) -> list[dict[str, Any]]:
         """Hold every SAE against the first pairs. Raises SelfCheckError."""
@@ -146,8 +170,9 @@ def _sample(identity: CacheIdentity) -> Packed:
 
 def _build(
     identity: CacheIdentity,
-    store: Path,
+    store: Path | str,
     lazy: _LazyScorer,
+    siblings: set[str],
     on_miss: Callable[[str, Nearest | None], None] | None,
 ) -> CacheReport:
     started = time.monotonic()
@@ -161,6 +186,8 @@ def _build(
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
         near = nearest(store, identity.key_recipe)
+        if near is not None and near.key in siblings:
+            near = None  # the other split of this recipe explains nothing
         if on_miss is not None:
             on_miss(identity.split, near)
     except CacheIncomplete:

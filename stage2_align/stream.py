@@ -130,6 +130,7 @@ class PairStream(IterableDataset[Batch | None]):
 
     def _read_blocks(self, blocks: list[Block], first: int) -> Iterator[tuple[int, Pairs]]:
         """Number and pairs of each block from `first` on, in the order of its rows and without its leftovers."""
+        self.cache.prefetch([shard for block in blocks[first:] for shard in sorted(block.shards)])
         carried: Pairs | None = None
         if first < len(blocks) and blocks[first].carried:
             carried = self._rows(blocks[first].rows[: blocks[first].carried])

@@ -69,6 +69,7 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     recipe = world.recipe_file(training={"max_steps": 3})
     out, err = fpo(world, "align", recipe, expect=1)
     assert out == ""
+    assert "does not hold this recipe's cache" in err
     assert f"build it with: fpo cache {recipe}" in err
     assert err.startswith("error: ")
 
@@ -94,10 +95,34 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     out, _ = fpo(world, "store", "ls")
     assert key[:12] in out
     assert "complete" in out
-    out, _ = fpo(world, "store", "show", key[:8])
+    out, _ = fpo(world, "store", "show", key[:8], "--json")
     assert json.loads(out)["key"] == key
     out, _ = fpo(world, "store", "verify", key[:8])
     assert "2 shards, 24 pairs: all as the manifest says" in out
+
+    tag, _ = fpo(world, "store", "tag", key[:8], "first")
+    assert tag == f"first -> {key[:12]}\n"
+    out, _ = fpo(world, "store", "diff", "first", caches[1]["key"][:10])
+    assert "pairs.digest" in out
+    assert "scorer" not in out
+    out, _ = fpo(world, "store", "verify", "first", "--recompute", "6", "--recipe", recipe)
+    assert "6 pairs scored again: token log-probs differ by" in out
+    _, err = fpo(world, "store", "verify", "first", "--recompute", "6", expect=1)
+    assert "--recompute needs --recipe" in err
+    out, _ = fpo(world, "store", "push", "first", world.root / "other-store")
+    assert f"pushed {key[:12]}" in out
+    out, _ = fpo(world, "store", "pull", key[:9], world.root / "other-store", "--store", world.root / "third")
+    assert f"pulled {key[:12]}" in out
+    out, _ = fpo(world, "store", "show", "first", "--usage")
+    assert "token_logps" in out
+    out, _ = fpo(world, "store", "export", "first", world.root / "exported", "--to", "trl")
+    assert "exported 24 pairs" in out
+    out, _ = fpo(world, "store", "rm", key[:9], "--store", world.root / "third")
+    assert f"removed {key[:12]}" in out
+    out, _ = fpo(world, "store", "gc")
+    assert "would be freed; add --yes to remove" in out
+    out, _ = fpo(world, "store", "untag", "first")
+    assert "no longer names" in out
 
     shard = world.store / key / "shards" / "000001.zarr.zip"
     whole = shard.read_bytes()
