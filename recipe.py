@@ -13,6 +13,7 @@ import difflib
 import functools
 import json
 import re
+from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -39,7 +40,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of the recipe: frozen, unknown fields refused, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Reference(Section):
@@ -207,13 +210,32 @@ OWNED_ARGUMENTS = {
     "do_train": "fpo align trains",
     "do_eval": "use fpo evaluate",
     "do_predict": "use fpo evaluate",
+    "eval_strategy": "use fpo evaluate",
+    "eval_on_start": "use fpo evaluate",
+    "load_best_model_at_end": "nothing is evaluated in training; use fpo evaluate",
+    "metric_for_best_model": "nothing is evaluated in training; use fpo evaluate",
     "remove_unused_columns": "the cache has no unused columns",
     "ignore_data_skip": "a resumed run continues where it stopped",
+    "save_only_model": "a run saved so could not be resumed",
     "label_names": "pairs have no labels",
+    "label_smoothing_factor": "no objective has it",
     "max_length": "it belongs to data",
+    "data_seed": "training.seed orders the pairs too",
+    "train_sampling_strategy": "the order of the cache buckets by length already",
+    "dataloader_num_workers": "two threads prepare the batches",
+    "dataloader_prefetch_factor": "two threads prepare the batches",
+    "dataloader_persistent_workers": "there are no workers",
+    "dataloader_drop_last": "every pair is used",
+    "disable_tqdm": "the bar is off where stderr is no terminal",
     "use_liger_kernel": "the log-probs of the completions are chunked already",
     "auto_find_batch_size": "the order of an epoch depends on the batch size",
     "torch_compile": "packed batches change shape every step",
+}
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
 }
 
 
@@ -223,7 +245,7 @@ class Recipe(Section):
     reference: Reference
     """The frozen model."""
 
-    features: tuple[Feature, ...] = ()
+    features: Annotated[tuple[Feature, ...], Field(strict=False)] = ()
     """Hookpoints to record; objectives without a feature term need none."""
 
     data: Data
@@ -289,6 +311,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(raw).__name__}")
+    if raw.get("training", {}) is None:
+        raw["training"] = {}  # `training:` with nothing under it
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_recipe(raw, str(path))
@@ -358,7 +382,8 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but `5e-7` is a number and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", node.start_mark)
@@ -442,6 +467,10 @@ def _explain(error: Any, field: str, location: list[Any], raw: dict[str, Any]) -
         near = nearest(str(value), valid) or ", ".join(valid)
         return f"{field}: {value!r} is not valid; nearest is {near}"
     message = error["msg"].replace("Input should be", "must be").replace("Input", "it")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "must be a mapping of fields"
+    elif kind in ("tuple_type", "list_type"):
+        message = "must be a list"
     return f"{field}: {message}, not {value!r}"
 
 
@@ -471,17 +500,28 @@ def _check_training(training: dict[str, Any], origin: str) -> None:
         return
     fields = _training_fields()
     for name, value in training.items():
+        where = f"{origin}: training.{name}"
         if name in OWNED_ARGUMENTS:
-            raise RecipeError(f"{origin}: training.{name}: not set here; {OWNED_ARGUMENTS[name]}")
+            raise RecipeError(f"{where}: not set here; {OWNED_ARGUMENTS[name]}")
         if name not in fields:
             near = nearest(name, [field for field in fields if field not in OWNED_ARGUMENTS])
             hint = f"; nearest is {near}" if near else ""
-            raise RecipeError(f"{origin}: training.{name}: no such argument of TrainingArguments{hint}")
+            raise RecipeError(f"{where}: no such argument of TrainingArguments{hint}")
+        if value is False and name.endswith("_strategy"):
+            raise RecipeError(f'{where}: YAML reads a bare no as false; write "no"')
         try:
-            fields[name].validate_python(value)
+            fields[name].validate_python(value, strict=True)
         except ValidationError as error:
             message = error.errors()[0]["msg"].replace("Input should be", "must be")
-            raise RecipeError(f"{origin}: training.{name}: {message}, not {value!r}") from None
+            raise RecipeError(f"{where}: {message}, not {value!r}") from None
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise RecipeError(f"{where}: must be at least {AT_LEAST[name]}, not {value!r}")
+    kwargs = training.get("gradient_checkpointing_kwargs") or training.get("activation_checkpointing_kwargs") or {}
+    if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+        raise RecipeError(
+            f"{origin}: training.gradient_checkpointing_kwargs: use_reentrant loses the gradient of hookpoints inside "
+            "a layer; leave it out"
+        )
 
 
 @functools.cache
@@ -501,9 +541,11 @@ def _training_fields() -> dict[str, TypeAdapter[Any]]:
 
 
 def _lenient(hint: Any) -> Any:
-    """The hint with what pydantic cannot check replaced by Any."""
+    """The hint without conversion of types, and with what pydantic cannot check replaced by Any."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        hint = Union[hint, str]  # noqa: UP007 - as `|` it would not be an annotation at run time
     try:
         TypeAdapter(hint)
     except Exception:
         return Any
-    return Union[hint, None]  # noqa: UP007 - `|` fails on some of the annotations at run time
+    return hint

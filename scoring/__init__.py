@@ -19,10 +19,18 @@ from scoring.features import (
     union,
 )
 from scoring.logps import sum_logps
-from scoring.models import load_model, model_config, model_folder, weight_files
+from scoring.models import (
+    adapter_folder,
+    load_model,
+    load_tokenizer,
+    model_config,
+    model_folder,
+    template_text,
+    weight_files,
+)
 from scoring.packing import Packed, pack
 from scoring.sae import Sae, load_sae
-from scoring.scorer import Scores, check_packing, disable_dropout, install_scoring
+from scoring.scorer import Scores, check_packing, install_scoring
 
 __all__ = [
     "ColumnSet",
@@ -31,11 +39,12 @@ __all__ = [
     "Sae",
     "Scores",
     "SparseRows",
+    "adapter_folder",
     "check_packing",
-    "disable_dropout",
     "install_scoring",
     "load_model",
     "load_sae",
+    "load_tokenizer",
     "look_up",
     "model_config",
     "model_folder",
@@ -45,6 +54,7 @@ __all__ = [
     "reference_top",
     "sparse_rows",
     "sum_logps",
+    "template_text",
     "union",
     "weight_files",
 ]

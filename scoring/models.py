@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from errors import ModelError
+from errors import DataError, ModelError
 from recipe import nearest
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -73,23 +75,46 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def load_model(folder: Path, dtype: str, adapter: Path | None = None) -> PreTrainedModel:
+def adapter_folder(name: str) -> Path:
+    """Folder with the files of a PEFT adapter: `name` itself, or the hub id's snapshot. Raises ModelError."""
+    folder = Path(name) if Path(name).is_dir() else _snapshot(name, None)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"adapter {name}: it has no adapter_config.json")
+    return folder
+
+
+def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> PreTrainedModel:
     """
-    A causal language model in `dtype` with dropout off, its adapter merged into the weights.
+    A causal language model in `dtype` with dropout off, its adapters merged into the weights one after the other.
 
     Attention is what transformers picks for the family (sdpa, or eager where the family soft-caps its
     attention): both accept the packed mask. Raises ModelError.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (ValueError, OSError, KeyError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
-    if adapter is not None:
+    # transformers makes up at random what the files lack, with no more than a log line.
+    if absent := sorted(loading["missing_keys"]):
+        raise ModelError(f"{folder}: its files lack {len(absent)} of the model's tensors, the first is {absent[0]}")
+    for adapter in adapters:
         model = _merge_adapter(model, adapter)
-    model.config.use_cache = False
-    model.eval()
+    disable_dropout(model)
     assert isinstance(model, PreTrainedModel)
-    return model
+    # A merged adapter leaves every parameter frozen.
+    return model.requires_grad_(True).eval()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: reference and policy are compared token by token. The config stays."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _merge_adapter(model: Any, adapter: Path) -> Any:
@@ -98,3 +123,28 @@ def _merge_adapter(model: Any, adapter: Path) -> Any:
     except ImportError:
         raise ModelError(f"{adapter}: adapters need peft: pip install 'fpo[lora]'") from None
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def load_tokenizer(name: str, revision: str | None, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the hub; `chat_template`, a file or a Jinja text, replaces its own. ModelError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"tokenizer {name}: {str(error).strip().splitlines()[0]}") from None
+    if chat_template is not None:
+        tokenizer.chat_template = template_text(chat_template)
+    return tokenizer
+
+
+def template_text(chat_template: str) -> str:
+    """A chat template given as its text, or as the path of a file that holds it. Raises DataError."""
+    if "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise DataError(
+            f"chat template {chat_template!r}: no such file{f', nearest is {near}' if near else ''}; "
+            "give a Jinja template or the path of one"
+        )
+    return path.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ Dimension key:  N tokens   D d_in   F d_sae   K columns   R completions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -131,7 +132,7 @@ class Sae:
                 missed += float(error.double().square().sum())
                 active += int((f_NF > 0).sum())
             variance = float((target - target.mean(0)).double().square().sum())
-        return missed / variance, active / len(x)
+        return (missed / variance if variance else math.nan), active / len(x)
 
     def _centred(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.facts.center_input else x

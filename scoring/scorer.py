@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import ModelError
@@ -66,10 +66,18 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
             softcap=getattr(self.config.get_text_config(), "final_logit_softcapping", None),
             top=top_logits,
         )
-        residuals = tuple(outputs[name].flatten(0, 1)[at] for name in hookpoints)
+        residuals = tuple(_output(outputs, name).flatten(0, 1)[at] for name in hookpoints)
         return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _output(outputs: dict[str, Tensor], hookpoint: str) -> Tensor:
+    """What a hookpoint gave, which must be a vector per token of the decoder's forward."""
+    found = outputs.get(hookpoint)
+    if not isinstance(found, Tensor) or found.ndim != 3:
+        raise ModelError(f"hookpoint {hookpoint} gives no vector per token while the decoder runs; name a layer")
+    return found
 
 
 def model_masks(model: PreTrainedModel, packed: Packed) -> Tensor | dict[str, Tensor]:
@@ -112,7 +120,7 @@ def check_packing(model: PreTrainedModel) -> None:
         try:
             packed = Packed(*(tensor.to(device) for tensor in pack(ids, splits)))
             ours = model(**packed._asdict()).token_logps
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ModelError(f"{model.config.model_type}: this family cannot read packed pairs ({error})") from error
         theirs = torch.cat([part for p in range(2) for part in _separate_logps(model, ids, splits, p, device)])
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
@@ -136,16 +144,3 @@ def _separate_logps(
         targets = sequence[0, prompt:]
         logps.append(logits[prompt - 1 : -1].log_softmax(-1).gather(-1, targets[:, None])[:, 0])
     return logps
-
-
-def disable_dropout(model: nn.Module, config: Any) -> None:
-    """Set every dropout probability to 0: reference and policy are compared token by token."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)

@@ -6,6 +6,7 @@ variance is unexplained (FVU), and nowhere else.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,8 @@ class SelfCheck:
             )
 
     def _cause(self) -> str | None:
+        if math.isnan(self.fvu):
+            return "its tokens are all alike, so nothing can be measured"
         if self.best != self.hookpoint:
             return f"it explains {self.best} better, so the hookpoint is probably wrong"
         if not self.fvu <= FVU_LIMIT:

@@ -17,12 +17,12 @@ import numpy as np
 
 from errors import CacheError, CacheIncomplete, CacheMissing, RecipeError
 from recipe import Recipe
-from scoring import Packed, load_sae, model_folder, pack
+from scoring import Packed, adapter_folder, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
 from stage1_cache.fill import fill, token_rows
-from stage1_cache.identity import CacheIdentity, adapter_folder, cache_identities, check_inputs, spelled
+from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
     Cache,
@@ -116,7 +116,7 @@ def reference_scorer(recipe: Recipe, batch_tokens: int) -> ReferenceScorer:
     return ReferenceScorer(
         model_folder(reference.model, reference.revision),
         reference.dtype,
-        adapter_folder(reference),
+        [] if reference.adapter is None else [adapter_folder(reference.adapter)],
         [(f.hookpoint, load_sae(f.sae, f.hookpoint), f.top_k) for f in recipe.features],
         recipe.cache.top_logits,
         batch_tokens,
@@ -194,7 +194,7 @@ def _build(
         if is_url(store):
             raise
 
-    identity.check_lengths()
+    identity.check_tokens()
     plan = identity.plan()
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
     reusable = ReusableRows(store, identity.scorer)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from errors import ModelError, RecipeError
 from recipe import Feature, Recipe, Reference
-from scoring import model_config, model_folder, weight_files
+from scoring import adapter_folder, load_tokenizer, model_config, model_folder, weight_files
 from scoring.hookpoints import check_hookpoint
 from scoring.sae_formats import SaeFacts, sae_config, sae_facts, sae_weight_files
 from stage1_cache.pairs import data_fingerprint, read_pairs
@@ -84,7 +83,7 @@ class CacheIdentity:
         """The part of the key that says how pairs are scored."""
         reference = self.recipe.reference
         config = reference_config(reference)
-        adapter = adapter_folder(reference)
+        adapter = None if reference.adapter is None else adapter_folder(reference.adapter)
         return {
             "reference": {
                 "weights": weights_digest(weight_files(model_folder(reference.model, reference.revision))),
@@ -134,9 +133,15 @@ class CacheIdentity:
         """(P, 16) digest of every pair, in dataset order."""
         return pair_digests(self.tokens.input_ids, self.tokens.splits)
 
-    def check_lengths(self) -> None:
-        """RecipeError where `max_length: null` leaves a sequence longer than the reference has positions."""
-        limit = _positions(_text_config(reference_config(self.recipe.reference)))
+    def check_tokens(self) -> None:
+        """RecipeError for a sequence longer than the reference has positions, or a token that it does not know."""
+        config = _text_config(reference_config(self.recipe.reference))
+        if len(self.tokens) and int(self.tokens.input_ids.max()) >= config["vocab_size"]:
+            raise RecipeError(
+                f"data.tokenizer: it gives token {self.tokens.input_ids.max()}, {self.recipe.reference.model} knows "
+                f"{config['vocab_size']} tokens"
+            )
+        limit = _positions(config)
         sizes = self.tokens.lengths[:, 0] + self.tokens.lengths[:, 1:].max(1)
         if limit is not None and len(sizes) and sizes.max() > limit:
             raise RecipeError(
@@ -190,7 +195,11 @@ def check_inputs(recipe: Recipe) -> None:
     limit, length = _positions(config), recipe.data.max_length
     if limit is not None and length is not None and length > limit:
         raise RecipeError(f"data.max_length: {length} is more than the {limit} positions of {recipe.reference.model}")
-    adapter_folder(recipe.reference)
+    if recipe.reference.adapter is not None:
+        adapter_folder(recipe.reference.adapter)
+    vocabulary = config["vocab_size"]
+    if recipe.cache.top_logits > vocabulary:
+        raise RecipeError(f"cache.top_logits: {recipe.cache.top_logits} is more than the {vocabulary} tokens there are")
     width = config.get("hidden_size", config.get("n_embd"))
     for index, feature in enumerate(recipe.features):
         try:
@@ -214,38 +223,11 @@ def reference_config(reference: Reference) -> dict[str, Any]:
     return model_config(model_folder(reference.model, reference.revision))
 
 
-def adapter_folder(reference: Reference) -> Path | None:
-    """Files of the reference's adapter, if it has one."""
-    return None if reference.adapter is None else _adapter_files(reference.adapter)
-
-
 def tokenizer_source(recipe: Recipe) -> tuple[str, str | None]:
     """Name and revision of the tokenizer: the recipe's own, or the reference's."""
     if recipe.data.tokenizer is not None:
         return recipe.data.tokenizer, None
     return recipe.reference.model, recipe.reference.revision
-
-
-def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub. Raises ModelError."""
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"tokenizer {name}: {str(error).strip().splitlines()[0]}") from None
-
-
-def _adapter_files(name: str) -> Path:
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as error:
-            raise ModelError(f"adapter {name}: no such folder, nor reached on the hub ({error})") from None
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"adapter {name}: it has no adapter_config.json")
-    return folder
 
 
 def _adapter_identity(folder: Path) -> dict[str, Any]:

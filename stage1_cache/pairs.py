@@ -7,6 +7,7 @@ chat_template_kwargs where given. What does not fit is refused here, with its fi
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -137,8 +138,12 @@ def _from_disk(path: Path, split: str) -> Dataset:
     formats = {_format(Path(file)) for group in files.values() for file in group}
     if len(formats) != 1 or None in formats:
         raise DataError(f"{path}: not one of the formats {', '.join(FORMATS)} (.gz too) throughout; convert it")
+    # `datasets` names its own cache of a file by path and mtime alone; the name adds what else tells that it changed.
+    stats = [Path(file).stat() for group in files.values() for file in group]
+    facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats]
+    name = "fpo-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     try:
-        return cast(Dataset, load_dataset(formats.pop(), data_files=files, split=split))
+        return cast(Dataset, load_dataset(formats.pop(), name=name, data_files=files, split=split))
     except Exception as error:
         for group in files.values():
             for file in group:

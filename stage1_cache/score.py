@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import ModelError
 from scoring import (
     Packed,
     PooledFeatures,
@@ -39,13 +40,13 @@ class ReferenceScorer:
         self,
         folder: Path,
         dtype: str,
-        adapter: Path | None,
+        adapters: list[Path],
         saes: list[tuple[str, Sae, TopK]],
         top_logits: int,
         batch_tokens: int,
     ) -> None:
         """
-        folder        the model's files; adapter, if any, is merged into it
+        folder        the model's files; adapters are merged into it
         saes          hookpoint, SAE and how many features to keep, in the recipe's order
         batch_tokens  packed tokens per forward; changes speed and memory only
         Raises ModelError where the model cannot be loaded or packed.
@@ -53,11 +54,12 @@ class ReferenceScorer:
         # Under torchrun each rank has its own GPU.
         local = os.environ.get("LOCAL_RANK", "0")
         self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(folder, dtype, adapter).to(self.device).requires_grad_(False)
+        self.model = load_model(folder, dtype, adapters).to(self.device).requires_grad_(False)
         self.saes = [(hookpoint, sae.to(self.device), top_k) for hookpoint, sae, top_k in saes]
         self.batch_tokens = batch_tokens
         install_scoring(self.model, tuple(hookpoint for hookpoint, _, _ in saes), top_logits)
         check_packing(self.model)
+        self._check_widths()
 
     def score(
         self,
@@ -83,6 +85,18 @@ class ReferenceScorer:
             if progress is not None:
                 progress(len(rows), int(bounds[-1]))
         return _assemble(pair_id, pair_digest, input_ids, splits, batches, results)
+
+    @torch.inference_mode()
+    def _check_widths(self) -> None:
+        """ModelError where a hookpoint does not give what its SAE reads."""
+        packed = Packed(*(tensor.to(self.device) for tensor in pack(np.array([0, 0, 0]), np.array([0, 1, 2, 3]))))
+        residuals = self.model(**packed._asdict()).residuals
+        for (hookpoint, sae, _), residual in zip(self.saes, residuals, strict=True):
+            if residual.shape[-1] != sae.facts.d_in:
+                raise ModelError(
+                    f"hookpoint {hookpoint} gives {residual.shape[-1]} numbers per token, "
+                    f"its SAE reads {sae.facts.d_in}"
+                )
 
     @torch.inference_mode()
     def _score_batch(self, input_ids: np.ndarray, splits: np.ndarray) -> _BatchResult:

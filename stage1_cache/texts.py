@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from errors import DataError
-from stage1_cache.pairs import nearest_file
 
 # Arguments of apply_chat_template that are no variables of the template. TRL passes its own
 # add_generation_prompt, tokenize and return_dict and stops at a second one; the others act on the tokens,
@@ -97,19 +95,6 @@ def rendered(
             f"row {number}: the chat template refuses its messages ({roles}): {error}; "
             "repair or remove the row, or set another chat template"
         ) from error
-
-
-def template_text(chat_template: str) -> str:
-    """A chat template given as its text, or as the path of a file that holds it. Raises `DataError`."""
-    if "{" in chat_template:
-        return chat_template
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
-        raise DataError(
-            f"chat template {chat_template!r}: no such file{nearest_file(path)}; "
-            "give a Jinja template or the path of one"
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def _tools(row: Mapping[str, Any], number: int) -> Any:

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from errors import DataError, ModelError
+from scoring import template_text
 from stage1_cache.columns import is_conversational
 from stage1_cache.drops import DropReport
-from stage1_cache.texts import extract_prompt, rendered, template_text, with_end_token
+from stage1_cache.texts import extract_prompt, rendered, with_end_token
 
 TOKENISE_RULES = "trl-1.16/1"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from errors import ModelError, RecipeError
 from recipe import Lora, Recipe
-from scoring import check_packing, disable_dropout, install_scoring, load_model, model_folder
+from scoring import adapter_folder, check_packing, install_scoring, load_model, load_tokenizer, model_folder
 from stage2_align.measure import ObjectiveMeter
 from stage2_align.parity import check_parity
 from stage2_align.run import METRICS_FILE, last_checkpoint, open_run, read_run, write_run
@@ -20,7 +21,12 @@ from stage2_align.trainer import PairTrainer, read_metrics
 from store import Cache
 
 # Where TrainingArguments' own default would surprise; as in TRL's DPOConfig.
-DEFAULTS: dict[str, Any] = {"learning_rate": 1e-6, "logging_steps": 10, "report_to": "none"}
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-6,
+    "logging_steps": 10,
+    "report_to": "none",
+    "ddp_find_unused_parameters": False,
+}
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,36 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     """
     Train the recipe's policy from a complete cache.
 
-    output  the run folder; `resume` continues the run that stands there
-    Raises RunError, ParityError, ModelError, CacheDamaged.
+    output  the run folder; `resume` continues the run that stands there, if there is one
+    Raises RecipeError, RunError, ParityError, ModelError, CacheDamaged.
     """
     args = training_arguments(recipe, output)
+    pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     with args.main_process_first(local=False, desc="run folder"):
         if args.process_index == 0:
-            checkpoint = open_run(output, recipe, cache, resume)
+            checkpoint = open_run(output, recipe, cache, pairs_per_step, resume)
         else:
             checkpoint = last_checkpoint(output) if resume else None
     if resume and read_run(output)["complete"]:
         return _finished(output)
+    trainer = _trainer(recipe, cache, args, output)
+    parity = None
+    if recipe.policy.model is None and checkpoint is None:
+        parity = check_parity(trainer.model, trainer.meter, cache, recipe)
+
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.monotonic() - started
+    trainer.save_model(str(output))
+    steps = trainer.state.global_step
+    last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
+    if trainer.is_world_process_zero():
+        write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": parity})
+    return AlignReport(output, steps, trainer.pairs_seen * args.world_size, seconds, parity, last)
+
+
+def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path) -> PairTrainer:
+    """Everything loaded. Raises RecipeError for arguments that transformers or a missing package refuses."""
     set_seed(args.seed)
     meter = ObjectiveMeter.of(recipe)
     model = load_policy(recipe, meter)
@@ -64,22 +89,10 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
         rank=args.process_index,
         world=args.world_size,
     )
-    trainer = PairTrainer(model, args, stream, meter, load_tokenizer(recipe), output / METRICS_FILE)
-    parity = None
-    if recipe.policy.model is None and checkpoint is None:
-        parity = check_parity(trainer.model, meter, cache, recipe)
-
-    started, first_step = time.monotonic(), 0
-    if checkpoint is not None:
-        first_step = int(checkpoint.name.rpartition("-")[2])
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.monotonic() - started
-    trainer.save_model(str(output))
-    steps = trainer.state.global_step
-    last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
-    if trainer.is_world_process_zero():
-        write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": parity})
-    return AlignReport(output, steps, (steps - first_step) * stream.global_batch, seconds, parity, last)
+    try:
+        return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
 
 
 def _finished(output: Path) -> AlignReport:
@@ -94,6 +107,12 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         args = TrainingArguments(output_dir=str(output), **{**DEFAULTS, **recipe.training}, disable_tqdm=True)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != world:
+        raise RecipeError(
+            f"training: started as {world} processes, transformers sees {args.world_size}; "
+            "on CPUs set training.use_cpu: true"
+        )
     # Several GPUs in one process would be DataParallel, which cannot split packed rows: use torchrun.
     if args.n_gpu > 1:
         args._n_gpu = 1
@@ -101,26 +120,50 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
 
 
 def load_policy(recipe: Recipe, meter: ObjectiveMeter) -> PreTrainedModel:
-    """The policy before training: loaded, dropout off, scoring installed, adapters around it if asked for."""
+    """The policy before training: loaded, scoring installed and checked, adapters around it if asked for."""
+    model = policy_model(recipe, meter)
+    if recipe.policy.model is not None:
+        _check_vocabulary(recipe, recipe.policy.model)
+    return model if recipe.policy.lora is None else _with_adapter(model, recipe.policy.lora)
+
+
+def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path | None = None) -> PreTrainedModel:
+    """
+    The policy with scoring installed and checked: as training starts from it, or as a `run` saved it - whole
+    weights, or an adapter on the weights that it was trained on.
+    """
     policy, reference = recipe.policy, recipe.reference
-    name, revision = (policy.model, policy.revision) if policy.model else (reference.model, reference.revision)
-    adapter = model_folder(reference.adapter) if reference.adapter and policy.model is None else None
-    model = load_model(model_folder(name, revision), policy.dtype, adapter)
-    disable_dropout(model, model.config)
+    adapted = run is None or (run / "adapter_config.json").is_file()
+    if run is not None and not adapted:
+        model = load_model(model_folder(str(run)), policy.dtype)
+    else:
+        name, revision = (policy.model, policy.revision) if policy.model else (reference.model, reference.revision)
+        # The reference's adapter belongs to the weights that training starts from.
+        adapters = [adapter_folder(reference.adapter)] if reference.adapter and policy.model is None else []
+        adapters += [run] if run is not None else []
+        model = load_model(model_folder(name, revision), policy.dtype, adapters)
     install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
     check_packing(model)
-    return model if policy.lora is None else _with_adapter(model, policy.lora)
+    return model
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def policy_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the pairs; it is saved beside the policy."""
     reference, data = recipe.reference, recipe.data
-    tokenizer = AutoTokenizer.from_pretrained(
-        data.tokenizer or reference.model, revision=None if data.tokenizer else reference.revision
-    )
-    if data.chat_template is not None:
-        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-    return tokenizer
+    name, revision = (data.tokenizer, None) if data.tokenizer else (reference.model, reference.revision)
+    return load_tokenizer(name, revision, data.chat_template)
+
+
+def _check_vocabulary(recipe: Recipe, name: str) -> None:
+    """RecipeError where a policy of its own reads other tokens into the pairs' ids."""
+    ours = policy_tokenizer(recipe).get_vocab()
+    theirs = load_tokenizer(name, recipe.policy.revision).get_vocab()
+    wrong = next((token for token, number in ours.items() if theirs.get(token) != number), None)
+    if wrong is not None:
+        raise RecipeError(
+            f"policy.model: {name} has another vocabulary than the cached pairs: token {wrong!r} is {ours[wrong]} in "
+            f"the pairs, {theirs.get(wrong)} there"
+        )
 
 
 def _with_adapter(model: PreTrainedModel, lora: Lora) -> Any:
@@ -129,7 +172,10 @@ def _with_adapter(model: PreTrainedModel, lora: Lora) -> Any:
     except ImportError:
         raise ModelError("policy.lora: adapters need peft: pip install 'fpo[lora]'") from None
     targets = lora.target_modules
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets
-    )
-    return get_peft_model(model, config)
+    try:
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets
+        )
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"policy.lora.target_modules: {str(error).strip().splitlines()[0]}") from None

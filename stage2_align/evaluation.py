@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from errors import RunError
 from recipe import Recipe
-from scoring import Packed, disable_dropout, install_scoring, load_model, model_folder
-from stage2_align.align import training_arguments
+from scoring import Packed
+from stage2_align.align import policy_model
 from stage2_align.measure import ObjectiveMeter, batch_metrics
 from stage2_align.run import read_run
 from stage2_align.stream import PairStream
@@ -26,15 +25,20 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
     The objective's loss and metrics over every pair of `cache`, by the run's policy; also written to the run folder
     as evaluation.json. Raises RunError where there is no finished run.
     """
-    if not read_run(run)["complete"]:
+    facts = read_run(run)
+    if not facts["complete"]:
         raise RunError(f"{run}: this run is not finished; continue it with fpo align --output {run} --resume")
+    if facts["reference"] != cache.recipe["scorer"]["reference"]:
+        raise RunError(
+            f"{run}: this run was trained against another reference than the one that scored the held-out cache "
+            f"{cache.key[:12]}\n"
+            f"  the run's has the weights {facts['reference']['weights'][:12]}, in {facts['reference']['dtype']}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
-    model = _trained_policy(recipe, run)
+    model = policy_model(recipe, meter, run)
     model.to(device)
-    disable_dropout(model, model.config)
-    install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
-    size = training_arguments(recipe, run).per_device_eval_batch_size
+    size = recipe.training.get("per_device_eval_batch_size", 8)
     stream = PairStream(cache, meter.feature, seed=0, per_device=size)
     sums: dict[str, float] = {}
     with (
@@ -52,12 +56,3 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
     metrics_mean = {f"eval_{name}": total / cache.n_pairs for name, total in sorted(sums.items())}
     (run / EVALUATION_FILE).write_text(json.dumps(metrics_mean, indent=2) + "\n", encoding="utf-8")
     return metrics_mean
-
-
-def _trained_policy(recipe: Recipe, run: Path) -> PreTrainedModel:
-    """The policy as the run saved it: whole weights, or adapters on the model they were trained on."""
-    policy, reference = recipe.policy, recipe.reference
-    if policy.lora is None:
-        return load_model(model_folder(str(run)), policy.dtype)
-    base, revision = (policy.model, policy.revision) if policy.model else (reference.model, reference.revision)
-    return load_model(model_folder(base, revision), policy.dtype, run)

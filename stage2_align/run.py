@@ -25,26 +25,34 @@ RECIPE_FILE, RUN_FILE, METRICS_FILE = "recipe.yaml", "run.json", "metrics.jsonl"
 _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
 
 
-def open_run(folder: Path, recipe: Recipe, cache: Cache, resume: bool) -> Path | None:
+def open_run(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int, resume: bool) -> Path | None:
     """
-    Prepare the run folder: a new one, or with `resume` one that the same recipe and cache began, if there is one.
+    Prepare the run folder: a new one, or with `resume` one that the same recipe and cache began, if there is one. A
+    folder where a run was begun and nothing was trained counts as new.
 
     Returns the checkpoint to continue from, or None to begin. Raises RunError.
     """
-    exists = folder.exists() and any(folder.iterdir())
-    if not exists or not resume:
-        if exists:
-            raise RunError(f"{folder}: this run exists; continue it with --resume, or give another --output")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / RECIPE_FILE, dump_recipe(recipe))
-        write_run(folder, identity(cache))
+    if not _holds_training(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / RECIPE_FILE, dump_recipe(recipe))
+            write_run(folder, identity(cache, pairs_per_step))
+        except OSError as error:
+            raise RunError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
         return None
+    if not resume:
+        raise RunError(f"{folder}: this run exists; continue it with --resume, or give another --output")
     known = read_run(folder)
     if known["manifest_digest"] != cache.digest:
         raise RunError(
             f"{folder}: this run began from another cache\n"
             f"  the run has {known['cache'][:12]}, manifest {known['manifest_digest'][:12]}\n"
             f"  the recipe asks for {cache.key[:12]}, manifest {cache.digest[:12]}"
+        )
+    if known["pairs_per_step"] != pairs_per_step:
+        raise RunError(
+            f"{folder}: this run takes {known['pairs_per_step']} pairs per step, now it would be {pairs_per_step}; "
+            "keep processes x per_device_train_batch_size x gradient_accumulation_steps"
         )
     changed = _changed_fields(read_recipe(folder), recipe)
     if changed:
@@ -53,10 +61,24 @@ def open_run(folder: Path, recipe: Recipe, cache: Cache, resume: bool) -> Path |
     return last_checkpoint(folder)
 
 
-def identity(cache: Cache) -> dict[str, Any]:
+def _holds_training(folder: Path) -> bool:
+    """Whether there is anything in the folder beyond what a start that failed before the first step leaves."""
+    if not folder.is_dir():
+        return folder.exists()
+    begun = {RECIPE_FILE, RUN_FILE, f"{RECIPE_FILE}.tmp", f"{RUN_FILE}.tmp"}
+    return any(path.name not in begun for path in folder.iterdir())
+
+
+def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
     """What run.json says from the beginning."""
-    versions = {name: version(name) for name in _VERSIONS}
-    return {"cache": cache.key, "manifest_digest": cache.digest, "versions": versions, "complete": False}
+    return {
+        "cache": cache.key,
+        "manifest_digest": cache.digest,
+        "reference": cache.recipe["scorer"]["reference"],
+        "pairs_per_step": pairs_per_step,
+        "versions": {name: version(name) for name in _VERSIONS},
+        "complete": False,
+    }
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:
@@ -68,7 +90,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """run.json. Raises RunError where the folder is no run."""
     try:
         facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder}: no run here ({RUN_FILE} is missing)") from None
     except ValueError as error:
         raise RunError(f"{folder / RUN_FILE}: not JSON ({error})") from None

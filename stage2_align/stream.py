@@ -78,6 +78,11 @@ class PairStream(IterableDataset[Batch | None]):
         return full * self.accumulation + -(-rest // (self.per_device * self.world))
 
     @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return -(-self.cache.n_pairs // self.global_batch)
+
+    @property
     def global_batch(self) -> int:
         """Pairs per optimiser step, over all processes."""
         return self.per_device * self.accumulation * self.world
@@ -90,22 +95,28 @@ class PairStream(IterableDataset[Batch | None]):
         skipped, self.skip = self.skip, 0
         yield from (None for _ in range(skipped))
         micro = self._micro_batches(skipped // self.accumulation)
-        tensors = (batch_tensors(pairs, self.feature) for pairs in micro)
+        tensors = ({**batch_tensors(pairs, self.feature), "weight": torch.tensor(weight)} for pairs, weight in micro)
         ready = _in_background(tensors, QUEUE_BATCHES)
         for _ in range(skipped % self.accumulation):
             next(ready)
         yield from ready
 
-    def _micro_batches(self, first_step: int) -> Iterator[Pairs]:
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[Pairs, float]]:
+        """
+        This process's pairs of each forward, and what their mean loss weighs in the step, so that the mean over the
+        step's forwards and processes is the mean over its pairs: 1, but in an epoch's last, smaller step.
+        """
         for pairs in self._global_batches(first_step):
             width = self.per_device * self.world
+            slices = -(-len(pairs) // width)
             for start in range(0, len(pairs), width):
                 positions = np.arange(start, min(start + width, len(pairs)))
                 # Every process needs the same number of pairs; the epoch's last slice repeats some to get there.
                 short = -len(positions) % self.world
                 positions = np.concatenate([positions, np.resize(positions, short)])
                 own = len(positions) // self.world
-                yield pairs.take(positions[self.rank * own : (self.rank + 1) * own])
+                weight = min(width, len(pairs) - start) * slices / len(pairs)
+                yield pairs.take(positions[self.rank * own : (self.rank + 1) * own]), weight
 
     def _global_batches(self, first_step: int) -> Iterator[Pairs]:
         """Pairs of each optimiser step from `first_step` of the epoch on; blocks before it are not decoded."""

@@ -6,7 +6,6 @@ here stand the data (a stream), the loss (an objective) and the metrics.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,7 @@ class PairTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.stream = stream
         self.meter = meter.to(args.device)
+        self.pairs_seen = 0
         # The loss is a mean over pairs; Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
@@ -77,9 +77,16 @@ class PairTrainer(Trainer):
         """Mean loss over the batch's pairs."""
         scores = model(**{name: inputs[name] for name in Packed._fields})
         measurement = self.meter.measure(scores, inputs)
-        self.sums.add(batch_metrics(measurement, inputs), len(measurement.value.losses))
-        loss = measurement.value.losses.mean()
+        pairs = len(measurement.value.losses)
+        self.sums.add(batch_metrics(measurement, inputs), pairs)
+        self.pairs_seen += pairs
+        # An epoch's last step can be cut unevenly: each of its pairs weighs the same.
+        loss = measurement.value.losses.mean() * inputs["weight"]
         return (loss, measurement) if return_outputs else loss
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Pairs of an epoch; Trainer would count micro-batches."""
+        return self.stream.cache.n_pairs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, averaged over the pairs of all processes since the last log."""
@@ -142,8 +149,7 @@ class _StreamPosition(TrainerCallback):
         self.stream = stream
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        updates = -(-len(self.stream) // self.stream.accumulation)
-        epoch, done = divmod(state.global_step, updates)
+        epoch, done = divmod(state.global_step, self.stream.steps)
         self.stream.start(epoch, done * self.stream.accumulation)
 
 
@@ -156,15 +162,17 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            total = math.ceil(self.stream.cache.n_pairs * args.num_train_epochs)
-            if args.max_steps > 0:
-                total = args.max_steps * self.stream.global_batch
-            done = min(state.global_step * self.stream.global_batch, total)
+            total, done = (self._pairs_until(step) for step in (state.max_steps, state.global_step))
             self.bar = tqdm(total=total, initial=done, desc="align", unit=" pairs", disable=None)
+
+    def _pairs_until(self, step: int) -> int:
+        """Pairs of the first `step` steps: an epoch's last one may be smaller."""
+        epochs, steps = divmod(step, self.stream.steps)
+        return epochs * self.stream.cache.n_pairs + steps * self.stream.global_batch
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
-            self.bar.update(min(self.stream.global_batch, int(self.bar.total or 0) - self.bar.n))
+            self.bar.update(self._pairs_until(state.global_step) - self.bar.n)
 
     def on_log(
         self,

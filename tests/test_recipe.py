@@ -34,7 +34,7 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
     ("override", "message"),
     [
         ("objective.betta=1", "objective.betta: no such field; nearest is beta"),
-        ("objective.beta=x", "objective.beta: must be a valid number, unable to parse string as a number, not 'x'"),
+        ("objective.beta=x", "objective.beta: must be a valid number, not 'x'"),
         ("objective.beta=-1", "objective.beta: must be greater than 0, not -1"),
         ("objective.alpha=.nan", "objective.alpha: must be a finite number, not nan"),
         ("objective.name=fpoo", "objective.name: 'fpoo' is no objective; nearest is fpo"),
@@ -55,6 +55,12 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
         ),
         ("training.learning_rate=fast", "training.learning_rate: must be a valid number"),
         ("training.output_dir=x", "training.output_dir: not set here; give the run folder with --output"),
+        ("training.save_strategy=no", 'training.save_strategy: YAML reads a bare no as false; write "no"'),
+        ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size: must be at least 1, not 0"),
+        ("training.max_steps='2'", "training.max_steps: must be a valid integer, not '2'"),
+        ("training.gradient_checkpointing_kwargs={use_reentrant: true}", "use_reentrant loses the gradient"),
+        ("data.max_length=true", "data.max_length: must be a valid integer, not True"),
+        ("data=pairs.jsonl", "data: must be a mapping of fields, not 'pairs.jsonl'"),
         ("reference.model", "--set reference.model: write it as section.field=value"),
     ],
 )

@@ -251,6 +251,55 @@ def test_a_run_killed_before_the_manifest_seals_the_same_bytes(world: TinyWorld,
     assert manifest.read_bytes() == before
 
 
+def test_model_files_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
+    """transformers would fill it with random numbers, other ones every time, and a cache would hold them."""
+    world = build_tiny_world(tmp_path / "world", 4, 2)
+    weights = world.root / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("model.layers.2.mlp.down_proj.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lack 1 of the model's tensors, the first is model\.layers\.2\.mlp\.down_proj"
+    ):
+        build_caches(world.recipe(), tmp_path / "store")
+
+
+def test_a_changed_data_file_with_its_old_mtime_is_read_anew(tmp_path: Path) -> None:
+    world = build_tiny_world(tmp_path / "world", 4, 2)
+    path = world.root / "pairs" / "train.jsonl"
+    before = cache_identities(world.recipe())[0].key_recipe["pairs"]
+    stat = path.stat()
+    row = '{"prompt": "w1", "chosen": " w2", "rejected": " w3 w4"}\n'
+    path.write_text(row * 3)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = cache_identities(world.recipe())[0]
+    assert after.key_recipe["pairs"] != before
+    assert len(after.tokens) == 3
+
+
+def test_tokens_that_the_reference_does_not_know_are_refused(world: TinyWorld, tmp_path: Path) -> None:
+    small = build_tiny_world(tmp_path / "small", 4, 2)
+    tiny_model("llama", seed=3, vocab_size=50).save_pretrained(small.root / "model")
+    said = refusal(
+        {"reference": {"model": str(small.root / "model")}, "features": [], "objective": {"name": "dpo"}},
+        world,
+        tmp_path,
+        RecipeError,
+    )
+    assert "data.tokenizer: it gives token" in said
+    assert "knows 50 tokens" in said
+
+
+def test_a_hookpoint_that_gives_something_else_than_its_sae_reads_is_refused(world: TinyWorld, tmp_path: Path) -> None:
+    feature = world.raw_recipe()["features"][0]
+    for hookpoint, message in (
+        ("model.layers.1.mlp.gate_proj", "gives 48 numbers per token, its SAE reads 32"),
+        ("lm_head", "gives no vector per token while the decoder runs"),
+    ):
+        with pytest.raises(FpoError, match=message):
+            build_caches(world.recipe(features=[{**feature, "hookpoint": hookpoint}]), tmp_path)
+
+
 def test_a_missing_cache_is_not_built_by_stage_2(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(CacheMissing):
         find_cache(world.recipe(), tmp_path / "empty")

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from errors import DataError, ModelError
+from scoring import template_text
 from stage1_cache.drops import EXAMPLES
 from stage1_cache.pairs import read_pairs
-from stage1_cache.texts import extract_prompt, template_text
+from stage1_cache.texts import extract_prompt
 from stage1_cache.tokenise import TokenisedPairs, tokenise, tokenizer_identity
 
 PAIRS = Path(__file__).parents[2] / "shared/data/pairs"

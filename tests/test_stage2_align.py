@@ -167,6 +167,97 @@ def test_low_rank_adapters_train_and_evaluate(world: TinyWorld, tmp_path: Path) 
     assert metrics["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
 
 
+def with_reference_adapter(tmp_path: Path) -> TinyWorld:
+    """A world whose reference is a model with a random adapter merged into it."""
+    peft = pytest.importorskip("peft")
+    world = build_tiny_world(tmp_path / "world", 12, 6)
+    model = AutoModelForCausalLM.from_pretrained(world.root / "model")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(world.root / "adapter")
+    return world
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "adapter"])
+def test_a_reference_with_an_adapter_is_where_training_and_evaluation_start(
+    lora: dict[str, int] | None, tmp_path: Path
+) -> None:
+    world = with_reference_adapter(tmp_path)
+    reference = {"adapter": str(world.root / "adapter")}
+    training = {"max_steps": 1, "learning_rate": 0.0}
+    recipe = world.recipe(reference=reference, policy={"lora": lora}, training=training)
+    build_caches(recipe, world.store)
+    assert align(recipe, cached(world, recipe), tmp_path / "run").parity == pytest.approx(0, abs=1e-5)
+    metrics = evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), tmp_path / "run")
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    bare = world.recipe()
+    build_caches(bare, world.store)
+    with pytest.raises(RunError, match="against another reference"):
+        evaluate_run(bare, find_cache(bare, world.store, held_out=True), tmp_path / "run")
+
+
+def test_the_saved_policy_is_an_ordinary_model(tmp_path: Path) -> None:
+    """Dropout and cache as the model had them, not as training needed them."""
+    world = build_tiny_world(tmp_path / "world", 8, 2, family="gpt2")
+    recipe = world.recipe(features=[], objective={"name": "dpo"}, training={"max_steps": 1})
+    build_caches(recipe, world.store)
+    align(recipe, cached(world, recipe), tmp_path / "run")
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (world.root / "model", tmp_path / "run")
+    )
+    assert before == after
+
+
+def test_a_resumed_run_keeps_its_pairs_per_step(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe(training={"max_steps": 2})
+    align(recipe, cached(world, recipe), tmp_path / "run")
+    facts = read_run(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "pairs_per_step": 8}))
+    with pytest.raises(RunError, match="takes 8 pairs per step, now it would be 4"):
+        align(recipe, cached(world, recipe), tmp_path / "run", resume=True)
+
+
+def test_a_start_that_failed_before_the_first_step_does_not_block_its_folder(world: TinyWorld, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    wrong = world.recipe(policy={"lora": {"target_modules": ["nope"]}}, training={"max_steps": 1})
+    with pytest.raises(RecipeError, match=r"policy\.lora\.target_modules"):
+        align(wrong, cached(world, wrong), tmp_path / "run")
+    right = world.recipe(policy={"lora": {"target_modules": ["q_proj"]}}, training={"max_steps": 1})
+    assert align(right, cached(world, right), tmp_path / "run").steps == 1
+
+
+def test_a_policy_with_another_vocabulary_is_refused(world: TinyWorld, tmp_path: Path) -> None:
+    other = build_tiny_world(tmp_path / "other", 4, 2)
+    tokenizer = json.loads((other.root / "model" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (other.root / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = world.recipe(policy={"model": str(other.root / "model")})
+    with pytest.raises(
+        RecipeError, match=r"policy\.model: .* has another vocabulary than the cached pairs: token 'w[12]'"
+    ):
+        align(recipe, cached(world, recipe), tmp_path / "run")
+
+
+def test_processes_that_transformers_does_not_see_are_refused(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = world.recipe()
+    with pytest.raises(RecipeError, match="started as 2 processes, transformers sees 1"):
+        align(recipe, cached(world, recipe), tmp_path / "run")
+
+
+def test_every_pair_of_an_uneven_last_step_weighs_the_same(world: TinyWorld, tmp_path: Path) -> None:
+    """40 pairs in one step of 48: at once, or cut as 16 + 16 + 8."""
+    at_once = world.recipe(training={"per_device_train_batch_size": 48, "num_train_epochs": 1})
+    cut = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 3, "num_train_epochs": 1}
+    in_parts = world.recipe(training=cut)
+    align(at_once, cached(world, at_once), tmp_path / "at_once")
+    align(in_parts, cached(world, in_parts), tmp_path / "in_parts")
+    one, other = (read_metrics(tmp_path / run / METRICS_FILE)[0] for run in ("at_once", "in_parts"))
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
 def test_the_reference_evaluates_to_log_2_and_zero_distance(world: TinyWorld, tmp_path: Path) -> None:
     recipe = world.recipe(training={"max_steps": 1, "learning_rate": 0.0})
     align(recipe, cached(world, recipe), tmp_path / "run")
