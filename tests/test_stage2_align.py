@@ -238,15 +238,6 @@ def test_a_policy_with_another_vocabulary_is_refused(world: TinyWorld, tmp_path:
         align(recipe, cached(world, recipe), tmp_path / "run")
 
 
-def test_processes_that_transformers_does_not_see_are_refused(
-    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = world.recipe()
-    with pytest.raises(RecipeError, match="started as 2 processes, transformers sees 1"):
-        align(recipe, cached(world, recipe), tmp_path / "run")
-
-
 def test_every_pair_of_an_uneven_last_step_weighs_the_same(world: TinyWorld, tmp_path: Path) -> None:
     """40 pairs in one step of 48: at once, or cut as 16 + 16 + 8."""
     at_once = world.recipe(training={"per_device_train_batch_size": 48, "num_train_epochs": 1})
