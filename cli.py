@@ -83,6 +83,7 @@ def align_command(
 
     cache = _find(loaded, recipe, store)
     report = align(loaded, cache, output or Path("runs") / f"{recipe.stem}-{loaded.objective.name}", resume)
+    leave_process_group()
     if not is_first_rank():
         return
     rate = report.pairs / report.seconds if report.seconds else 0.0
@@ -154,6 +155,15 @@ def _say_why(split: str, near: Nearest | None) -> None:
         print(f"{split}: not cached yet; nearest is {near.key[:12]}, which differs in", file=sys.stderr)
         for difference in near.differences[:5]:
             print(f"  {difference}", file=sys.stderr)
+
+
+def leave_process_group() -> None:
+    """Under torchrun, end the communication in order: threads of gloo that outlive Python abort the process."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def is_first_rank() -> bool:

@@ -240,7 +240,7 @@ def test_template_arguments_that_act_on_tokens_are_refused():
 def test_a_chat_template_is_a_text_or_the_path_of_one(tmp_path):
     (tmp_path / "chat.jinja").write_text(CHAT)
     assert template_text(str(tmp_path / "chat.jinja")) == template_text(CHAT) == CHAT
-    with pytest.raises(DataError, match=r"no such file \(did you mean 'chat.jinja'\?\)"):
+    with pytest.raises(DataError, match=r"no such file, nearest is chat\.jinja"):
         template_text(str(tmp_path / "chta.jinja"))
 
 

@@ -66,19 +66,9 @@ def test_a_run_folder_holds_recipe_metrics_and_a_policy_that_transformers_opens(
     assert AutoTokenizer.from_pretrained(tmp_path / "run")("w1 w2").input_ids == [1, 5, 6]
 
 
-ALIGN = """
-import sys
-from pathlib import Path
-from recipe import load_recipe
-from stage1_cache import find_cache
-from stage2_align import align
-recipe = load_recipe(Path(sys.argv[1]))
-align(recipe, find_cache(recipe, Path(sys.argv[2])), Path(sys.argv[3]), resume=len(sys.argv) > 4)
-"""
-
-
-def run_process(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", ALIGN, *arguments]
+def run_process(recipe: Path, store: Path, run: Path, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
+    """fpo align in a process of its own."""
+    command = [sys.executable, "-m", "cli", "align", recipe, "--store", store, "--output", run, *flags]
     settings = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -92,7 +82,7 @@ def test_a_run_killed_anywhere_and_resumed_has_the_losses_of_one_never_interrupt
     align(recipe, cached(world, recipe), tmp_path / "straight")
     resume: list[str] = []
     for step in (3, 9, 16):
-        process = run_process(str(recipe_file), str(world.store), str(tmp_path / "killed"), *resume)
+        process = run_process(recipe_file, world.store, tmp_path / "killed", *resume)
         while process.poll() is None and len(losses(tmp_path / "killed")) < step:
             time.sleep(0.002)
         assert process.poll() is None, "the run ended before it could be killed"
@@ -146,10 +136,7 @@ def test_two_processes_give_the_losses_of_one(world: TinyWorld, tmp_path: Path) 
     two = world.recipe_file(training={"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 3e-3})
     align(one, cached(world, one), tmp_path / "one")
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    ranks = [
-        run_process(str(two), str(world.store), str(tmp_path / "two"), RANK=str(r), LOCAL_RANK=str(r), **shared)
-        for r in (0, 1)
-    ]
+    ranks = [run_process(two, world.store, tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **shared) for r in (0, 1)]
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors.decode()[-2000:]
