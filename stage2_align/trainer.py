@@ -210,10 +210,9 @@ class MetricsFile(TrainerCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero and logs and "rewards/margins" in logs:
-            row = {
-                "step": state.global_step,
-                **{name: value for name, value in logs.items() if name != "step"},
-            }
+            # The last log also carries Trainer's summary of the whole run: train_runtime and the like.
+            shown = {name: value for name, value in logs.items() if not name.startswith(("train_", "total_"))}
+            row = {"step": state.global_step, **shown}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -55,6 +55,7 @@ def test_a_run_folder_holds_recipe_metrics_and_a_policy_that_transformers_opens(
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     trl = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
+    assert not [name for name in rows[-1] if name.startswith("train_")]
     assert trl | {"features/distance_chosen", "features/distance_rejected", "grad_norm"} <= rows[-1].keys()
     facts = read_run(tmp_path / "run")
     cache = cached(world, recipe)
