@@ -60,47 +60,40 @@ def pack(input_ids: Integer[np.ndarray, " T"], splits: Integer[np.ndarray, " S"]
     pad_id               any valid token id; padding is never attended to nor scored
     """
     starts = np.asarray(splits, dtype=np.int64)
-    bounds = np.stack([starts[:-1:3], starts[1::3], starts[2::3], starts[3::3]], axis=1)  # (P, 4)
-    sizes = bounds[:, 3] - bounds[:, 0]
-    row_of, offset_of, n_rows = _first_fit(sizes, int(sizes.max(initial=1)))
+    prompts, chosen, rejected = np.diff(starts).reshape(-1, 3).T
+    sizes = prompts + chosen + rejected
+    longest = int(sizes.max(initial=1))
+    row_of, offset_of, n_rows = _first_fit(sizes, longest)
     # A multiple of 8 keeps the attention mask aligned for the fused kernels.
-    width = -(-int(sizes.max(initial=1)) // 8) * 8
+    width = -(-longest // 8) * 8
 
-    ids = np.full((n_rows, width), pad_id, dtype=np.int64)
-    positions = np.zeros((n_rows, width), dtype=np.int64)
-    pair = np.full((n_rows, width), PAD, dtype=np.int32)
-    branch = np.zeros((n_rows, width), dtype=np.int8)
-    predictors: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    for index, (start, chosen, rejected, end) in enumerate(bounds):
-        row, offset = row_of[index], offset_of[index]
-        prompt_size = chosen - start
-        span = slice(offset, offset + end - start)
-        ids[row, span] = input_ids[start:end]
-        pair[row, span] = index
-        positions[row, span] = np.arange(end - start)
-        base = row * width + offset - start  # flat position of input_ids[0], were it in this row
-        for side, first, last in ((CHOSEN, chosen, rejected), (REJECTED, rejected, end)):
-            here = slice(offset + first - start, offset + last - start)
-            branch[row, here] = side
-            positions[row, here] = prompt_size + np.arange(last - first)
-            # The first token is predicted by the last prompt token, each other by its predecessor.
-            before = np.arange(first, last) - 1
-            if last > first:
-                before[0] = chosen - 1
-            unscored = 1 if prompt_size == 0 else 0
-            predictors.append(base + before[unscored:])
-            targets.append(np.asarray(input_ids[first + unscored : last], dtype=np.int64))
-    lengths = np.array([len(part) for part in targets], dtype=np.int64)
-    flat = np.concatenate(predictors) if predictors else np.empty(0, np.int64)
+    # Per token: its pair, its place in it, its branch, and its flat position in the rows.
+    tokens = np.asarray(input_ids[starts[0] : starts[-1]], dtype=np.int64)
+    pair = np.repeat(np.arange(len(sizes)), sizes)
+    place = np.arange(len(tokens)) - np.repeat(starts[:-1:3] - starts[0], sizes)
+    branch = (place >= prompts[pair]).astype(np.int8) + (place >= (prompts + chosen)[pair])
+    flat = (row_of * width + offset_of)[pair] + place
+    position = place - np.where(branch == REJECTED, chosen[pair], 0)
+
+    # The first token of either completion is predicted by the last prompt token, each other by its predecessor.
+    scored = (branch != PROMPT) & (position > 0)
+    first_rejected = (branch == REJECTED) & (position == prompts[pair])
+    predictors = flat - 1 - np.where(first_rejected, chosen[pair], 0)
+    lengths = np.maximum(np.stack([chosen, rejected], axis=1) - (prompts == 0)[:, None], 0)
+
+    def in_rows(values: np.ndarray, fill: int, dtype: type[np.integer]) -> torch.Tensor:
+        rows = np.full(n_rows * width, fill, dtype=dtype)
+        rows[flat] = values
+        return torch.from_numpy(rows.reshape(n_rows, width))
+
     return Packed(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
-        pair=torch.from_numpy(pair),
-        branch=torch.from_numpy(branch),
-        predictors=torch.from_numpy(flat.astype(np.int64)),
-        targets=torch.from_numpy(np.concatenate(targets) if targets else np.empty(0, np.int64)),
-        lengths=torch.from_numpy(lengths),
+        input_ids=in_rows(tokens, pad_id, np.int64),
+        position_ids=in_rows(position, 0, np.int64),
+        pair=in_rows(pair, PAD, np.int32),
+        branch=in_rows(branch, PROMPT, np.int8),
+        predictors=torch.from_numpy(predictors[scored]),
+        targets=torch.from_numpy(tokens[scored]),
+        lengths=torch.from_numpy(lengths.ravel()),
     )
 
 
@@ -108,7 +101,7 @@ def _first_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     """Row and offset of each pair: longest first, into the first row that has room (ties by position)."""
     row_of, offset_of = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
     used: list[int] = []
-    for index in np.argsort(-sizes, kind="stable"):
+    for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
         row = next((r for r, filled in enumerate(used) if filled + size <= capacity), len(used))
         if row == len(used):
