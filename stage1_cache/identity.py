@@ -19,7 +19,7 @@ import numpy as np
 from errors import ModelError, RecipeError
 from recipe import Feature, Recipe, Reference
 from scoring import adapter_folder, load_tokenizer, model_config, model_folder, weight_files
-from scoring.hookpoints import check_hookpoint
+from scoring.hookpoints import check_hookpoint, same_hookpoint
 from scoring.sae_formats import SaeFacts, sae_config, sae_facts, sae_weight_files
 from stage1_cache.pairs import data_fingerprint, read_pairs
 from stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
@@ -211,6 +211,12 @@ def check_inputs(recipe: Recipe) -> None:
             raise RecipeError(
                 f"features[{index}].sae: {feature.sae} reads {facts.d_in} numbers per token, "
                 f"{feature.hookpoint} of {recipe.reference.model} gives {width}"
+            )
+        # A hint that is no module's path fits no hookpoint: the SAE reads something that no module gives.
+        if feature.self_check and facts.hook_hint and not same_hookpoint(facts.hook_hint, feature.hookpoint):
+            raise RecipeError(
+                f"features[{index}].hookpoint: {feature.sae} says that it reads {facts.hook_hint}, the recipe says "
+                f"{feature.hookpoint}; mend it, or set self_check: false in this entry to go on regardless"
             )
         if feature.top_k != "all" and feature.top_k > facts.d_sae:
             raise RecipeError(f"features[{index}].top_k: {feature.top_k} is more than the SAE's {facts.d_sae} features")

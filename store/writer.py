@@ -43,6 +43,9 @@ from store.manifest import (
 from store.pairs import Pairs
 from store.shards import check_shard, load_shard
 
+ADOPTED: dict[str, Any] = {"adopted": True}
+"""Provenance of a shard that was found without a record."""
+
 
 class CacheWriter:
     """Creates the cache of a recipe, or goes on where another writer stopped."""
@@ -96,7 +99,8 @@ class CacheWriter:
         while not self.folder.create(shard_name(sid), data):
             standing = self._standing_shard(sid)
             if standing is not None:
-                entry = standing
+                # Whoever wrote it may not have come to its record yet; we can only say that it was there.
+                entry, provenance = standing, ADOPTED
                 break
             self._discard(sid)
         self._record(entry, provenance)
@@ -170,7 +174,7 @@ class CacheWriter:
                     self._discard(sid)
                 else:
                     self.folder.sync(SHARDS)
-                    self._record(entry, {"adopted": True})
+                    self._record(entry, ADOPTED)
 
     def _standing_shard(self, sid: int) -> ShardEntry | None:
         """The shard under this name if it is whole and the planned one, else None."""
