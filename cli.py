@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,7 +62,7 @@ def cache_command(
         _print_cache(report)
         for problem in report.reuse_problems:
             print(f"not copied from: {problem}", file=sys.stderr)
-    print(f"next: fpo align {recipe}" + (f" --store {store}" if store else ""))
+    print(f"next: {_command('align', recipe, store, overrides)}")
 
 
 @app.command("align")
@@ -81,7 +82,7 @@ def align_command(
     quiet_libraries()
     from stage2_align import align
 
-    cache = _find(loaded, recipe, store)
+    cache = _find(loaded, recipe, store, overrides)
     report = align(loaded, cache, output or Path("runs") / f"{recipe.stem}-{loaded.objective.name}", resume)
     leave_process_group()
     if not is_first_rank():
@@ -118,7 +119,7 @@ def evaluate_command(
     quiet_libraries()
     from stage2_align import evaluate_run
 
-    cache = _find(loaded, recipe, store, held_out=True)
+    cache = _find(loaded, recipe, store, overrides, held_out=True)
     metrics = evaluate_run(loaded, cache, run)
     if as_json:
         print(json.dumps(metrics, indent=2))
@@ -171,15 +172,24 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _find(recipe: Recipe, path: Path, store: str | None, *, held_out: bool = False) -> Cache:
+def _command(name: str, recipe: Path, store: str | None, overrides: list[str] | None) -> str:
+    """A command line for the same recipe, store and overrides."""
+    options = ["--store", store] if store else []
+    for override in overrides or []:
+        options += ["--set", override]
+    return shlex.join(["fpo", name, str(recipe), *options])
+
+
+def _find(
+    recipe: Recipe, path: Path, store: str | None, overrides: list[str] | None, *, held_out: bool = False
+) -> Cache:
     """The recipe's cache; where it is missing, how to build it."""
     from stage1_cache import find_cache
 
     try:
         return find_cache(recipe, store_root(store), held_out=held_out)
     except (CacheMissing, CacheIncomplete) as error:
-        where = f" --store {store}" if store else ""
-        raise type(error)(f"{error}\n  build it with: fpo cache {path}{where}") from None
+        raise type(error)(f"{error}\n  build it with: {_command('cache', path, store, overrides)}") from None
 
 
 def _cache_facts(report: Any) -> dict[str, Any]:

@@ -57,10 +57,6 @@ class Sae:
         }
         return moved
 
-    @property
-    def device(self) -> torch.device:
-        return self.weight_FD.device
-
     def encode(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         """All activations, float32. Holds N x d_sae of them: use the pooled methods for many tokens."""
         with _full_precision(x):

@@ -73,6 +73,9 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     assert f"build it with: fpo cache {recipe}" in err
     assert err.startswith("error: ")
 
+    _, err = fpo(world, "align", recipe, "--set", "data.split=train[:9]", expect=1)
+    assert f"build it with: fpo cache {recipe} --set 'data.split=train[:9]'" in err
+
     out, err = fpo(world, "cache", recipe)
     assert "24 of 24 pairs kept" in out
     assert "built       2 shards" in out
