@@ -51,8 +51,9 @@ def cache_command(
     quiet_libraries()
     from stage1_cache import build_caches
 
-    root = store_root(store)
-    reports = build_caches(loaded, root, batch_tokens, _say_why if is_first_rank() else None)
+    reports = build_caches(
+        loaded, store_root(store or loaded.cache.store), batch_tokens, _say_why if is_first_rank() else None
+    )
     if not is_first_rank():
         return
     if as_json:
@@ -187,7 +188,7 @@ def _find(
     from stage1_cache import find_cache
 
     try:
-        return find_cache(recipe, store_root(store), held_out=held_out)
+        return find_cache(recipe, store_root(store or recipe.cache.store), held_out=held_out)
     except (CacheMissing, CacheIncomplete) as error:
         raise type(error)(f"{error}\n  build it with: {_command('cache', path, store, overrides)}") from None
 

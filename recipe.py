@@ -117,6 +117,9 @@ class CacheOptions(Section):
     seed: NonNegativeInt = 0
     """Seed of the permutation that assigns pairs to shards."""
 
+    store: str | None = None
+    """Folder or URL where the caches lie; `--store` goes before it, null is `$FPO_STORE`, else `~/.cache/fpo`. Not in the key."""
+
 
 class Lora(Section):
     """Train low-rank adapters (PEFT) instead of all weights."""

@@ -120,6 +120,8 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     assert "token_logps" in out
     out, _ = fpo(world, "store", "export", "first", world.root / "exported", "--to", "trl")
     assert "exported 24 pairs" in out
+    out, _ = fpo(world, "align", recipe, "--set", f"cache.store={world.root / 'third'}", "--output", "from-third")
+    assert f"cache       {key[:12]}" in out
     out, _ = fpo(world, "store", "rm", key[:9], "--store", world.root / "third")
     assert f"removed {key[:12]}" in out
     out, _ = fpo(world, "store", "gc")

@@ -302,7 +302,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest(tmp_path):
     assert len(tensors) == 4
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.facts == sae.facts
-    assert sae.device.type == "cpu"
+    assert sae.weight_FD.device.type == "cpu"
 
 
 @pytest.fixture(scope="module")
