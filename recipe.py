@@ -118,7 +118,7 @@ class CacheOptions(Section):
     """Seed of the permutation that assigns pairs to shards."""
 
     store: str | None = None
-    """Folder or URL where the caches lie; `--store` goes before it, null is `$FPO_STORE`, else `~/.cache/fpo`. Not in the key."""
+    """Folder or URL of the caches, not in the key; `--store` goes before it, null is `$FPO_STORE` or `~/.cache/fpo`."""
 
 
 class Lora(Section):
