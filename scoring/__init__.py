@@ -18,7 +18,7 @@ from scoring.features import (
     sparse_rows,
     union,
 )
-from scoring.logps import sum_logps
+from scoring.logps import LOGPS_TOLERANCE, sum_logps
 from scoring.models import (
     adapter_folder,
     load_model,
@@ -33,6 +33,7 @@ from scoring.sae import Sae, load_sae
 from scoring.scorer import Scores, check_packing, install_scoring
 
 __all__ = [
+    "LOGPS_TOLERANCE",
     "ColumnSet",
     "Packed",
     "PooledFeatures",

@@ -23,6 +23,10 @@ Head = Callable[[Tensor], Tensor]
 LOGITS_BUDGET_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 28
 
+# Mean |difference| of token log-probs, nats. float32 on another device or attention kernel stays below 1e-4;
+# bfloat16 rounds logits to 3 digits, which moves a token by about 0.02.
+LOGPS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
+
 
 class TokenLogps(NamedTuple):
     """What the head says about the scored tokens."""

@@ -13,12 +13,10 @@ import numpy as np
 
 from errors import CacheConflict, CacheDamaged
 from recipe import Recipe
+from scoring import LOGPS_TOLERANCE
 from stage1_cache.build import reference_scorer
 from stage1_cache.identity import cache_identities
 from store import Cache, Features, Pairs, differences
-
-# Mean |difference| of a pair's token log-probs, nats: what another device or attention kernel explains.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     differing = differences(cache.recipe["scorer"], cache_identities(recipe)[0].scorer)
     if differing:
         raise CacheConflict(f"the recipe does not score as cache {cache.key[:12]} was scored\n  {differing[0]}")
-    tolerance = TOLERANCE[recipe.reference.dtype]
+    tolerance = LOGPS_TOLERANCE[recipe.reference.dtype]
     scorer = reference_scorer(recipe, batch_tokens)
     worst = worst_features = 0.0
     total = 0

@@ -11,14 +11,11 @@ from torch import nn
 
 from errors import ParityError
 from recipe import Recipe
-from scoring import Packed, pack
+from scoring import LOGPS_TOLERANCE, Packed, pack
 from stage2_align.measure import ObjectiveMeter
 from store import Cache, Features
 
 PARITY_PAIRS = 8
-# Mean |difference| of token log-probs, nats. float32 on another device or attention kernel stays below 1e-4;
-# bfloat16 rounds logits to 3 digits, which moves a token by about 0.02.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 
 
 @torch.no_grad()
@@ -36,7 +33,7 @@ def check_parity(model: nn.Module, meter: ObjectiveMeter, cache: Cache, recipe: 
     scores = model(**packed._asdict())
     cached = torch.from_numpy(pairs.token_logps).to(device)
     difference = float((scores.token_logps - cached).abs().mean())
-    tolerance = max(TOLERANCE[recipe.reference.dtype], TOLERANCE[recipe.policy.dtype])
+    tolerance = max(LOGPS_TOLERANCE[recipe.reference.dtype], LOGPS_TOLERANCE[recipe.policy.dtype])
     if not difference <= tolerance:
         raise ParityError(
             f"the policy does not reproduce the cached reference: token log-probs differ by {difference:.4g} nats "
