@@ -210,6 +210,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "pairs_scored": report.pairs_scored,
         "pairs_per_second": report.pairs_scored / report.seconds if report.seconds else 0.0,
         "drops": report.drops.as_dict(),
+        "trained_on": report.trained_on,
         "self_check": cache.manifest.facts["self_check"],
     }
 
@@ -222,6 +223,9 @@ def _print_cache(report: Any) -> None:
     print(f"  path        {cache.folder.where('')}")
     for number, line in enumerate(report.drops.lines()):
         print(f"  {'pairs' if number == 0 else '':<12}{line.strip()}")
+    if report.trained_on:
+        print(f"  {'':<12}noted {report.trained_on:,}: the training split holds them too, so they are not held out")
+    print(f"  prompt      {report.drops.prompt_line()}")
     print(
         f"  size        {size(n_bytes)}, {n_bytes / max(cache.n_pairs, 1):,.0f} bytes per pair, "
         f"{len(cache.shard_pairs)} shards"

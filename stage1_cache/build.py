@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
 from stage1_cache.fill import fill, token_rows
-from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, spelled
+from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
     Cache,
@@ -59,6 +59,8 @@ class CacheReport:
     """Caches and shards that could not be copied from, one line each; their pairs were scored."""
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
+    trained_on: int = 0
+    """Of the held-out pairs: how many stand in the training split too."""
 
 
 def build_caches(
@@ -79,7 +81,11 @@ def build_caches(
     identities = cache_identities(recipe)
     lazy = _LazyScorer(recipe, batch_tokens)
     siblings = {cache_key(identity.key_recipe) for identity in identities}
-    return [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
+    reports = [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
+    return [
+        replace(report, trained_on=shared_pairs(identity, identities[0])) if identity is not identities[0] else report
+        for identity, report in zip(identities, reports, strict=True)
+    ]
 
 
 def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
