@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from errors import CacheError, CacheIncomplete, CacheMissing, RecipeError
+from progress import say
 from recipe import Recipe
 from scoring import Packed, adapter_folder, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
@@ -138,6 +139,7 @@ class _LazyScorer:
 
     @cached_property
     def scorer(self) -> ReferenceScorer:
+        say(f"loading the reference {self.recipe.reference.model} ...")
         return reference_scorer(self.recipe, self.batch_tokens)
 
     def self_checks(self, identity: CacheIdentity) -> list[dict[str, Any]]:

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 from huggingface_hub import snapshot_download
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from errors import DataError, ModelError
+from progress import progress_bar
 from scoring import template_text
 from stage1_cache.columns import ColumnUse, is_conversational
 from stage1_cache.drops import DropReport
@@ -97,7 +97,7 @@ def tokenise(
     pairs = _Builder(max_length, tokenizer.bos_token_id)
     if columns is not None:
         pairs.report.prompt_column, pairs.report.unused_columns = columns.prompt, list(columns.unused)
-    with tqdm(total=len(dataset), desc="tokenise", unit=" pairs", disable=None) as progress:
+    with progress_bar(len(dataset), "pairs", "tokenise") as progress:
         for batch in _batches(dataset, batch_size):
             kept: list[tuple[int, list[str]]] = []
             texts: list[str] = []
