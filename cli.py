@@ -1,8 +1,7 @@
 """
 The commands. Each parses, dispatches and prints; torch is imported only by those that compute.
 
-Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 expected failure with one clear line,
-2 usage.
+Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 failure with one clear line, 2 usage.
 """
 
 from __future__ import annotations
@@ -11,23 +10,43 @@ import json
 import os
 import shlex
 import sys
+import tempfile
+import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cli_store import AsJson, StoreOption, size, store_app, store_root
+from cli_store import AsJson, StoreOption, counted, quiet_libraries, size, store_app, store_root
 from errors import CacheIncomplete, CacheMissing, FpoError
+from progress import say
 from recipe import Recipe, load_recipe
 from store import Cache, Nearest
 
 app = typer.Typer(
     help="Offline preference optimisation with sparse features: run the reference once, cache it, train from it.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app, name="store")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fpo {version('fpo')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[
@@ -47,13 +66,21 @@ def cache_command(
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: build the recipe's caches, or finish them, or say that they are there already."""
+    if sys.stderr.isatty():
+        say("loading libraries ...")  # seconds in which a terminal would show nothing
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
     from stage1_cache import build_caches
 
-    reports = build_caches(
-        loaded, store_root(store or loaded.cache.store), batch_tokens, _say_why if is_first_rank() else None
-    )
+    root = store_root(store or loaded.cache.store)
+    try:
+        reports = build_caches(loaded, root, batch_tokens, _say_why if is_first_rank() else None)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; finished shards stay, go on with: {_command('cache', recipe, store, overrides)}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
     if not is_first_rank():
         return
     if as_json:
@@ -130,25 +157,42 @@ def evaluate_command(
         print(f"  {name:<33}{value:.6g}")
 
 
-def quiet_libraries() -> None:
-    """Loading bars and chatter of the libraries off: one progress bar at a time is ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 def main() -> None:
-    """Run the command line; an expected failure is one clear message and exit code 1."""
+    """
+    Run the command line. Whatever fails is one line and exit code 1; FPO_DEBUG=1 leaves what was not expected to
+    Python, which prints its traceback.
+    """
     try:
         app()
     except FpoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if os.environ.get("FPO_DEBUG"):
+            raise
+        print(f"error: {_unexpected(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about a failure that no command expects, and where its traceback is."""
+    said = " ".join(str(error).split())[:300]
+    # safetensors wraps what the disk says in an error of its own.
+    if isinstance(error, OSError) or type(error).__module__.startswith("safetensors"):
+        what = f"{said or type(error).__name__}; mend that and give the same command again"
+    else:
+        what = f"this is a bug, or a case that fpo does not know: {type(error).__name__}: {said}"
+    return f"{what}; the traceback is {_kept_traceback(error)}"
+
+
+def _kept_traceback(error: Exception) -> str:
+    """Where it lies; a temporary folder can be written where a home cannot."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="fpo-", suffix=".log", delete=False, encoding="utf-8") as file:
+            file.writelines([f"{shlex.join(sys.argv)}\n", *traceback.format_exception(error)])
+    except OSError:
+        return "shown with FPO_DEBUG=1"
+    return f"in {file.name}"
 
 
 def _say_why(split: str, near: Nearest | None) -> None:
@@ -210,6 +254,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "pairs_scored": report.pairs_scored,
         "pairs_per_second": report.pairs_scored / report.seconds if report.seconds else 0.0,
         "drops": report.drops.as_dict(),
+        "trained_on": report.trained_on,
         "self_check": cache.manifest.facts["self_check"],
     }
 
@@ -222,9 +267,12 @@ def _print_cache(report: Any) -> None:
     print(f"  path        {cache.folder.where('')}")
     for number, line in enumerate(report.drops.lines()):
         print(f"  {'pairs' if number == 0 else '':<12}{line.strip()}")
+    if report.trained_on:
+        print(f"  {'':<12}noted {report.trained_on:,}: the training split holds them too, so they are not held out")
+    print(f"  prompt      {report.drops.prompt_line()}")
     print(
         f"  size        {size(n_bytes)}, {n_bytes / max(cache.n_pairs, 1):,.0f} bytes per pair, "
-        f"{len(cache.shard_pairs)} shards"
+        f"{counted(len(cache.shard_pairs), 'shard')}"
     )
     for check in cache.manifest.facts["self_check"]:
         print(f"  {'self-check':<12}{_check_line(check)}")
@@ -232,7 +280,7 @@ def _print_cache(report: Any) -> None:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
         print(
-            f"  built       {report.built_shards} shards in {report.seconds:.1f} s: {reused}"
+            f"  built       {counted(report.built_shards, 'shard')} in {report.seconds:.1f} s: {reused}"
             f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
         )
     else:

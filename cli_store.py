@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -10,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from tqdm import tqdm
 
 from errors import FpoError
+from progress import Progress, progress_bar
 from recipe import load_recipe
 from store import (
     Summary,
@@ -41,6 +43,20 @@ StoreOption = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Key = Annotated[str, typer.Argument(help="Cache key, any unique prefix of it, or a tag.", metavar="KEY")]
 Url = Annotated[str, typer.Argument(help="Where to: a URL or a folder.", metavar="URL")]
+
+
+def quiet_libraries() -> None:
+    """Loading bars and chatter of the libraries off: one progress bar at a time is ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # What a file lacks is said by the error; a log line before it would only be in another tongue.
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
 
 
 def store_root(option: str | None) -> str:
@@ -92,8 +108,8 @@ def store_show(
         return
     print(f"key         {cache.key}\nmanifest    {cache.digest}")
     print(
-        f"pairs       {cache.n_pairs:,} in {len(cache.shard_pairs)} shards, {cache.manifest.n_tokens:,} tokens, "
-        f"{size(cache.manifest.n_bytes)}"
+        f"pairs       {cache.n_pairs:,} in {counted(len(cache.shard_pairs), 'shard')}, "
+        f"{cache.manifest.n_tokens:,} tokens, {size(cache.manifest.n_bytes)}"
     )
     for section in ("scorer", "pairs"):
         print(f"{section}\n{_indented(cache.recipe[section])}")
@@ -179,7 +195,7 @@ def store_verify(
     if as_json:
         print(json.dumps(facts, indent=2))
     elif report.ok:
-        print(f"{report.key[:12]}: {report.shards} shards, {report.pairs:,} pairs: {_PASSED[level]}")
+        print(f"{report.key[:12]}: {counted(report.shards, 'shard')}, {report.pairs:,} pairs: {_PASSED[level]}")
         if "recompute" in facts:
             found = facts["recompute"]
             print(
@@ -188,7 +204,7 @@ def store_verify(
             )
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
-        raise FpoError(f"{report.key[:12]}: {len(report.problems)} problems\n{lines}")
+        raise FpoError(f"{report.key[:12]}: {counted(len(report.problems), 'problem')}\n{lines}")
 
 
 _PASSED = {
@@ -229,6 +245,7 @@ def store_export(
     store: StoreOption = None,
 ) -> None:
     """Write a cache as a `datasets` folder that TRL's own DPOTrainer trains from (docs/export.md)."""
+    quiet_libraries()
     with _shard_bar("export") as advance:
         report = export_trl(open_cache(store_root(store), key), folder, advance)
     print(f"exported {report.n_pairs:,} pairs of {report.key[:12]} to {report.folder}, {size(report.n_bytes)}")
@@ -275,7 +292,13 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def counted(count: int, what: str) -> str:
+    """1 shard, 2,000 shards"""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _recomputed(root: str, key: str, count: int, recipe: Path, seed: int) -> dict[str, Any]:
+    quiet_libraries()
     from stage1_cache import recompute
 
     return vars(recompute(load_recipe(recipe), open_cache(root, key), count, seed))
@@ -303,8 +326,9 @@ def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
         print(json.dumps(vars(report), indent=2))
         return
     print(
-        f"{verb} {report.key[:12]} to {report.target}: {report.moved} objects moved ({size(report.n_bytes)}), "
-        f"{report.present} there already, {report.seconds:.1f} s; manifest {report.manifest_digest[:12]}"
+        f"{verb} {report.key[:12]} to {report.target}: {counted(report.moved, 'object')} moved "
+        f"({size(report.n_bytes)}), {report.present} there already, {report.seconds:.1f} s; "
+        f"manifest {report.manifest_digest[:12]}"
     )
     for name in report.repaired:
         print(f"repaired {name}")
@@ -326,19 +350,28 @@ def _age(moment: datetime | None) -> str:
 
 @contextmanager
 def _shard_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    with tqdm(desc=label, unit=" shards", disable=None) as bar:
-        yield _advancing(bar)
+    with _counting("shards", label) as advance:
+        yield advance
 
 
 @contextmanager
 def _byte_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    with tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
-        yield _advancing(bar)
+    with _counting("MiB", label) as advance:
+        yield lambda done, total: advance(-(-done // 2**20), -(-total // 2**20))
 
 
-def _advancing(bar: Any) -> Callable[[int, int], None]:
+@contextmanager
+def _counting(unit: str, label: str) -> Iterator[Callable[[int, int], None]]:
+    """How far it is; the total is known when the first is done."""
+    bars: list[Progress] = []
+
     def advance(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+        if not bars:
+            bars.append(progress_bar(total, unit, label))
+        bars[0].update(done - bars[0].n)
 
-    return advance
+    try:
+        yield advance
+    finally:
+        for bar in bars:
+            bar.close()

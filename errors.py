@@ -16,7 +16,8 @@ What a user can cause, and what the command line answers with one clear line and
     ├── ParityError       the policy does not reproduce the cached reference
     └── RunError          the run folder: exists already, or does not fit the recipe
 
-A bug of ours is an AssertionError or anything else, and keeps its traceback.
+A bug of ours is an AssertionError or anything else: the command line says so in one line that names the file with the
+traceback.
 """
 
 from __future__ import annotations

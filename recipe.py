@@ -29,12 +29,15 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from errors import RecipeError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+"""The columns that pairs are made of."""
 
 
 class Section(BaseModel):
@@ -81,7 +84,10 @@ class Data(Section):
     """The preference pairs, and how they become tokens (TRL's rules)."""
 
     source: str
-    """File (jsonl, json, parquet), folder with one file per split, or hub id."""
+    """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""
+
+    columns: dict[str, str | None] = {}
+    """Our column names to the dataset's: `{prompt: question}`; `{system: null}` leaves a column out."""
 
     subset: str | None = None
     """Configuration name of a hub dataset; null is its default."""
@@ -99,10 +105,22 @@ class Data(Section):
     """Hub id or folder of the tokenizer; null takes the reference's."""
 
     chat_template: str | None = None
-    """Chat template file that replaces the tokenizer's; null keeps it."""
+    """Chat template that replaces the tokenizer's: path of a file, or the Jinja text itself; null keeps it."""
 
     max_length: PositiveInt | None = 1024
     """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: dict[str, str | None]) -> dict[str, str | None]:
+        for ours, theirs in columns.items():
+            if theirs is not None and ours not in COLUMNS:
+                near = f"{{{theirs}: {ours}}}" if theirs in COLUMNS else f"one of {', '.join(COLUMNS)}"
+                raise ValueError(f"data.columns: {ours} is no column of ours; our name comes first, write {near}")
+        given = [theirs for theirs in columns.values() if theirs is not None]
+        if twice := next((name for name in given if given.count(name) > 1), None):
+            raise ValueError(f"data.columns: {twice} is given for two columns")
+        return columns
 
 
 class CacheOptions(Section):
@@ -311,14 +329,27 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         near = nearest(path.name, [p.name for p in folder.glob("*.y*ml")])
         hint = f"; nearest is {folder / near}" if near else ""
         raise RecipeError(f"{path}: no such recipe{hint}")
-    raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    raw = parse_yaml(_text(path), str(path))
+    if raw is None:
+        raise RecipeError(f"{path}: the recipe is empty; it needs reference and data at least (docs/recipe.md)")
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(raw).__name__}")
+        kind = "a list" if isinstance(raw, list) else "plain text" if isinstance(raw, str) else f"the value {raw!r}"
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {kind}")
     if raw.get("training", {}) is None:
         raw["training"] = {}  # `training:` with nothing under it
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_recipe(raw, str(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{path}: line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def validate_recipe(raw: dict[str, Any], origin: str) -> Recipe:
@@ -387,9 +418,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=True) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", node.start_mark)
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", own[number].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -406,6 +437,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise RecipeError(f"{origin}: {where}{error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{origin}: line {line}: the character {chr(error.character)!r} is not allowed") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -35,7 +35,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    tokens = tokenise(read_pairs(str(options.pairs), "train[:400]"), tokenizer, 512)
+    tokens = tokenise(read_pairs(str(options.pairs), "train[:400]").dataset, tokenizer, 512)
     batches = _batches(tokens.input_ids, tokens.splits, options.batches)
     reference = _llama(len(tokenizer))
     cached = [_reference_logps(reference, ids, splits) for ids, splits in batches]

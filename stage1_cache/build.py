@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from errors import CacheError, CacheIncomplete, CacheMissing, RecipeError
+from progress import say
 from recipe import Recipe
 from scoring import Packed, adapter_folder, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
 from stage1_cache.fill import fill, token_rows
-from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, spelled
+from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
     Cache,
@@ -59,6 +60,8 @@ class CacheReport:
     """Caches and shards that could not be copied from, one line each; their pairs were scored."""
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
+    trained_on: int = 0
+    """Of the held-out pairs: how many stand in the training split too."""
 
 
 def build_caches(
@@ -79,7 +82,11 @@ def build_caches(
     identities = cache_identities(recipe)
     lazy = _LazyScorer(recipe, batch_tokens)
     siblings = {cache_key(identity.key_recipe) for identity in identities}
-    return [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
+    reports = [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
+    return [
+        replace(report, trained_on=shared_pairs(identity, identities[0])) if identity is not identities[0] else report
+        for identity, report in zip(identities, reports, strict=True)
+    ]
 
 
 def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
@@ -132,6 +139,7 @@ class _LazyScorer:
 
     @cached_property
     def scorer(self) -> ReferenceScorer:
+        say(f"loading the reference {self.recipe.reference.model} ...")
         return reference_scorer(self.recipe, self.batch_tokens)
 
     def self_checks(self, identity: CacheIdentity) -> list[dict[str, Any]]:

@@ -1,23 +1,43 @@
 """
 What the columns of a pairs dataset must hold, in TRL's formats: text, or messages (lists of role and
 content), the same in every row. Whole columns are checked in Arrow; rows are decoded only where Arrow cannot
-tell.
+tell. A column that holds what the prompt lacks - the prompt itself under another name, a system prompt - is
+never left out unless the recipe says so.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, Value
 
 from errors import DataError
+from stage1_cache.texts import extract_prompt
 
 SIDES = ("prompt", "chosen", "rejected")
 EXTRAS = ("tools", "chat_template_kwargs")
 """Columns for the chat template, passed on as they are."""
+
+_PROMPT_NAMES = ("question", "instruction", "query", "problem", "input")
+"""What other datasets call the prompt."""
+_PART_NAMES = ("system", "system_prompt", "system_message", "input", "context", "history")
+"""What other datasets call a part of the prompt that stands in a column of its own."""
+_IDENTIFIER = re.compile(r".*(^|_)(ids?|hash|sha\d*|key|index|idx)", re.IGNORECASE)
+# Rows that are looked at for text that would be lost, spread over the dataset.
+_SAMPLE = 1000
+
+
+class ColumnUse(NamedTuple):
+    """Which of a dataset's columns its pairs are made of."""
+
+    prompt: str | None
+    """The dataset's name for the prompt; None where it is implicit."""
+    unused: tuple[str, ...]
+    """Columns that nothing is read from."""
 
 
 def is_conversational(row: dict[str, Any]) -> bool:
@@ -25,47 +45,163 @@ def is_conversational(row: dict[str, Any]) -> bool:
     return isinstance(row["chosen"], list)
 
 
-def pair_columns(dataset: Dataset, source: str) -> Dataset:
+def pair_columns(
+    dataset: Dataset, source: str, columns: Mapping[str, str | None] | None = None
+) -> tuple[Dataset, ColumnUse]:
     """
-    The dataset with only the columns that pairs are made of, every row checked. A prompt of text beside
-    completions that are whole conversations (UltraFeedback) is left out: it is implicit in them. Raises
-    `DataError`.
+    The dataset with only the columns that pairs are made of, under our names and every row checked, and which
+    those are. A prompt of text beside completions that are whole conversations (UltraFeedback) is left out: it is
+    implicit in them.
+
+    `columns`: our name to the dataset's, as `data.columns` of the recipe; null leaves a column out. Raises `DataError`.
     """
+    columns = columns or {}
     names = dataset.column_names
-    for wanted in ("chosen", "rejected"):
-        if wanted not in names:
-            raise DataError(
-                f"{source}: no column {wanted!r}{nearest(wanted, names)}; "
-                f"its columns are {', '.join(names)}; rename yours to prompt, chosen, rejected"
-            )
-    if images := [name for name in ("image", "images") if name in names]:
-        raise DataError(f"{source}: column {images[0]!r}: pairs with images are not supported; remove the column")
-    if "prompt" not in names and (close := difflib.get_close_matches("prompt", names, n=1)):
-        # Without it the prompt would silently be taken as implicit.
-        raise DataError(f"{source}: column {close[0]!r} looks like the prompt; rename it to 'prompt' or remove it")
-    dataset = dataset.select_columns([name for name in (*SIDES, *EXTRAS) if name in names])
+    read = _assigned(dataset, source, columns)
+    if images := [name for name in ("image", "images") if name in names and name not in columns]:
+        raise DataError(
+            f"{source}: column {images[0]!r}: pairs with images are not supported; remove the column, or leave it "
+            f"out with data.columns: {_flow({**columns, images[0]: None})}"
+        )
+    pairs = dataset.select_columns(list(read.values())).rename_columns({theirs: ours for ours, theirs in read.items()})
     try:
-        first = dataset[0]
+        first = pairs[0]
     except UnicodeDecodeError as error:
         raise DataError(f"{source}, row 0: not UTF-8 ({error.reason}); convert the file") from error
+    if wrong := _wrong_first(first["chosen"]):
+        raise DataError(f"{source}, row 0, column 'chosen': {wrong}")
     conversational = is_conversational(first)
     if conversational and isinstance(first.get("prompt"), str):
-        dataset = _without_text_prompt(dataset, first, source)
+        pairs = _without_text_prompt(pairs, first, source)
+        del read["prompt"]
     for column in SIDES:
-        if column in dataset.column_names:
-            _check_column(dataset, column, conversational, source)
-    return dataset
+        if column in read:
+            _check_column(pairs, column, conversational, source)
+    use = ColumnUse(read.get("prompt"), tuple(name for name in names if name not in read.values()))
+    _refuse_loss(dataset, source, columns, read, answers_only=not conversational or _opens_with_answer(first))
+    return pairs, use
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint " (did you mean ...?)" with the most similar of the names, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1)
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.7)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def _assigned(dataset: Dataset, source: str, columns: Mapping[str, str | None]) -> dict[str, str]:
+    """Our name to the dataset's, of the columns that are read. Raises `DataError` for names that it does not have."""
+    names = dataset.column_names
+    for ours, theirs in columns.items():
+        absent = theirs if theirs is not None else ours
+        if absent not in names and (theirs is not None or ours not in (*SIDES, *EXTRAS)):
+            raise DataError(
+                f"{source}: data.columns: {_flow({ours: theirs})}: no column {absent!r}{nearest(absent, names)}; "
+                f"its columns are {', '.join(names)}"
+            )
+    wanted = {ours: columns.get(ours, ours) for ours in (*SIDES, *EXTRAS)}
+    read = {ours: theirs for ours, theirs in wanted.items() if theirs is not None and theirs in names}
+    for ours in ("chosen", "rejected"):
+        if ours not in read:
+            nested = _nested_rows(dataset)
+            advice = (
+                f"its rows stand inside {nested!r}: write them at the top, one object per line"
+                if nested
+                else "name yours in the recipe: data.columns: {prompt: ..., chosen: ..., rejected: ...}"
+            )
+            raise DataError(
+                f"{source}: no column {ours!r}{nearest(ours, names)}; its columns are {', '.join(names)}; {advice}"
+            )
+    return read
+
+
+def _nested_rows(dataset: Dataset) -> str | None:
+    """The column whose values are lists of pairs, as in a JSON file {"data": [...]}."""
+    for name, feature in dataset.features.items():
+        inner = getattr(feature, "feature", None)
+        if isinstance(inner, dict) and {"chosen", "rejected"} & inner.keys():
+            return str(name)
+    return None
+
+
+def _refuse_loss(
+    dataset: Dataset, source: str, columns: Mapping[str, str | None], read: Mapping[str, str], *, answers_only: bool
+) -> None:
+    """
+    `DataError` where a column that is not read holds text of the prompt that what is read does not hold.
+    `answers_only`: the completions are not whole conversations, so that without a prompt column nothing but what
+    both sides happen to share would be the prompt.
+    """
+    rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // _SAMPLE)))
+    others = [name for name in dataset.column_names if name not in read.values() and name not in columns]
+    kept = ["\0".join(_texts(prompt)) for prompt in _prompts(rows, read)]
+    lost = {name: values for name in others if _lacks(values := list(rows[name]), kept)}
+    bare = answers_only and "prompt" not in read and "prompt" not in columns
+    if bare and (prompts := [name for name, values in lost.items() if _could_be_prompt(name, values)]):
+        likely = min(prompts, key=lambda name: (name.lower() in _PART_NAMES, name.lower() not in _PROMPT_NAMES))
+        raise DataError(
+            f"{source}: no column 'prompt', and what chosen and rejected share does not hold the text of "
+            f"{', '.join(map(repr, prompts))}, which would be lost; write data.columns: {_flow({'prompt': likely})} "
+            "to name the prompt, or {prompt: null} if it is what chosen and rejected share"
+        )
+    if parts := [name for name in lost if name.lower() in _PART_NAMES]:
+        raise DataError(
+            f"{source}: the prompt does not hold the text of column {parts[0]!r}, which would be lost; put it into the "
+            "prompt (messages: with the role system), or leave it out with data.columns: "
+            f"{_flow({**columns, **dict.fromkeys(parts)})}"
+        )
+
+
+def _prompts(rows: Dataset, read: Mapping[str, str]) -> Iterator[Any]:
+    """The prompts as they are read."""
+    if "prompt" in read:
+        return iter(rows[read["prompt"]])
+    return (extract_prompt(*sides)[0] for sides in zip(rows[read["chosen"]], rows[read["rejected"]], strict=True))
+
+
+def _lacks(values: list[Any], kept: list[str]) -> bool:
+    """Whether some text of a column is not in what is kept of its row."""
+    return any(text.strip() not in held for value, held in zip(values, kept, strict=True) for text in _texts(value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value: itself, those of a list, those of the fields of an object."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _could_be_prompt(name: str, values: list[Any]) -> bool:
+    """By its name, or because it is running text or messages that differ from row to row: no id, label or source."""
+    if _IDENTIFIER.fullmatch(name):
+        return False
+    known = name.lower()
+    if known in (*_PROMPT_NAMES, *_PART_NAMES) or difflib.get_close_matches(known, ["prompt"], cutoff=0.8):
+        return True
+    if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values):
+        return True
+    said = [value for value in values if isinstance(value, str) and value.strip()]
+    running = [value for value in said if not value.isascii() or re.search(r"[^\W\d_]\s+[^\W\d_]", value)]
+    different = len(set(running))
+    return 2 * len(running) > len(said) and (different == len(said) or different > max(4, len(said) / 10))
+
+
+def _opens_with_answer(row: dict[str, Any]) -> bool:
+    opening = row["chosen"][:1]
+    return bool(opening) and isinstance(opening[0], dict) and opening[0].get("role") == "assistant"
+
+
+def _flow(columns: Mapping[str, str | None]) -> str:
+    """A mapping as YAML on one line."""
+    return "{" + ", ".join(f"{ours}: {'null' if theirs is None else theirs}" for ours, theirs in columns.items()) + "}"
+
+
 def _without_text_prompt(dataset: Dataset, first: dict[str, Any], source: str) -> Dataset:
-    opening = first["chosen"][:1]
-    if opening and isinstance(opening[0], dict) and opening[0].get("role") == "assistant":
+    if _opens_with_answer(first):
         raise DataError(
             f"{source}, row 0: column 'prompt' is text and 'chosen' holds only the answer's messages; "
             "write the prompt as messages too: [{role: user, content: ...}]"
@@ -115,6 +251,16 @@ def _holds_messages(array: pa.Array) -> bool:
         return False
     fields = {field.name for field in messages.type}
     return {"role", "content"} <= fields and _holds_text(messages.field("role"))
+
+
+def _wrong_first(value: Any) -> str | None:
+    """What is wrong with the first chosen, which says what all others must be."""
+    if value is None or isinstance(value, str | list):
+        return None
+    if isinstance(value, dict):
+        keys = ", ".join(map(str, value))
+        return f"an object ({keys}), not text or a list of messages; write [{{role: assistant, content: ...}}]"
+    return f"the value {value!r}, not text; write it in quotes (of a .csv full of numbers, make a .jsonl)"
 
 
 def _wrong(value: Any, conversational: bool) -> str | None:

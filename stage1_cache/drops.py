@@ -1,6 +1,6 @@
 """
-What became of the rows: kept, dropped for a reason, or kept with something that deserves a look. Nothing is
-lost in silence: `kept` plus the counts of `dropped` is `read`.
+What became of the rows: kept, dropped for a reason, or kept with something that deserves a look; and of the
+columns. Nothing is lost in silence: `kept` plus the counts of `dropped` is `read`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ DROPPED = {
 NOTED = {
     "chosen_truncated": "chosen is cut at max_length",
     "rejected_truncated": "rejected is cut at max_length",
-    "prompt_tail_moved": "the prompt encodes differently before a completion: its end is left out or merged",
+    "prompt_tail_moved": "the prompt's end merges with a completion's beginning, or is rendered otherwise there: it "
+    "counts as the completion's, as in TRL, and does no harm",
+    "empty_side": "chosen or rejected says nothing: its end token alone is scored",
+    "repeated": "the same tokens as an earlier pair",
     "identical": "chosen and rejected are the same tokens: their margin is always 0",
     "one_begins_other": "one side begins the other: the implicit prompt ends just before the shorter side",
     "prompt_repeated": "both completions repeat the explicit prompt, which is then there twice",
@@ -51,15 +54,21 @@ class DropReport:
     kept: int = 0
     dropped: dict[str, Finding] = field(default_factory=dict)
     noted: dict[str, Finding] = field(default_factory=dict)
+    prompt_column: str | None = None
+    """The dataset's name of the prompt; None where it is implicit."""
+    prompt_tokens: int = 0
+    """Of all pairs that are kept."""
+    unused_columns: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, row: int) -> None:
         assert reason in DROPPED
         self.read += 1
         self.dropped.setdefault(reason, Finding()).add(row)
 
-    def keep(self) -> None:
+    def keep(self, prompt_tokens: int) -> None:
         self.read += 1
         self.kept += 1
+        self.prompt_tokens += prompt_tokens
 
     def note(self, what: str, row: int) -> None:
         assert what in NOTED
@@ -75,7 +84,14 @@ class DropReport:
         findings = {
             part: {key: Finding(**finding) for key, finding in facts[part].items()} for part in ("dropped", "noted")
         }
-        return DropReport(facts["read"], facts["kept"], **findings)
+        return DropReport(**{**facts, **findings})
+
+    def prompt_line(self) -> str:
+        """Where the prompts come from, how long they are, and which columns nothing is read from."""
+        where = f"column {self.prompt_column}" if self.prompt_column else "implicit (what chosen and rejected share)"
+        mean = self.prompt_tokens / max(self.kept, 1)
+        unused = f"; columns not used: {', '.join(self.unused_columns)}" if self.unused_columns else ""
+        return f"{where}, {mean:.{0 if mean >= 10 else 1}f} tokens on average{unused}"
 
     def lines(self) -> list[str]:
         """The report for people: the total, then one line per reason to drop and per thing noted."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from progress import progress_bar
 from stage1_cache.identity import CacheIdentity
 from stage1_cache.score import ReferenceScorer
 from store import CacheWriter, Pairs, ReusableRows, Reused, own_share_first
@@ -54,19 +54,13 @@ def fill(
     pending = own_share_first(writer.missing(), rank, world)
     done = sum(len(rows) for rows in plan) - sum(len(plan[sid]) for sid in pending)
     filled = Filled()
-    with tqdm(
-        total=len(identity.tokens),
-        initial=done,
-        desc=f"cache {identity.split}",
-        unit=" pairs",
-        disable=None,
-        smoothing=0.05,
-    ) as progress:
+    total = len(identity.tokens)
+    with progress_bar(total, "pairs", f"cache {identity.split}", initial=done, smoothing=0.05) as progress:
 
         def advance(n_pairs: int, n_tokens: int) -> None:
             filled.scored, filled.tokens = filled.scored + n_pairs, filled.tokens + n_tokens
             progress.update(n_pairs)
-            progress.set_postfix_str(f"{filled.tokens / max(progress.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+            progress.set_postfix_str(f"{filled.tokens / max(progress.elapsed, 1e-9):,.0f} tokens/s")
 
         while pending:
             gathered = reusable.gather([identity.digests[plan[sid]] for sid in pending])

@@ -106,6 +106,7 @@ class CacheIdentity:
             "format": FORMAT_VERSION,
             "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
             "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
+            "columns": data.columns,
             "rules": TOKENISE_RULES,
             "max_length": data.max_length,
             "shard_pairs": options.shard_pairs,
@@ -125,8 +126,9 @@ class CacheIdentity:
         """The pairs as token ids; reads the data."""
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
-        dataset = read_pairs(data.source, self.split, data.subset, data.revision)
-        return tokenise(dataset, load_tokenizer(name, revision), data.max_length, chat_template=data.chat_template)
+        dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
+        tokenizer = load_tokenizer(name, revision)
+        return tokenise(dataset, tokenizer, data.max_length, chat_template=data.chat_template, columns=columns)
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -167,6 +169,8 @@ class CacheIdentity:
         return [(sae_facts(feature.sae, feature.hookpoint), feature) for feature in self.recipe.features]
 
     def _pairs_and_drops(self) -> dict[str, Any]:
+        for repeat in _repeats(self.digests):
+            self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
         return {
             "pairs": {
                 "digest": pairs_digest(self.digests),
@@ -176,6 +180,23 @@ class CacheIdentity:
             },
             "drops": self.tokens.drops.as_dict(),
         }
+
+
+def _repeats(digests: np.ndarray) -> np.ndarray:
+    """Positions of the pairs whose digest an earlier one has, ascending."""
+    _, firsts = np.unique(digests, axis=0, return_index=True)
+    return np.setdiff1d(np.arange(len(digests)), firsts)
+
+
+def shared_pairs(one: CacheIdentity, other: CacheIdentity) -> int:
+    """How many pairs of `one` stand in `other` too, token for token; remembered."""
+
+    def count() -> dict[str, Any]:
+        theirs = set(map(bytes, other.digests))
+        return {"shared": sum(bytes(digest) in theirs for digest in one.digests)}
+
+    digests = [identity.remembered["pairs"]["digest"] for identity in (one, other)]
+    return int(remember({"what": "shared pairs", "digests": digests}, count)["shared"])
 
 
 def cache_identities(recipe: Recipe) -> list[CacheIdentity]:

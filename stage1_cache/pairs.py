@@ -10,9 +10,9 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from datasets import (
     Dataset,
@@ -25,7 +25,7 @@ from datasets import (
 )
 
 from errors import DataError
-from stage1_cache.columns import nearest, pair_columns
+from stage1_cache.columns import ColumnUse, nearest, pair_columns
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix (before an optional .gz) to the reader of `datasets`."""
@@ -33,7 +33,20 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 _SPLIT_OF_STEM = re.compile(r"(?P<split>\w+(\.\w+)*?)(-\d+-of-\d+)?")
 
 
-def read_pairs(source: str, split: str, subset: str | None = None, revision: str | None = None) -> Dataset:
+class ReadPairs(NamedTuple):
+    """The pairs of one split, and which of the dataset's columns they are made of."""
+
+    dataset: Dataset
+    columns: ColumnUse
+
+
+def read_pairs(
+    source: str,
+    split: str,
+    subset: str | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
+) -> ReadPairs:
     """
     The pairs of one split: columns chosen, rejected and, unless it is implicit in them, prompt.
 
@@ -41,13 +54,13 @@ def read_pairs(source: str, split: str, subset: str | None = None, revision: str
     such files named by their split, or written by `Dataset.save_to_disk`; or a hub id with `subset` and
     `revision`. `split` may slice and add, as in `datasets`: train[:90%], train+test. Where prompt is text
     and the completions are whole conversations (UltraFeedback), the conversations count and prompt is left
-    out. Raises `DataError`.
+    out. `columns`: our column names to the dataset's, see `pair_columns`. Raises `DataError`.
     """
     path = _local(source, subset, revision)
     dataset = _from_hub(source, split, subset, revision) if path is None else _from_disk(path, split)
     if len(dataset) == 0:
-        raise DataError(f"{source}: split {split!r} has no rows; choose another split or slice")
-    return pair_columns(dataset, source)
+        raise _no_rows(source, split)
+    return ReadPairs(*pair_columns(dataset, source, columns))
 
 
 def data_fingerprint(source: str, split: str, subset: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -106,6 +119,10 @@ def _unknown_split(source: object, name: str, known: Iterable[str]) -> DataError
     return DataError(f"{source}: no split {name!r}{nearest(name, known)}; its splits: {', '.join(known) or 'none'}")
 
 
+def _no_rows(source: object, split: str) -> DataError:
+    return DataError(f"{source}: split {split!r} has no rows; choose another split or slice")
+
+
 def _split_names(split: str) -> list[str]:
     """The splits that a specification like train[:90%]+test reads."""
     return [part.split("[")[0].strip() for part in split.split("+")]
@@ -148,6 +165,8 @@ def _from_disk(path: Path, split: str) -> Dataset:
         for group in files.values():
             for file in group:
                 _diagnose(Path(file), error)
+        if "corresponds to no data" in str(error):
+            raise _no_rows(path, split) from error
         raise DataError(f"{path}, split {split!r}: {_innermost(error)}") from error
 
 
@@ -188,14 +207,16 @@ def _diagnose(file: Path, error: Exception) -> None:
     if _format(file) != "json":
         return
     number = 0
+    holds_rows = False
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
             if ".jsonl" not in file.suffixes:
-                json.load(lines)
-                return
-            for number, line in enumerate(lines, start=1):
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    raise DataError(f"{file}, line {number}: not a JSON object; write one pair per line") from error
+                holds_rows = bool(json.load(lines))
+            else:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip() and not isinstance(json.loads(line), dict):
+                        raise DataError(f"{file}, line {number}: not a JSON object; write one pair per line") from error
+                    holds_rows = holds_rows or bool(line.strip())
     except json.JSONDecodeError as wrong:
         line_number = number or wrong.lineno
         raise DataError(f"{file}, line {line_number}: not JSON ({wrong.msg}, column {wrong.colno})") from error
@@ -203,3 +224,7 @@ def _diagnose(file: Path, error: Exception) -> None:
         raise DataError(f"{file}, line {number}: not UTF-8 ({wrong.reason}); convert the file") from error
     except (EOFError, OSError) as wrong:
         raise DataError(f"{file}, after line {number}: cannot be decompressed ({wrong}); copy it again") from error
+    if not holds_rows:
+        raise DataError(
+            f"{file}: the file holds no pairs, only {f'{number} blank lines' if number else 'an empty list'}"
+        )

@@ -23,16 +23,16 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 from huggingface_hub import snapshot_download
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from errors import DataError, ModelError
+from progress import progress_bar
 from scoring import template_text
-from stage1_cache.columns import is_conversational
+from stage1_cache.columns import ColumnUse, is_conversational
 from stage1_cache.drops import DropReport
 from stage1_cache.texts import extract_prompt, rendered, with_end_token
 
-TOKENISE_RULES = "trl-1.16/1"
+TOKENISE_RULES = "trl-1.16/2"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""
 
 # What decides the ids besides the weights; config.json because its model_type may pick the tokenizer's class.
@@ -76,14 +76,16 @@ def tokenise(
     max_length: int | None,
     *,
     chat_template: str | None = None,
+    columns: ColumnUse | None = None,
     batch_size: int = 256,
 ) -> TokenisedPairs:
     """
     Token ids of the pairs of `read_pairs`, in the dataset's order.
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
-    path of one, in place of the tokenizer's own. Raises `DataError` without a chat template for messages or
-    an end token for text, where the template refuses a row, and where no pair is left.
+    path of one, in place of the tokenizer's own. `columns`: for the report, which of the dataset's were read.
+    Raises `DataError` without a chat template for messages or an end token for text, where the template refuses a
+    row, and where no pair is left.
     """
     if len(dataset) == 0:
         raise DataError("no pairs to tokenise: the dataset has 0 rows; ask for a split that has some")
@@ -93,7 +95,9 @@ def tokenise(
         raise DataError("the tokenizer has no end token (eos_token), with which completions of text must end")
 
     pairs = _Builder(max_length, tokenizer.bos_token_id)
-    with tqdm(total=len(dataset), desc="tokenise", unit=" pairs", disable=None) as progress:
+    if columns is not None:
+        pairs.report.prompt_column, pairs.report.unused_columns = columns.prompt, list(columns.unused)
+    with progress_bar(len(dataset), "pairs", "tokenise") as progress:
         for batch in _batches(dataset, batch_size):
             kept: list[tuple[int, list[str]]] = []
             texts: list[str] = []
@@ -160,7 +164,7 @@ class _Builder:
             return self.report.drop("empty_completion", row)
         if shared == 0 and min(len(chosen), len(rejected)) == 1:
             return self.report.drop("no_scored_token", row)
-        self.report.keep()
+        self.report.keep(shared)
         self.pair_id.append(row)
         for part in (alone[:shared], chosen, rejected):
             self.input_ids.extend(part)
@@ -201,10 +205,24 @@ def _sides(row: dict[str, Any]) -> tuple[tuple[Any, Any, Any], list[str]]:
     if prompt is None:
         shorter = min(len(chosen), len(rejected))
         begins = len(chosen) != len(rejected) and chosen[:shorter] == rejected[:shorter]
-        return extract_prompt(chosen, rejected), ["one_begins_other"] if begins else []
+        sides = extract_prompt(chosen, rejected)
+        notes = ["one_begins_other"] if begins else []
+        return sides, [*notes, *_if_silent(sides)]
     size = len(prompt)
     repeated = size > 0 and chosen[:size] == prompt == rejected[:size]
-    return (prompt, chosen, rejected), ["prompt_repeated"] if repeated else []
+    notes = ["prompt_repeated"] if repeated else []
+    return (prompt, chosen, rejected), [*notes, *_if_silent((prompt, chosen, rejected))]
+
+
+def _if_silent(sides: tuple[Any, Any, Any]) -> list[str]:
+    """The note on a pair whose chosen or rejected says nothing."""
+
+    def says_something(side: Any) -> bool:
+        if isinstance(side, str):
+            return bool(side.strip())
+        return any(value for message in side for name, value in message.items() if name != "role")
+
+    return [] if all(map(says_something, sides[1:])) else ["empty_side"]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str | None:

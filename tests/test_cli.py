@@ -7,13 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import typer.main
+from safetensors import SafetensorError
 from tiny_world import TinyWorld, build_tiny_world
 
 import cli
+from cli_store import counted
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,7 +82,8 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     out, err = fpo(world, "cache", recipe)
     assert "24 of 24 pairs kept" in out
     assert "built       2 shards" in out
-    assert err == ""  # no terminal, no progress bar
+    assert re.search(r"^  prompt      column prompt, \d+\.\d tokens on average\n", out, re.MULTILINE)
+    assert err == f"loading the reference {world.root / 'model'} ...\n"  # no terminal, no progress bar
     out, _ = fpo(world, "cache", recipe, "--json")
     caches = json.loads(out)
     assert [cache["pairs"] for cache in caches] == [24, 8]
@@ -148,6 +152,63 @@ def test_expected_failures_are_one_clear_message_and_usage_errors_exit_with_2(wo
     assert err.startswith("error: no cache in ")
     fpo(world, "cache", expect=2)
     fpo(world, "cach", recipe, expect=2)
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (
+            TypeError("one\ntwo"),
+            "error: this is a bug, or a case that fpo does not know: TypeError: one two; the trace",
+        ),
+        (OSError(28, "No space left on device", "x"), "error: [Errno 28] No space left on device: 'x'; mend that and"),
+        (SafetensorError("I/O error (os error 28)"), "error: I/O error (os error 28); mend that and give the same"),
+    ],
+)
+def test_what_nobody_expected_is_one_line_and_a_file_with_the_traceback(
+    failure: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def fail() -> None:
+        raise failure
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(said)
+    (log,) = tmp_path.iterdir()
+    assert err.endswith(f"the traceback is in {log}\n")
+    assert "raise failure" in log.read_text()
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.endswith("the traceback is shown with FPO_DEBUG=1\n")
+    monkeypatch.setenv("FPO_DEBUG", "1")
+    with pytest.raises(type(failure)):
+        cli.main()
+
+
+def test_version_and_short_help(capsys: pytest.CaptureFixture[str]) -> None:
+    command = typer.main.get_command(cli.app)
+    for arguments, expected in (
+        (["--version"], f"fpo {version('fpo')}\n"),
+        (["-h"], "Usage"),
+        (["store", "-h"], "Usage"),
+        (["store", "gc", "-h"], "Usage"),
+    ):
+        command.main(arguments, standalone_mode=False)
+        assert expected in capsys.readouterr().out
+
+
+def test_what_is_counted_is_singular_where_it_is_one() -> None:
+    assert [counted(number, "shard") for number in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
 
 
 def test_looking_at_a_store_imports_no_torch(world: TinyWorld) -> None:

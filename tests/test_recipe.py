@@ -62,6 +62,13 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
         ("data.max_length=true", "data.max_length: must be a valid integer, not True"),
         ("data=pairs.jsonl", "data: must be a mapping of fields, not 'pairs.jsonl'"),
         ("reference.model", "--set reference.model: write it as section.field=value"),
+        ("data.columns={question: prompt}", "our name comes first, write {prompt: question}"),
+        (
+            "data.columns.promt=question",
+            "promt is no column of ours; our name comes first, write one of prompt, chosen",
+        ),
+        ("data.columns={prompt: a, chosen: a}", "data.columns: a is given for two columns"),
+        ("data.columns=[question]", "data.columns: must be a mapping of fields, not ['question']"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest_valid_value(tmp_path: Path, override: str, message: str) -> None:
@@ -90,6 +97,22 @@ def test_yaml_errors_name_line_and_column(tmp_path: Path) -> None:
         load_recipe(written(tmp_path, "reference: {model: a, model: b}"))
     with pytest.raises(RecipeError, match="a recipe is a mapping of sections, this is a list"):
         load_recipe(written(tmp_path, "- a"))
+    with pytest.raises(RecipeError, match="line 3, column 1: `data` is given twice"):
+        load_recipe(written(tmp_path, "data: {source: a}\nreference: {model: b}\ndata: {source: c}"))
+    with pytest.raises(RecipeError, match=r"line 2: the character '.*' is not allowed"):
+        load_recipe(written(tmp_path, "data:\n  source: \x07"))
+
+
+def test_a_file_that_is_no_recipe_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    for empty in ("", "# nothing yet\n", "null"):
+        with pytest.raises(RecipeError, match="the recipe is empty; it needs reference and data at least"):
+            load_recipe(written(tmp_path, empty))
+    with pytest.raises(RecipeError, match="a recipe is a mapping of sections, this is plain text"):
+        load_recipe(written(tmp_path, "hello"))
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"# a\n# caf\xe9\nreference: {}\n")
+    with pytest.raises(RecipeError, match=r"latin\.yaml: line 2: not UTF-8"):
+        load_recipe(path)
 
 
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -275,6 +276,35 @@ def test_a_changed_data_file_with_its_old_mtime_is_read_anew(tmp_path: Path) -> 
     after = cache_identities(world.recipe())[0]
     assert after.key_recipe["pairs"] != before
     assert len(after.tokens) == 3
+
+
+def test_another_column_for_the_prompt_makes_other_tokens_and_is_asked_anew(world: TinyWorld, tmp_path: Path) -> None:
+    """The key holds tokens, not names: the same prompts under another name give the same key."""
+    rows = [json.loads(line) for line in (world.root / "pairs" / "train.jsonl").read_text().splitlines()]
+    renamed = [{"question": row["prompt"], **row, "prompt": "w1 w2"} for row in rows]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+
+    def key(**data: object) -> str:
+        return cache_key(cache_identities(world.recipe(data=data))[0].key_recipe)
+
+    plain = key()
+    here = {"source": str(tmp_path), "eval_split": None}
+    assert key(**here) != plain
+    assert key(**here, columns={"prompt": "question"}) == plain
+    assert key(**here) != plain
+
+
+def test_repeated_and_shared_pairs_are_counted(world: TinyWorld, tmp_path: Path) -> None:
+    """Held out are the first two training pairs twice and one of its own: four of five stand in training too."""
+    train = (world.root / "pairs" / "train.jsonl").read_text().splitlines()
+    own = (world.root / "pairs" / "test.jsonl").read_text().splitlines()[0]
+    (tmp_path / "train.jsonl").write_text("\n".join(train))
+    (tmp_path / "test.jsonl").write_text("\n".join([*train[:2], *train[:2], own]))
+    for _ in ("built", "found"):
+        held_in, held_out = build_caches(world.recipe(data={"source": str(tmp_path)}), tmp_path / "store")
+        assert held_in.drops.noted == {}
+        assert held_out.drops.noted["repeated"].rows == [2, 3]
+        assert (held_in.trained_on, held_out.trained_on) == (0, 4)
 
 
 def test_tokens_that_the_reference_does_not_know_are_refused(world: TinyWorld, tmp_path: Path) -> None:

@@ -64,13 +64,13 @@ def test_every_file_format_reads_the_same_pairs(tmp_path, suffix):
             rows.to_parquet(path)
         case ".csv":
             rows.to_csv(path)
-    assert read_pairs(str(path), "train").to_list() == texts(3)
+    assert read_pairs(str(path), "train").dataset.to_list() == texts(3)
 
 
 def test_a_split_may_be_sliced(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(lines(*texts(10)))
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[:90%]").to_list() == texts(9)
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[8:]").to_list() == texts(10)[8:]
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[:90%]").dataset.to_list() == texts(9)
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[8:]").dataset.to_list() == texts(10)[8:]
 
 
 def test_the_files_of_a_folder_are_its_splits(tmp_path):
@@ -79,22 +79,24 @@ def test_the_files_of_a_folder_are_its_splits(tmp_path):
     (tmp_path / "test_prefs-00001-of-00002.jsonl").write_text(lines(*texts(2)))
     (tmp_path / "train_prefs-old.jsonl").write_text(lines(*texts(9)))  # the name of no split
     (tmp_path / "README.md").write_text("not data")
-    assert len(read_pairs(str(tmp_path), "train_prefs[:50%]")) == 2
-    assert len(read_pairs(str(tmp_path), "test_prefs")) == 3
-    assert len(read_pairs(str(tmp_path), "train_prefs+test_prefs")) == 7
+    assert len(read_pairs(str(tmp_path), "train_prefs[:50%]").dataset) == 2
+    assert len(read_pairs(str(tmp_path), "test_prefs").dataset) == 3
+    assert len(read_pairs(str(tmp_path), "train_prefs+test_prefs").dataset) == 7
     assert refusal(tmp_path, "tran_prefs") == (
         f"{tmp_path}: no split 'tran_prefs' (did you mean 'train_prefs'?); its splits: test_prefs, train_prefs"
     )
+    (tmp_path / "latin.jsonl").write_text(lines(*texts(1)))
+    assert "no split 'train'; its splits: latin" in refusal(tmp_path, "train")
 
 
 @pytest.mark.parametrize("single", [True, False])
 def test_a_folder_of_save_to_disk_reads_with_slices(tmp_path, single):
     rows = Dataset.from_list(texts(10))
     (rows if single else DatasetDict(train=rows, test=rows.select(range(2)))).save_to_disk(tmp_path / "saved")
-    assert read_pairs(str(tmp_path / "saved"), "train[:30%]").to_list() == texts(3)
+    assert read_pairs(str(tmp_path / "saved"), "train[:30%]").dataset.to_list() == texts(3)
     assert "no split 'dev'" in refusal(tmp_path / "saved", "dev")
     if not single:
-        assert len(read_pairs(str(tmp_path / "saved"), "train+test")) == 12
+        assert len(read_pairs(str(tmp_path / "saved"), "train+test").dataset) == 12
 
 
 def test_columns_that_pairs_do_not_have_are_left_out_and_tools_pass(tmp_path):
@@ -105,14 +107,14 @@ def test_columns_that_pairs_do_not_have_are_left_out_and_tools_pass(tmp_path):
     }
     extras = {"tools": "[]", "chat_template_kwargs": {"enable_thinking": False}}
     (tmp_path / "pairs.jsonl").write_text(lines({**row, **extras, "score_chosen": 1.0, "messages": []}))
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").to_list() == [{**row, **extras}]
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").dataset.to_list() == [{**row, **extras}]
 
 
 def test_ultrafeedback_takes_the_prompt_from_the_conversations(tmp_path):
     sides = {side: [turn("user", "p"), turn("assistant", side)] for side in ("chosen", "rejected")}
     row = {"prompt": "p", "prompt_id": "0", **sides, "messages": sides["chosen"], "score_chosen": 8.0}
     (tmp_path / "train_prefs.jsonl").write_text(lines(row))
-    assert read_pairs(str(tmp_path), "train_prefs").to_list() == [sides]
+    assert read_pairs(str(tmp_path), "train_prefs").dataset.to_list() == [sides]
 
 
 def test_a_text_prompt_beside_answers_in_messages_is_refused(tmp_path):
@@ -126,8 +128,98 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path):
     assert "prompt, choosen, rejected" in message
 
 
-def test_a_column_that_looks_like_the_prompt_is_not_taken_for_an_implicit_one(tmp_path):
-    assert "'promt' looks like the prompt" in refused_rows(tmp_path, {"promt": "p", "chosen": "a", "rejected": "b"})
+def prompted(**columns: Any) -> list[dict[str, Any]]:
+    """Three rows of text with these columns; {n} in a text is the row's number."""
+    shown = [{name: v.format(n=n) if isinstance(v, str) else v for name, v in columns.items()} for n in range(3)]
+    return [{**row, "chosen": f"a{n}", "rejected": f"b{n}"} for n, row in enumerate(shown)]
+
+
+@pytest.mark.parametrize(
+    ("row", "lost", "advice"),
+    [
+        ({"promt": "p"}, "'promt'", "{prompt: promt}"),
+        ({"question": "Why{n}?"}, "'question'", "{prompt: question}"),
+        ({"system": "Be kind.", "question": "Why {n}?"}, "'system', 'question'", "{prompt: question}"),
+        ({"instruction": "Add.", "input": "1 and {n}"}, "'instruction', 'input'", "{prompt: instruction}"),
+        ({"frage": "Warum ist {n} so?", "id": "a{n}"}, "'frage'", "{prompt: frage}"),
+        ({"wenti": "\u4e3a\u4ec0\u4e48{n}"}, "'wenti'", "{prompt: wenti}"),
+        ({"turns": [turn("user", "Why?")]}, "'turns'", "{prompt: turns}"),
+    ],
+)
+def test_a_prompt_under_another_name_is_never_silently_lost(tmp_path, row, lost, advice):
+    message = refused_rows(tmp_path, *prompted(**row))
+    assert f"does not hold the text of {lost}, which would be lost" in message
+    assert f"write data.columns: {advice} to name the prompt, or {{prompt: null}}" in message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"source": "helpful base", "id": "a{n}", "prompt_id": "0f{n}", "score": 0.5, "label": "good one"},
+        {"model": "some model", "timestamp": "2024-01-01 10:00:0{n}", "url": "https://a.b/{n}", "turns": 3},
+        {"question": "", "system": None},
+    ],
+)
+def test_columns_that_can_be_no_prompt_stop_nobody(tmp_path, row):
+    (tmp_path / "pairs.jsonl").write_text(lines(*prompted(**row)))
+    dataset, columns = read_pairs(str(tmp_path / "pairs.jsonl"), "train")
+    assert dataset.column_names == ["chosen", "rejected"]
+    assert columns.prompt is None
+    assert set(columns.unused) == set(row)
+
+
+def test_a_question_that_both_sides_repeat_is_not_lost(tmp_path):
+    rows = [{"question": f"Why {n}?", "chosen": f"Why {n}? So.", "rejected": f"Why {n}? No."} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text(lines(*rows))
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").columns == (None, ("question",))
+
+
+def test_columns_are_mapped_to_ours_and_null_leaves_one_out(tmp_path):
+    rows = prompted(system="Be kind.", question="Why {n}?", source="x")
+    (tmp_path / "pairs.jsonl").write_text(lines(*rows))
+
+    def read(columns):
+        return read_pairs(str(tmp_path / "pairs.jsonl"), "train", columns=columns)
+
+    with pytest.raises(DataError) as caught:
+        read({"prompt": "question"})
+    assert "the prompt does not hold the text of column 'system', which would be lost" in str(caught.value)
+    assert "leave it out with data.columns: {prompt: question, system: null}" in str(caught.value)
+    mapped = read({"prompt": "question", "system": None})
+    assert mapped.dataset[1] == {"prompt": "Why 1?", "chosen": "a1", "rejected": "b1"}
+    assert mapped.columns == ("question", ("system", "source"))
+    assert read({"prompt": None, "system": None}).dataset.column_names == ["chosen", "rejected"]
+    swapped = read({"prompt": "question", "system": None, "chosen": "rejected", "rejected": "chosen"})
+    assert swapped.dataset[1] == {"prompt": "Why 1?", "chosen": "b1", "rejected": "a1"}
+    with pytest.raises(DataError, match=r"no column 'questoin' \(did you mean 'question'\?\); its columns are system"):
+        read({"prompt": "questoin"})
+    with pytest.raises(DataError, match=r"\{sytem: null\}: no column 'sytem' \(did you mean 'system'\?\)"):
+        read({"prompt": "question", "sytem": None})
+
+
+def test_a_system_column_beside_messages_is_lost_only_where_they_lack_it(tmp_path):
+    def row(*opening):
+        return {side: [*opening, turn("user", "p"), turn("assistant", side)] for side in ("chosen", "rejected")}
+
+    held = {**row(turn("system", "Be kind.")), "system": "Be kind.", "rationale": "Because it is kinder."}
+    (tmp_path / "pairs.jsonl").write_text(lines(held))
+    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").columns == (None, ("system", "rationale"))
+    assert "the text of column 'system'" in refused_rows(tmp_path, {**row(), "system": "Be kind."})
+
+
+def test_answers_in_messages_without_a_prompt_are_refused_where_another_column_asks(tmp_path):
+    answers = {side: [turn("assistant", side)] for side in ("chosen", "rejected")}
+    assert "data.columns: {prompt: question}" in refused_rows(tmp_path, {**answers, "question": "Why?"})
+
+
+def test_a_missing_column_may_be_named_in_the_recipe(tmp_path):
+    message = refused_rows(tmp_path, {"prompt": "p", "response_a": "a", "response_b": "b"})
+    assert "no column 'chosen'; its columns are prompt, response_a, response_b; name yours in the recipe" in message
+
+
+def test_rows_nested_in_one_object_are_named(tmp_path):
+    (tmp_path / "pairs.json").write_text(json.dumps({"data": texts(3)}))
+    assert "its rows stand inside 'data': write them at the top" in refusal(tmp_path / "pairs.json")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +239,11 @@ def test_a_bad_row_far_down_has_its_own_number(tmp_path):
     assert "row 5000, column 'rejected': missing or null" in refused_rows(tmp_path, *rows)
 
 
-def test_numbers_in_every_row_are_refused(tmp_path):
-    assert "row 0, column 'chosen': 3" in refused_rows(tmp_path, {**TEXT, "chosen": 3})
+def test_what_is_neither_text_nor_messages_is_refused_as_what_it_is(tmp_path):
+    message = refused_rows(tmp_path, {**TEXT, "chosen": 3})
+    assert "row 0, column 'chosen': the value 3, not text; write it in quotes" in message
+    message = refused_rows(tmp_path, {**TEXT, "chosen": {"from": "gpt", "value": "a"}})
+    assert "row 0, column 'chosen': an object (from, value), not text or a list of messages" in message
 
 
 @pytest.mark.parametrize(
@@ -173,7 +268,7 @@ def test_a_message_of_tool_calls_needs_no_content(tmp_path):
     }
     row = {"prompt": [turn("user", "p")], "chosen": [call], "rejected": [turn("assistant", "b")]}
     (tmp_path / "pairs.jsonl").write_text(lines(row))
-    assert len(read_pairs(str(tmp_path / "pairs.jsonl"), "train")) == 1
+    assert len(read_pairs(str(tmp_path / "pairs.jsonl"), "train").dataset) == 1
 
 
 def test_images_are_refused(tmp_path):
@@ -202,7 +297,11 @@ def test_empty_files_and_empty_slices_are_refused(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("")
     assert "the file is empty" in refusal(tmp_path / "pairs.jsonl")
     (tmp_path / "pairs.jsonl").write_text(lines(TEXT))
-    assert "corresponds to no data" in refusal(tmp_path / "pairs.jsonl", "train[:0]")
+    assert "split 'train[:0]' has no rows" in refusal(tmp_path / "pairs.jsonl", "train[:0]")
+    (tmp_path / "blank.jsonl").write_text("\n\n\n")
+    assert "the file holds no pairs, only 3 blank lines" in refusal(tmp_path / "blank.jsonl")
+    (tmp_path / "blank.json").write_text("[]")
+    assert "the file holds no pairs, only an empty list" in refusal(tmp_path / "blank.json")
 
 
 def test_a_file_that_is_not_there_names_the_nearest(tmp_path):
@@ -235,7 +334,7 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch):
         raise ValueError("Unknown split \"dev\".\nShould be one of ['train'].")
 
     monkeypatch.setattr(pairs, "load_dataset", load)
-    assert len(read_pairs("someone/pairs", "train", "small", "v1")) == 1
+    assert len(read_pairs("someone/pairs", "train", "small", "v1").dataset) == 1
     assert asked == [(("someone/pairs", "small"), {"split": "train", "revision": "v1"})]
     with pytest.raises(DataError, match=r"^hub dataset 'someone/pairs': Unknown split \"dev\". Should be one of"):
         read_pairs("someone/pairs", "dev")
@@ -276,4 +375,4 @@ def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):
 def test_real_files_are_read_whole(name, count):
     if not (REAL / name).exists():
         pytest.skip(f"{name} is absent")
-    assert len(read_pairs(str(REAL / name), "train")) == count
+    assert len(read_pairs(str(REAL / name), "train").dataset) == count

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from errors import DataError, ModelError
 from scoring import template_text
-from stage1_cache.drops import EXAMPLES
+from stage1_cache.columns import ColumnUse
+from stage1_cache.drops import EXAMPLES, DropReport
 from stage1_cache.pairs import read_pairs
 from stage1_cache.texts import extract_prompt
 from stage1_cache.tokenise import TokenisedPairs, tokenise, tokenizer_identity
@@ -175,6 +176,24 @@ def test_identical_and_repeated_and_doubled_are_counted_and_kept():
     assert found == {"identical": [0], "prompt_repeated": [1], "bos_doubled": [2]}
 
 
+def test_a_side_that_says_nothing_is_noted():
+    pairs = tokenise(Dataset.from_list([text("c", "", "b"), text("c", "a", " "), text("c", "a", "b")]), letters(), None)
+    assert pairs.drops.noted["empty_side"].rows == [0, 1]
+    rows = [messages(["c"], [""], ["a"]), messages(["c"], ["a"], ["b"])]
+    pairs = tokenise(Dataset.from_list(rows), letters(), None, chat_template=CHAT)
+    assert pairs.drops.noted["empty_side"].rows == [0]
+
+
+def test_the_report_says_where_the_prompts_come_from():
+    """<s> c and <s> c c are 5 tokens in two prompts."""
+    rows = Dataset.from_list([text("c", "a", "b"), text("cc", "a", "b")])
+    report = tokenise(rows, letters(), None, columns=ColumnUse("question", ("id", "source"))).drops
+    assert report.prompt_line() == "column question, 2.5 tokens on average; columns not used: id, source"
+    assert DropReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+    report = tokenise(rows.remove_columns("prompt"), letters(), None, columns=ColumnUse(None, ())).drops
+    assert report.prompt_line() == "implicit (what chosen and rejected share), 1.0 tokens on average"
+
+
 def test_the_report_counts_all_rows_and_shows_the_first_few():
     rows = [text("c" * 9, "a", "b")] * 7 + [text("c", "a", "b")]
     report = tokenise(Dataset.from_list(rows), letters(), max_length=5, batch_size=3).drops
@@ -263,7 +282,7 @@ def test_the_identity_needs_tokenizer_files(tmp_path):
 def real(name: str) -> Dataset:
     if not (PAIRS / name).exists():
         pytest.skip(f"{name} is absent")
-    return read_pairs(str(PAIRS / name), "train")
+    return read_pairs(str(PAIRS / name), "train").dataset
 
 
 def test_real_transcripts_with_empty_answers_are_kept_and_counted():
