@@ -36,7 +36,16 @@ from safetensors.numpy import load_file, save_file
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stage2_align.stream import PairStream  # noqa: E402
-from store import CacheWriter, Features, Pairs, open_cache, pair_digests, pairs_digest, plan_shards  # noqa: E402
+from store import (  # noqa: E402
+    CacheWriter,
+    Features,
+    Pairs,
+    open_cache,
+    pair_digests,
+    pairs_digest,
+    plan_shards,
+    shard_digest,
+)
 
 VOCAB, D_SAE, TOP_K = 128_000, 65_536, 64
 BATCH = 32
@@ -163,7 +172,7 @@ class Store(Format):
             "format": 1,
             "scorer": {"vocab_size": VOCAB, "features": [{"d_sae": D_SAE, "top_k": TOP_K}]},
             "pairs": {
-                "digest": pairs_digest(self.pairs.pair_digest),
+                "digest": pairs_digest(shard_digest(ids, self.pairs.pair_digest[ids]) for ids in self.plan),
                 "n_pairs": len(self.pairs),
                 "seed": 0,
                 "shard_pairs": [len(ids) for ids in self.plan],

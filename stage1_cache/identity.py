@@ -30,6 +30,7 @@ from store import (
     pairs_digest,
     plan_shards,
     remember,
+    shard_digest,
     weights_digest,
 )
 
@@ -102,7 +103,7 @@ class CacheIdentity:
         data, options = self.recipe.data, self.recipe.cache
         name, revision = tokenizer_source(self.recipe)
         facts = {
-            "what": "tokenised pairs",
+            "what": "tokenised pairs, digest by shard",
             "format": FORMAT_VERSION,
             "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
             "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
@@ -171,12 +172,13 @@ class CacheIdentity:
     def _pairs_and_drops(self) -> dict[str, Any]:
         for repeat in _repeats(self.digests):
             self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
+        plan = self.plan()
         return {
             "pairs": {
-                "digest": pairs_digest(self.digests),
+                "digest": pairs_digest(shard_digest(self.tokens.pair_id[rows], self.digests[rows]) for rows in plan),
                 "n_pairs": len(self.tokens),
                 "seed": self.recipe.cache.seed,
-                "shard_pairs": [len(rows) for rows in self.plan()],
+                "shard_pairs": [len(rows) for rows in plan],
             },
             "drops": self.tokens.drops.as_dict(),
         }

@@ -17,7 +17,7 @@ from store.cache import Cache, open_cache
 from store.collect import Collection, Garbage, gc
 from store.difference import Difference, DiffReport, Nearest, diff, differences, nearest
 from store.export import ExportReport, export_trl
-from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest
+from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest, shard_digest
 from store.local import Store, Summary, default_store
 from store.manage import Removed, Tagged, rm, tag, untag
 from store.manifest import Manifest, ShardEntry
@@ -81,6 +81,7 @@ __all__ = [
     "remember",
     "rm",
     "scored_lengths",
+    "shard_digest",
     "tag",
     "untag",
     "verify",

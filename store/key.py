@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from store.pairs import U8, U32, U64, lengths_of
 
@@ -52,9 +54,23 @@ def pair_digests(input_ids: U32, splits: U64) -> U8:
     return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
 
 
-def pairs_digest(digests: U8) -> str:
-    """(P, 16) digests in dataset order -> the digest of the whole sequence, 64 hex digits."""
-    return hashlib.sha256(digests.tobytes()).hexdigest()
+def shard_digest(pair_id: NDArray[np.integer[Any]], digests: U8) -> str:
+    """
+    What a shard holds, in its order: (P,) ids and (P, 16) digests of its pairs -> 64 hex digits.
+
+    sha256 over the ids (uint64, little-endian), then the digests: who the pairs are, their tokens, and which of
+    the two completions is the chosen one.
+    """
+    return hashlib.sha256(pair_id.astype("<u8").tobytes() + digests.tobytes()).hexdigest()
+
+
+def pairs_digest(shards: Iterable[str]) -> str:
+    """
+    The digests of all shards in their order -> the digest of a cache's pairs, 64 hex digits: sha256 over their bytes.
+
+    It is part of the key, so the key says of every shard what it holds; no score is needed to know it.
+    """
+    return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in shards)).hexdigest()
 
 
 def checked_json(body: dict[str, Any]) -> bytes:

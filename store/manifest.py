@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from errors import CacheDamaged, CacheError
 from store.files import printable, sha256_hex
 from store.invariants import Bounds
-from store.key import FORMAT_VERSION, canonical_json, checked_json, parse_checked_json
+from store.key import FORMAT_VERSION, canonical_json, checked_json, pairs_digest, parse_checked_json
 
 RECIPE = "recipe.json"
 MANIFEST = "manifest.json"
@@ -65,6 +65,8 @@ class ShardEntry(_Closed):
     sha256: Sha256
     n_pairs: Count
     n_tokens: Count
+    pairs_digest: Sha256
+    """What it holds, see `shard_digest`: those of all shards together are the recipe's `pairs.digest`."""
 
 
 class Record(ShardEntry):
@@ -199,6 +201,12 @@ def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Man
         raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...; {REPAIR}")
     if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
         raise CacheDamaged(f"{where} lists other shards than {RECIPE}'s pairs.shard_pairs; {REPAIR}")
+    found = pairs_digest(entry.pairs_digest for entry in manifest.shards)
+    if found != facts.pairs.digest:
+        raise CacheDamaged(
+            f"{where} lists other pairs than the key stands for: they have the digest {found[:12]}..., "
+            f"{RECIPE} says {facts.pairs.digest[:12]}...; {REPAIR}"
+        )
     return manifest
 
 

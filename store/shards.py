@@ -10,6 +10,7 @@ from errors import CacheDamaged, CacheMissing
 from store.files import sha256_hex
 from store.format import MAX_FILE_BYTES, decode_shard
 from store.invariants import Bounds, Invalid
+from store.key import shard_digest
 from store.manifest import REPAIR, ShardEntry, shard_name
 from store.objects import Objects, RemoteObjects
 from store.pairs import Pairs
@@ -35,6 +36,11 @@ def load_shard(folder: Objects, key: str, entry: ShardEntry, bounds: Bounds) -> 
         raise CacheDamaged(
             f"{where} has {actual.n_pairs} pairs and {actual.n_tokens} tokens, "
             f"the manifest says {entry.n_pairs} and {entry.n_tokens}; {REPAIR}"
+        )
+    if actual.pairs_digest != entry.pairs_digest:
+        raise CacheDamaged(
+            f"{where} holds other pairs than the key stands for: they have the digest {actual.pairs_digest[:12]}..., "
+            f"the manifest says {entry.pairs_digest[:12]}...; {REPAIR}"
         )
     return found
 
@@ -84,4 +90,16 @@ def check_shard(
         pairs = decode_shard(data, key, sid, bounds)
     except Invalid as error:
         raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR}") from None
-    return pairs, ShardEntry(shard=sid, size=len(data), sha256=digest, n_pairs=len(pairs), n_tokens=pairs.n_tokens)
+    return pairs, entry_of(sid, data, pairs)
+
+
+def entry_of(sid: int, data: bytes, pairs: Pairs) -> ShardEntry:
+    """What manifest and record say about shard `sid` of these bytes, which hold these pairs."""
+    return ShardEntry(
+        shard=sid,
+        size=len(data),
+        sha256=sha256_hex(data),
+        n_pairs=len(pairs),
+        n_tokens=pairs.n_tokens,
+        pairs_digest=shard_digest(pairs.pair_id, pairs.pair_digest),
+    )

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from store.files import sha256_hex
 from store.format import MAX_FILE_BYTES, encode_shard
 from store.invariants import Invalid
 from store.key import cache_key, pairs_digest
@@ -41,7 +40,7 @@ from store.manifest import (
     shard_name,
 )
 from store.pairs import Pairs
-from store.shards import check_shard, load_shard
+from store.shards import check_shard, entry_of, load_shard
 
 ADOPTED: dict[str, Any] = {"adopted": True}
 """Provenance of a shard that was found without a record."""
@@ -93,9 +92,7 @@ class CacheWriter:
             data = encode_shard(pairs, self.key, sid, self.facts.bounds)
         except Invalid as error:
             raise CacheError(f"shard {sid} is not written to {self.folder.root}: {error}") from None
-        entry = ShardEntry(
-            shard=sid, size=len(data), sha256=sha256_hex(data), n_pairs=len(pairs), n_tokens=pairs.n_tokens
-        )
+        entry = entry_of(sid, data, pairs)
         while not self.folder.create(shard_name(sid), data):
             standing = self._standing_shard(sid)
             if standing is not None:
@@ -137,14 +134,9 @@ class CacheWriter:
         return theirs
 
     def _check_shards(self, entries: Sequence[ShardEntry]) -> None:
-        digests = np.empty((self.facts.pairs.n_pairs, 16), dtype=np.uint8)
-        ids = np.concatenate([*self.plan, np.empty(0, np.uint64)])
-        start = 0
         for entry in entries:
-            pairs = self._load(entry)
-            digests[start : start + len(pairs)] = pairs.pair_digest
-            start += len(pairs)
-        found = pairs_digest(digests[np.argsort(ids)])
+            self._load(entry)
+        found = pairs_digest(entry.pairs_digest for entry in entries)
         if found != self.facts.pairs.digest:
             raise CacheConflict(
                 f"the pairs written to {self.folder.root} have the digest {found[:12]}..., "

@@ -18,6 +18,7 @@ from store import (
     pair_digests,
     pairs_digest,
     scored_lengths,
+    shard_digest,
 )
 from store.manifest import recipe_facts
 from store.pairs import starts_of
@@ -85,12 +86,17 @@ def make_recipe(
         "format": 1,
         "scorer": {"vocab_size": VOCAB, "features": features, "extras": {"top_logits": top_logits}},
         "pairs": {
-            "digest": pairs_digest(pairs.pair_digest),
+            "digest": pairs_digest(shard_digest(ids, pairs.pair_digest[rows_of(pairs, ids)]) for ids in plan),
             "n_pairs": len(pairs),
             "seed": 7,
             "shard_pairs": [len(ids) for ids in plan],
         },
     }
+
+
+def rows_of(pairs: Pairs, ids: np.ndarray) -> np.ndarray:
+    """Where the pairs with these ids stand."""
+    return np.argsort(pairs.pair_id)[np.searchsorted(np.sort(pairs.pair_id), ids)]
 
 
 LENGTHS = [(2, 3, 1), (0, 1, 2), (4, 2, 2), (1, 1, 1), (3, 5, 4)]

@@ -24,7 +24,7 @@ def members_of(data: bytes) -> dict[str, bytes]:
     return {name: bytes(member) for name, member in unpack(data).items()}
 
 
-def forge(cache: Path, data: bytes, sid: int = 0, **claims: int) -> None:
+def forge(cache: Path, data: bytes, sid: int = 0, **claims: Any) -> None:
     """Shard `sid` gets these bytes; its record and the manifest say so, and what else is claimed."""
     shard_file(cache, sid).write_bytes(data)
     claims |= {"size": len(data)}

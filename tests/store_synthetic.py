@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from store import CacheWriter, Features, Pairs, pair_digests, pairs_digest
+from store import CacheWriter, Features, Pairs, pair_digests, pairs_digest, shard_digest
 
 D_SAE, TOP_K, VOCAB = 1024, 4, 5000
 SHARD_PAIRS = 2048
@@ -46,12 +46,12 @@ def cheap_pairs(ids: np.ndarray, seed: int) -> Pairs:
 def write_cheap_cache(folder: Path, n_pairs: int) -> str:
     """A sealed cache of so many pairs; its key."""
     plan = np.split(np.arange(n_pairs), range(SHARD_PAIRS, n_pairs, SHARD_PAIRS))
-    digests = [cheap_pairs(ids, sid).pair_digest for sid, ids in enumerate(plan)]
+    digests = [shard_digest(ids, cheap_pairs(ids, sid).pair_digest) for sid, ids in enumerate(plan)]
     recipe = {
         "format": 1,
         "scorer": {"vocab_size": VOCAB, "features": [{"d_sae": D_SAE, "top_k": TOP_K}]},
         "pairs": {
-            "digest": pairs_digest(np.concatenate(digests)),
+            "digest": pairs_digest(digests),
             "n_pairs": n_pairs,
             "seed": 0,
             "shard_pairs": [len(ids) for ids in plan],

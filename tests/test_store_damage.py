@@ -1,14 +1,29 @@
+import dataclasses
 import json
 import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 from store_cases import LENGTHS, PLAN, World, make_pairs, make_recipe, tree
+from store_forgery import forge
 
 from errors import CacheDamaged, CacheError, CacheMissing
-from store import CacheWriter, Store, canonical_json, default_store, open_cache, verify
+from store import (
+    CacheWriter,
+    Store,
+    canonical_json,
+    default_store,
+    export_trl,
+    open_cache,
+    pair_digests,
+    shard_digest,
+    verify,
+)
+from store.format import encode_shard
 from store.key import checked_json, parse_checked_json
+from store.pairs import gather
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +147,52 @@ def test_a_valid_shard_of_another_cache_is_refused_even_under_a_forged_manifest(
     ):
         train_from(cache)
     assert "records/000000.json does not say what manifest.json says" in problems(cache)
+
+
+def with_swapped_labels(world):
+    """Shard 1 says that the rejected completions are the chosen ones; all else about it is in order."""
+    shard = world.shard(1)
+    rejected_first = gather(shard.splits, (3 * np.arange(len(shard))[:, None] + [0, 2, 1]).ravel())
+    ids, splits = shard.input_ids[rejected_first[0]], rejected_first[1]
+    lengths = shard.lengths[:, [0, 2, 1]]
+    made = make_pairs(lengths, ids=shard.pair_id, seed=1)
+    return dataclasses.replace(made, input_ids=ids, splits=splits, pair_digest=pair_digests(ids, splits))
+
+
+@pytest.mark.parametrize("forged", ["shard", "ids", "shard and manifest", "ids and manifest"])
+def test_a_cache_of_your_key_with_other_pairs_is_refused_by_every_reader(cache, pristine, tmp_path, forged):
+    """The key fixes tokens, labels and ids: a stranger can put other numbers under it, but no other pairs."""
+    shard = pristine.shard(1)
+    if "ids" in forged:
+        pairs = dataclasses.replace(shard, pair_id=shard.pair_id + np.uint64(7))
+    else:
+        pairs = with_swapped_labels(pristine)
+    data = encode_shard(pairs, cache.name, 1, pristine.bounds)
+    claims = {"pairs_digest": shard_digest(pairs.pair_id, pairs.pair_digest)} if "manifest" in forged else {}
+    forge(cache, data, 1, **claims)
+    assert "other pairs than the key stands for" in problems(cache)
+    if "manifest" in forged:
+        with pytest.raises(CacheDamaged, match=r"manifest\.json lists other pairs than the key stands for"):
+            open_cache(cache.parent, cache.name)
+        return
+    readers = [
+        lambda: train_from(cache),
+        lambda: export_trl(open_cache(cache.parent, cache.name), tmp_path / "exported"),
+    ]
+    for read in readers:
+        with pytest.raises(CacheDamaged, match=r"000001\.zarr\.zip holds other pairs than the key stands for"):
+            read()
+
+
+def test_a_manifest_that_does_not_say_which_pairs_its_shards_hold_is_refused(cache):
+    """As they were written before the key said it."""
+    body = parse_checked_json((cache / "manifest.json").read_bytes())
+    for entry in body["shards"]:
+        del entry["pairs_digest"]
+    (cache / "manifest.json").write_bytes(checked_json(body))
+    with pytest.raises(CacheDamaged, match=r"shards\.0\.pairs_digest: Field required; .*fpo cache") as caught:
+        open_cache(cache.parent, cache.name)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["shards/000003.zarr.zip", "shards/x", "records/000003.json", "evil.sh"])

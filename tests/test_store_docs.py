@@ -19,6 +19,7 @@ from store import (
     pair_digests,
     pairs_digest,
     plan_shards,
+    shard_digest,
 )
 from store.archive import unpack
 
@@ -49,6 +50,7 @@ def example():
 @pytest.fixture(scope="module")
 def written(example, tmp_path_factory):
     plan = plan_shards(example.lengths, np.array([16, 16]), seed=0)
+    digests = [shard_digest(ids, example.pair_digest[ids]) for ids in plan]
     recipe = {
         "format": 1,
         "scorer": {
@@ -56,7 +58,7 @@ def written(example, tmp_path_factory):
             "features": [{"d_sae": 8, "top_k": 2, "hookpoint": "model.layers.3"}],
             "extras": {"top_logits": 0},
         },
-        "pairs": {"digest": pairs_digest(example.pair_digest), "n_pairs": 2, "seed": 0, "shard_pairs": [2]},
+        "pairs": {"digest": pairs_digest(digests), "n_pairs": 2, "seed": 0, "shard_pairs": [2]},
     }
     assert canonical_json(recipe).decode() in PAGE
     writer = CacheWriter(Store(tmp_path_factory.mktemp("docs")), recipe, plan)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import make_pairs, ragged_lengths, same
 
-from store import Pairs, pair_digests, pairs_digest
+from store import Pairs, pair_digests, pairs_digest, shard_digest
 
 
 def test_first_token_after_an_empty_prompt_is_not_scored():
@@ -69,7 +69,9 @@ def test_pair_digest_is_sha256_over_lengths_and_ids():
     second = hashlib.sha256(struct.pack("<3Q2I", 0, 1, 1, 1, 2)).digest()[:16]
     digests = pair_digests(ids, splits)
     assert [bytes(row) for row in digests] == [first, second]
-    assert pairs_digest(digests) == hashlib.sha256(first + second).hexdigest()
+    shard = hashlib.sha256(struct.pack("<2Q", 12, 7) + first + second).hexdigest()
+    assert shard_digest(np.array([12, 7], np.uint64), digests) == shard
+    assert pairs_digest([shard, shard]) == hashlib.sha256(2 * bytes.fromhex(shard)).hexdigest()
 
 
 def test_where_the_prompt_ends_is_part_of_the_digest():

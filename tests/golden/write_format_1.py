@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from store import CacheWriter, Features, Pairs, Store, TopLogits, open_cache, pair_digests, pairs_digest
+from store import (
+    CacheWriter,
+    Features,
+    Pairs,
+    Store,
+    TopLogits,
+    open_cache,
+    pair_digests,
+    pairs_digest,
+    shard_digest,
+)
 
 VOCAB = 2**17
 D_SAE = (2**14, 6)
@@ -111,7 +121,7 @@ RECIPE: dict[str, Any] = {
         "extras": {"top_logits": TOP_LOGITS},
     },
     "pairs": {
-        "digest": pairs_digest(pairs_of([pair_id for pair_id, *_ in TOKENS]).pair_digest),
+        "digest": pairs_digest(shard_digest(np.array(ids), pairs_of(ids).pair_digest) for ids in PLAN),
         "n_pairs": len(TOKENS),
         "seed": 17,
         "shard_pairs": [len(ids) for ids in PLAN],
