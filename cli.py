@@ -111,7 +111,8 @@ def align_command(
     from stage2_align import align
 
     cache = _find(loaded, recipe, store, overrides)
-    report = align(loaded, cache, output or Path("runs") / f"{recipe.stem}-{loaded.objective.name}", resume)
+    run = Path(os.path.expanduser(output)) if output else Path("runs") / f"{recipe.stem}-{loaded.objective.name}"
+    report = align(loaded, cache, run, resume)
     leave_process_group()
     if not is_first_rank():
         return

@@ -12,7 +12,9 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 import re
+from datetime import date
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -20,7 +22,9 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -40,6 +44,24 @@ COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 """The columns that pairs are made of."""
 
 
+def _iso_date(value: Any) -> Any:
+    """YAML reads a bare 2026-11-24 as a date; the recipe keeps it as text."""
+    return value.isoformat() if type(value) is date else value
+
+
+def _check_date(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError(f"data.today: {value!r} is no date; write it as 2026-11-24") from None
+
+
+IsoDate = Annotated[str, BeforeValidator(_iso_date), AfterValidator(_check_date)]
+# ~ is the home folder in every path, expanded here and nowhere else.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path of the user's, or what may stand in its place: a hub id, a URL, a text."""
+
+
 class Section(BaseModel):
     """A part of the recipe: frozen, unknown fields refused, no silent conversion of types."""
 
@@ -51,7 +73,7 @@ class Section(BaseModel):
 class Reference(Section):
     """The frozen model that stage 1 scores the pairs with."""
 
-    model: str
+    model: Place
     """Hub id, or folder with `config.json` and safetensors weights."""
 
     revision: str | None = None
@@ -60,14 +82,14 @@ class Reference(Section):
     dtype: Dtype = "float32"
     """What the weights are loaded as and computed in. Log-probs are float32 whatever this is."""
 
-    adapter: str | None = None
+    adapter: Place | None = None
     """PEFT adapter (hub id or folder) merged into the reference before scoring; null is none."""
 
 
 class Feature(Section):
     """One hookpoint, and the SAE that reads it."""
 
-    sae: str
+    sae: Place
     """SAELens or sparsify folder, Gemma Scope `params.npz` or its folder, or hub id with the path inside."""
 
     hookpoint: str
@@ -83,7 +105,7 @@ class Feature(Section):
 class Data(Section):
     """The preference pairs, and how they become tokens (TRL's rules)."""
 
-    source: str
+    source: Place
     """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""
 
     columns: dict[str, str | None] = {}
@@ -101,11 +123,14 @@ class Data(Section):
     eval_split: str | None = None
     """Split held out for `fpo evaluate`; it gets a cache of its own. Null evaluates nothing."""
 
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Hub id or folder of the tokenizer; null takes the reference's."""
 
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """Chat template that replaces the tokenizer's: path of a file, or the Jinja text itself; null keeps it."""
+
+    today: IsoDate | None = None
+    """Date (`2026-11-24`) that a chat template gets which asks for it, such as Llama 3.2's; those refuse null."""
 
     max_length: PositiveInt | None = 1024
     """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
@@ -135,7 +160,7 @@ class CacheOptions(Section):
     seed: NonNegativeInt = 0
     """Seed of the permutation that assigns pairs to shards."""
 
-    store: str | None = None
+    store: Place | None = None
     """Folder or URL of the caches, not in the key; `--store` goes before it, null is `$FPO_STORE` or `~/.cache/fpo`."""
 
 
@@ -155,7 +180,7 @@ class Lora(Section):
 class Policy(Section):
     """The model that is trained."""
 
-    model: str | None = None
+    model: Place | None = None
     """Hub id or folder; null starts from the reference's weights."""
 
     revision: str | None = None

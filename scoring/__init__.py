@@ -1,12 +1,13 @@
 """
 What a model says about a pair. One package, because reference and policy must be measured by the same code.
 
-    packing     pairs -> rows, positions, mask      models      files of a model, loading
+    packing     pairs -> rows, positions, mask      models      files of a model, loading; configs resolves config.json
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; sae_formats reads the files
     features    pooled top k, column sets           self_check  does the SAE fit the hookpoint
 """
 
+from scoring.configs import model_config, positions, significant_config
 from scoring.features import (
     ColumnSet,
     PooledFeatures,
@@ -21,11 +22,13 @@ from scoring.features import (
 from scoring.logps import LOGPS_TOLERANCE, sum_logps
 from scoring.models import (
     adapter_folder,
+    adapter_weight_files,
+    is_quantised,
     load_model,
     load_tokenizer,
-    model_config,
     model_folder,
     template_text,
+    tower_modules,
     weight_files,
 )
 from scoring.packing import Packed, pack
@@ -41,8 +44,10 @@ __all__ = [
     "Scores",
     "SparseRows",
     "adapter_folder",
+    "adapter_weight_files",
     "check_packing",
     "install_scoring",
+    "is_quantised",
     "load_model",
     "load_sae",
     "load_tokenizer",
@@ -52,10 +57,13 @@ __all__ = [
     "pack",
     "policy_top",
     "pool_top_features",
+    "positions",
     "reference_top",
+    "significant_config",
     "sparse_rows",
     "sum_logps",
     "template_text",
+    "tower_modules",
     "union",
     "weight_files",
 ]

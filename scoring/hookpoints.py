@@ -41,6 +41,10 @@ _FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
+# Where the families keep their layers; a vision tower has layers, too, and those are other places.
+_LAYERS_PATHS = frozenset(("model.layers", "model.language_model.layers", "model.decoder.layers")) | {
+    path for path, _ in _FAMILIES.values()
+}
 
 
 def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
@@ -105,6 +109,13 @@ def final_norm_name(model: nn.Module) -> str | None:
 def same_hookpoint(one: str, other: str) -> bool:
     """Whether two names mean one place: equal, or the same layer and submodule under another prefix."""
     return _without_prefix(one) == _without_prefix(other)
+
+
+def canonical_hookpoint(name: str) -> str:
+    """One name for one place: `transformer.h.3.mlp` is `model.layers.3.mlp`; a path outside the decoder stays."""
+    match = _LAYER_PATH.match(name)
+    is_alias = match is not None and name[: match.start(1) - 1] in _LAYERS_PATHS
+    return f"model.layers.{_without_prefix(name)}" if is_alias else name
 
 
 def check_hookpoint(config: Mapping[str, Any], name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import CacheError, CacheIncomplete, CacheMissing, RecipeError
+from errors import CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
 from progress import say
 from recipe import Recipe
 from scoring import Packed, adapter_folder, load_sae, model_folder, pack
@@ -32,6 +32,7 @@ from store import (
     ReusableRows,
     Store,
     cache_key,
+    differences,
     is_url,
     nearest,
     open_cache,
@@ -80,7 +81,7 @@ def build_caches(
     """
     check_inputs(recipe)
     identities = cache_identities(recipe)
-    lazy = _LazyScorer(recipe, batch_tokens)
+    lazy = _LazyScorer(recipe, batch_tokens, identities[0].scorer)
     siblings = {cache_key(identity.key_recipe) for identity in identities}
     reports = [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
     return [
@@ -117,10 +118,13 @@ def _missing(store: Path | str, wanted: dict[str, Any]) -> str:
     return "\n  ".join([f"{said}; nearest is {near.key[:12]}, which differs in", *map(str, near.differences[:5])])
 
 
-def reference_scorer(recipe: Recipe, batch_tokens: int) -> ReferenceScorer:
-    """The recipe's reference with its SAEs, loaded."""
+def reference_scorer(recipe: Recipe, batch_tokens: int, named: dict[str, Any]) -> ReferenceScorer:
+    """
+    The recipe's reference with its SAEs, loaded. Raises ModelError where the files are not (any more) what the key
+    names: `named` is the scorer's part of it.
+    """
     reference = recipe.reference
-    return ReferenceScorer(
+    scorer = ReferenceScorer(
         model_folder(reference.model, reference.revision),
         reference.dtype,
         [] if reference.adapter is None else [adapter_folder(reference.adapter)],
@@ -128,6 +132,13 @@ def reference_scorer(recipe: Recipe, batch_tokens: int) -> ReferenceScorer:
         recipe.cache.top_logits,
         batch_tokens,
     )
+    changed = differences(named, cache_identities(recipe)[0].scorer)
+    if changed:
+        raise ModelError(
+            "the reference or an SAE changed on disk after the cache's key was taken; run the same command again\n"
+            f"  {changed[0]}"
+        )
+    return scorer
 
 
 @dataclass(frozen=True)
@@ -136,11 +147,13 @@ class _LazyScorer:
 
     recipe: Recipe
     batch_tokens: int
+    named: dict[str, Any]
+    """The scorer's part of the keys."""
 
     @cached_property
     def scorer(self) -> ReferenceScorer:
         say(f"loading the reference {self.recipe.reference.model} ...")
-        return reference_scorer(self.recipe, self.batch_tokens)
+        return reference_scorer(self.recipe, self.batch_tokens, self.named)
 
     def self_checks(self, identity: CacheIdentity) -> list[dict[str, Any]]:
         """Hold every SAE against the first pairs. Raises SelfCheckError."""

@@ -9,23 +9,36 @@ seconds.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
-from errors import ModelError, RecipeError
+from errors import DataError, ModelError, RecipeError
 from recipe import Feature, Recipe, Reference
-from scoring import adapter_folder, load_tokenizer, model_config, model_folder, weight_files
-from scoring.hookpoints import check_hookpoint, same_hookpoint
+from scoring import (
+    adapter_folder,
+    adapter_weight_files,
+    load_tokenizer,
+    model_config,
+    model_folder,
+    positions,
+    significant_config,
+    weight_files,
+)
+from scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
 from scoring.sae_formats import SaeFacts, sae_config, sae_facts, sae_weight_files
 from stage1_cache.pairs import data_fingerprint, read_pairs
 from stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
 from store import (
     FORMAT_VERSION,
     file_digest,
+    forget,
     pair_digests,
     pairs_digest,
     plan_shards,
@@ -34,40 +47,6 @@ from store import (
     weights_digest,
 )
 
-# What config.json says that changes no log-prob: bookkeeping, generation, and dropout, which is off.
-_CONFIG_NOISE = frozenset(
-    (
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "cls_token_id",
-        "sep_token_id",
-        "id2label",
-        "label2id",
-        "task_specific_params",
-        "problem_type",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "initializer_range",
-        "tokenizer_class",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "attention_dropout",
-        "hidden_dropout",
-        "classifier_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "summary_first_dropout",
-    )
-)
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
 _FEATURES_PER_TOKEN = 100
 
@@ -88,11 +67,11 @@ class CacheIdentity:
         return {
             "reference": {
                 "weights": weights_digest(weight_files(model_folder(reference.model, reference.revision))),
-                "config": _significant(config),
+                "config": significant_config(config),
                 "dtype": reference.dtype,
                 "adapter": None if adapter is None else _adapter_identity(adapter),
             },
-            "vocab_size": _text_config(config)["vocab_size"],
+            "vocab_size": config.get_text_config().vocab_size,
             "features": [_feature_identity(feature) for feature in self.recipe.features],
             "extras": {"top_logits": self.recipe.cache.top_logits},
         }
@@ -100,22 +79,26 @@ class CacheIdentity:
     @cached_property
     def remembered(self) -> dict[str, Any]:
         """`pairs` (the other part of the key) and `drops`, from memory where files and rules are unchanged."""
+        return remember(self._asked(), self._pairs_and_drops, self._asked)
+
+    def _asked(self) -> dict[str, Any]:
+        """What decides the tokens, without reading the data: the question that the memo answers."""
         data, options = self.recipe.data, self.recipe.cache
         name, revision = tokenizer_source(self.recipe)
-        facts = {
+        return {
             "what": "tokenised pairs, digest by shard",
             "format": FORMAT_VERSION,
             "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
             "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
             "columns": data.columns,
             "rules": TOKENISE_RULES,
+            "today": data.today,
             "max_length": data.max_length,
             "shard_pairs": options.shard_pairs,
             "seed": options.seed,
             "kept": [[facts.d_sae, feature.top_k] for facts, feature in self._features()],
             "top_logits": options.top_logits,
         }
-        return remember(facts, self._pairs_and_drops)
 
     @property
     def key_recipe(self) -> dict[str, Any]:
@@ -128,8 +111,14 @@ class CacheIdentity:
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
         dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
-        tokenizer = load_tokenizer(name, revision)
-        return tokenise(dataset, tokenizer, data.max_length, chat_template=data.chat_template, columns=columns)
+        return tokenise(
+            dataset,
+            load_tokenizer(name, revision),
+            data.max_length,
+            chat_template=data.chat_template,
+            columns=columns,
+            today=data.today,
+        )
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -137,14 +126,27 @@ class CacheIdentity:
         return pair_digests(self.tokens.input_ids, self.tokens.splits)
 
     def check_tokens(self) -> None:
-        """RecipeError for a sequence longer than the reference has positions, or a token that it does not know."""
-        config = _text_config(reference_config(self.recipe.reference))
-        if len(self.tokens) and int(self.tokens.input_ids.max()) >= config["vocab_size"]:
+        """
+        RecipeError for a sequence longer than the reference has positions, or a token that it does not know;
+        DataError where the tokens are not those that the key names.
+        """
+        named, made = self.remembered["pairs"]["digest"], self._pairs_digest()
+        if made != named:
+            forget(self._asked())
+            raise DataError(
+                f"{self.recipe.data.source}, split {self.split!r}: the same data, tokenizer and chat template gave "
+                f"other tokens than before (digest {named[:12]}, now {made[:12]}), so the key would name what is not "
+                "scored\n  run the same command again: what was remembered is dropped\n  if this comes back, chat "
+                "template or tokenizer give other tokens every time; set data.chat_template or data.tokenizer"
+            )
+        config = reference_config(self.recipe.reference)
+        vocabulary = config.get_text_config().vocab_size
+        if len(self.tokens) and int(self.tokens.input_ids.max()) >= vocabulary:
             raise RecipeError(
                 f"data.tokenizer: it gives token {self.tokens.input_ids.max()}, {self.recipe.reference.model} knows "
-                f"{config['vocab_size']} tokens"
+                f"{vocabulary} tokens"
             )
-        limit = _positions(config)
+        limit = positions(config)
         sizes = self.tokens.lengths[:, 0] + self.tokens.lengths[:, 1:].max(1)
         if limit is not None and len(sizes) and sizes.max() > limit:
             raise RecipeError(
@@ -169,16 +171,18 @@ class CacheIdentity:
     def _features(self) -> list[tuple[SaeFacts, Feature]]:
         return [(sae_facts(feature.sae, feature.hookpoint), feature) for feature in self.recipe.features]
 
+    def _pairs_digest(self) -> str:
+        return pairs_digest(shard_digest(self.tokens.pair_id[rows], self.digests[rows]) for rows in self.plan())
+
     def _pairs_and_drops(self) -> dict[str, Any]:
         for repeat in _repeats(self.digests):
             self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
-        plan = self.plan()
         return {
             "pairs": {
-                "digest": pairs_digest(shard_digest(self.tokens.pair_id[rows], self.digests[rows]) for rows in plan),
+                "digest": self._pairs_digest(),
                 "n_pairs": len(self.tokens),
                 "seed": self.recipe.cache.seed,
-                "shard_pairs": [len(rows) for rows in plan],
+                "shard_pairs": [len(rows) for rows in self.plan()],
             },
             "drops": self.tokens.drops.as_dict(),
         }
@@ -214,19 +218,21 @@ def check_inputs(recipe: Recipe) -> None:
 
     Raises RecipeError naming the field; other FpoErrors name the file.
     """
-    config = _text_config(reference_config(recipe.reference))
-    limit, length = _positions(config), recipe.data.max_length
+    with _naming("reference.model"):
+        config = reference_config(recipe.reference)
+    limit, length = positions(config), recipe.data.max_length
     if limit is not None and length is not None and length > limit:
         raise RecipeError(f"data.max_length: {length} is more than the {limit} positions of {recipe.reference.model}")
     if recipe.reference.adapter is not None:
-        adapter_folder(recipe.reference.adapter)
-    vocabulary = config["vocab_size"]
+        with _naming("reference.adapter"):
+            adapter_folder(recipe.reference.adapter)
+    vocabulary = config.get_text_config().vocab_size
     if recipe.cache.top_logits > vocabulary:
         raise RecipeError(f"cache.top_logits: {recipe.cache.top_logits} is more than the {vocabulary} tokens there are")
-    width = config.get("hidden_size", config.get("n_embd"))
+    width = config.get_text_config().hidden_size
     for index, feature in enumerate(recipe.features):
         try:
-            check_hookpoint(reference_config(recipe.reference), feature.hookpoint)
+            check_hookpoint(config.to_dict(), feature.hookpoint)
         except ModelError as error:
             raise RecipeError(f"features[{index}].hookpoint: {error}") from None
         facts = sae_facts(feature.sae, feature.hookpoint)
@@ -247,8 +253,17 @@ def check_inputs(recipe: Recipe) -> None:
         data_fingerprint(recipe.data.source, identity.split, recipe.data.subset, recipe.data.revision)
 
 
-def reference_config(reference: Reference) -> dict[str, Any]:
-    """The reference's config.json."""
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Puts the recipe's field in front of what is wrong with the files that it names."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{field}: {error}") from None
+
+
+def reference_config(reference: Reference) -> PretrainedConfig:
+    """The reference's configuration, resolved."""
     return model_config(model_folder(reference.model, reference.revision))
 
 
@@ -260,7 +275,13 @@ def tokenizer_source(recipe: Recipe) -> tuple[str, str | None]:
 
 
 def _adapter_identity(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
     noise = (
         "base_model_name_or_path",
         "revision",
@@ -270,7 +291,7 @@ def _adapter_identity(folder: Path) -> dict[str, Any]:
         "lora_dropout",
     )
     return {
-        "weights": weights_digest(weight_files(folder)),
+        "weights": weights_digest(adapter_weight_files(folder)),
         "config": spelled({name: value for name, value in config.items() if name not in noise}),
     }
 
@@ -280,7 +301,7 @@ def _feature_identity(feature: Feature) -> dict[str, Any]:
     files = sae_weight_files(feature.sae, feature.hookpoint)
     is_npz = files[0].suffix == ".npz"
     return {
-        "hookpoint": feature.hookpoint,
+        "hookpoint": canonical_hookpoint(feature.hookpoint),
         "sae": {
             "weights": file_digest(files[0]) if is_npz else weights_digest(files),
             "config": sae_config(feature.sae, feature.hookpoint),
@@ -289,21 +310,6 @@ def _feature_identity(feature: Feature) -> dict[str, Any]:
         "top_k": feature.top_k,
         "pooling": "mean",
     }
-
-
-def _positions(config: dict[str, Any]) -> int | None:
-    """How many positions the model was made for; None where its config does not say."""
-    return config.get("max_position_embeddings", config.get("n_positions"))
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config", config)
-    assert isinstance(text, dict)
-    return text
-
-
-def _significant(config: dict[str, Any]) -> Any:
-    return spelled({name: value for name, value in config.items() if name not in _CONFIG_NOISE})
 
 
 def spelled(value: Any) -> Any:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import datasets
 from datasets import (
     Dataset,
     DatasetDict,
@@ -26,6 +28,7 @@ from datasets import (
 
 from errors import DataError
 from stage1_cache.columns import ColumnUse, nearest, pair_columns
+from store import file_facts
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix (before an optional .gz) to the reader of `datasets`."""
@@ -65,8 +68,8 @@ def read_pairs(
 
 def data_fingerprint(source: str, split: str, subset: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """
-    What tells, without reading the data, that it is unchanged, in JSON types: path, size, mtime and inode of
-    each file, or the commit of a hub dataset. Raises `DataError` as `read_pairs` does for what is not there.
+    What tells, without reading the data, that it is unchanged, in JSON types: `file_facts` of each file, or the
+    commit of a hub dataset. Raises `DataError` as `read_pairs` does for what is not there.
     """
     path = _local(source, subset, revision)
     if path is None:
@@ -79,14 +82,10 @@ def data_fingerprint(source: str, split: str, subset: str | None = None, revisio
         files = sorted(file for file in path.rglob("*") if file.is_file())
     else:
         files = [Path(file) for name in _folder_splits(path, split).values() for file in name]
-    stats = [(file.resolve(), file.stat()) for file in files]
-    return {
-        "split": split,
-        "files": [
-            {"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
-            for file, stat in stats
-        ],
-    }
+    try:
+        return {"split": split, "files": [file_facts(file) for file in files]}
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def nearest_file(path: Path) -> str:
@@ -156,12 +155,12 @@ def _from_disk(path: Path, split: str) -> Dataset:
     if len(formats) != 1 or None in formats:
         raise DataError(f"{path}: not one of the formats {', '.join(FORMATS)} (.gz too) throughout; convert it")
     # `datasets` names its own cache of a file by path and mtime alone; the name adds what else tells that it changed.
-    stats = [Path(file).stat() for group in files.values() for file in group]
-    facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats]
+    facts = data_fingerprint(str(path), split)
     name = "fpo-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     try:
         return cast(Dataset, load_dataset(formats.pop(), name=name, data_files=files, split=split))
     except Exception as error:
+        _check_cache_folder(error)
         for group in files.values():
             for file in group:
                 _diagnose(Path(file), error)
@@ -192,6 +191,16 @@ def _hub(load: Any, source: str, subset: str | None, **arguments: Any) -> Any:
         return load(source, subset, **arguments)
     except Exception as error:  # the hub client has no common base class for what can go wrong on the way
         raise DataError(f"hub dataset {source!r}: {_innermost(error)}") from error
+
+
+def _check_cache_folder(error: Exception) -> None:
+    """`DataError` where it is not the data that cannot be read, but the cache of `datasets` that cannot be written."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if isinstance(error, OSError) and not os.access(existing, os.W_OK):
+        raise DataError(
+            f"{folder}, where `datasets` keeps what it has read, cannot be written; set HF_HOME to a folder that can be"
+        ) from error
 
 
 def _innermost(error: BaseException) -> str:

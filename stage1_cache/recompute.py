@@ -38,11 +38,12 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     Raises CacheConflict where the recipe's scorer is not the cache's, CacheDamaged naming the first pair that differs
     by more than the tolerance of the reference's dtype.
     """
-    differing = differences(cache.recipe["scorer"], cache_identities(recipe)[0].scorer)
+    named = cache_identities(recipe)[0].scorer
+    differing = differences(cache.recipe["scorer"], named)
     if differing:
         raise CacheConflict(f"the recipe does not score as cache {cache.key[:12]} was scored\n  {differing[0]}")
     tolerance = LOGPS_TOLERANCE[recipe.reference.dtype]
-    scorer = reference_scorer(recipe, batch_tokens)
+    scorer = reference_scorer(recipe, batch_tokens, named)
     worst = worst_features = 0.0
     total = 0
     for where, stored in _sample(cache, count, seed):

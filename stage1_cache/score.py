@@ -24,6 +24,7 @@ from scoring import (
     Scores,
     check_packing,
     install_scoring,
+    is_quantised,
     load_model,
     pack,
     pool_top_features,
@@ -54,7 +55,9 @@ class ReferenceScorer:
         # Under torchrun each rank has its own GPU.
         local = os.environ.get("LOCAL_RANK", "0")
         self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(folder, dtype, adapters).to(self.device).requires_grad_(False)
+        model = load_model(folder, dtype, adapters).requires_grad_(False)
+        # Quantised weights are put where they belong as they load, and some formats refuse to move.
+        self.model = model if is_quantised(model) else model.to(self.device)
         self.saes = [(hookpoint, sae.to(self.device), top_k) for hookpoint, sae, top_k in saes]
         self.batch_tokens = batch_tokens
         install_scoring(self.model, tuple(hookpoint for hookpoint, _, _ in saes), top_logits)

@@ -10,13 +10,16 @@ with chosen, the prompt with rejected.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from errors import DataError
+from errors import DataError, FpoError, RecipeError
 
 # Arguments of apply_chat_template that are no variables of the template. TRL passes its own
 # add_generation_prompt, tokenize and return_dict and stops at a second one; the others act on the tokens,
@@ -65,36 +68,85 @@ def with_end_token(prompt: str, chosen: str, rejected: str, eos: str) -> tuple[s
     return prompt, prompt + ended[0], prompt + ended[1]
 
 
-def rendered(
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None,
-    sides: Sequence[list[dict[str, Any]]],
-    row: Mapping[str, Any],
-    number: int,
-) -> tuple[str, str, str]:
-    """
-    The texts to encode of a pair of messages, special tokens included. `sides`: prompt, chosen, rejected;
-    `row` may hold `tools` and `chat_template_kwargs`. Raises `DataError` where the template refuses the
-    messages.
-    """
-    prompt, chosen, rejected = sides
-    arguments = {
-        "chat_template": chat_template,
-        "tools": _tools(row, number),
-        **_template_arguments(row, number),
-    }
+class ChatTemplate:
+    """What renders messages: `text`, or the tokenizer's own template where that is None."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None, today: str | None) -> None:
+        """
+        today  ISO date that a template gets which asks for one; None where the recipe says none
+        Raises `DataError` for a template that is no Jinja.
+        """
+        self._tokenizer, self._text = tokenizer, text
+        self._today = None if today is None else datetime.fromisoformat(today)
+        own = tokenizer.chat_template
+        texts = [text] if text is not None else own.values() if isinstance(own, dict) else [own]
+        self._compiled = [_compiled(one) for one in texts]
+
+    def rendered(
+        self, sides: Sequence[list[dict[str, Any]]], row: Mapping[str, Any], number: int
+    ) -> tuple[str, str, str]:
+        """
+        The texts to encode of a pair of messages, special tokens included. `sides`: prompt, chosen, rejected;
+        `row` may hold `tools` and `chat_template_kwargs`. Raises `DataError` where the template refuses the
+        messages, `RecipeError` where it asks for a date and has none.
+        """
+        prompt, chosen, rejected = sides
+        arguments = {
+            "chat_template": self._text,
+            "tools": _tools(row, number),
+            **_template_arguments(row, number),
+        }
+        render = self._tokenizer.apply_chat_template
+        try:
+            with self._own_date():
+                return (
+                    render(prompt, tokenize=False, add_generation_prompt=True, **arguments),
+                    render(prompt + chosen, tokenize=False, **arguments),
+                    render(prompt + rejected, tokenize=False, **arguments),
+                )
+        except FpoError:
+            raise
+        except Exception as error:  # a template is a stranger's program: 1/0, endless recursion, any type of error
+            roles = " ".join(message["role"] for message in prompt + chosen)
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(
+                f"row {number}: the chat template refuses its messages ({roles}): {reason}; "
+                "repair or remove the row, or set another chat template"
+            ) from error
+
+    @contextmanager
+    def _own_date(self) -> Iterator[None]:
+        """
+        While open, the date that templates get is ours. transformers renders with the templates that it compiled
+        before, whose own names go before those of its environment, where `strftime_now` is the wall clock.
+        """
+        for template in self._compiled:
+            template.globals["strftime_now"] = self._strftime_now
+        try:
+            yield
+        finally:
+            for template in self._compiled:
+                template.globals.pop("strftime_now", None)
+
+    def _strftime_now(self, form: str) -> str:
+        if self._today is None:
+            raise RecipeError(
+                "data.today: the chat template asks for the date, and tokens must not change overnight; "
+                f"set the date that it shall get, such as {date.today().isoformat()}"
+            )
+        return self._today.strftime(form)
+
+
+def _compiled(template: str) -> Template:
+    """The template as transformers compiles and keeps it. Raises `DataError` for what is no Jinja."""
     try:
-        return (
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **arguments),
-            tokenizer.apply_chat_template(prompt + chosen, tokenize=False, **arguments),
-            tokenizer.apply_chat_template(prompt + rejected, tokenize=False, **arguments),
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = " ".join(message["role"] for message in prompt + chosen)
-        raise DataError(
-            f"row {number}: the chat template refuses its messages ({roles}): {error}; "
-            "repair or remove the row, or set another chat template"
-        ) from error
+        compiled: Template = _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}; mend it") from None
+    except (TemplateError, RecursionError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the chat template cannot be compiled: {reason}; set another one") from None
+    return compiled
 
 
 def _tools(row: Mapping[str, Any], number: int) -> Any:

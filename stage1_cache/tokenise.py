@@ -30,7 +30,7 @@ from progress import progress_bar
 from scoring import template_text
 from stage1_cache.columns import ColumnUse, is_conversational
 from stage1_cache.drops import DropReport
-from stage1_cache.texts import extract_prompt, rendered, with_end_token
+from stage1_cache.texts import ChatTemplate, extract_prompt, with_end_token
 
 TOKENISE_RULES = "trl-1.16/2"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""
@@ -77,20 +77,22 @@ def tokenise(
     *,
     chat_template: str | None = None,
     columns: ColumnUse | None = None,
+    today: str | None = None,
     batch_size: int = 256,
 ) -> TokenisedPairs:
     """
     Token ids of the pairs of `read_pairs`, in the dataset's order.
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
-    path of one, in place of the tokenizer's own. `columns`: for the report, which of the dataset's were read.
-    Raises `DataError` without a chat template for messages or an end token for text, where the template refuses a
-    row, and where no pair is left.
+    path of one, in place of the tokenizer's own; `today`: the ISO date that a template gets which asks for it.
+    `columns`: for the report, which of the dataset's were read. Raises `DataError` without a chat template for
+    messages or an end token for text, for a template that is no Jinja, where the template refuses a row, and where
+    no pair is left; `RecipeError` for one that lacks its date.
     """
     if len(dataset) == 0:
         raise DataError("no pairs to tokenise: the dataset has 0 rows; ask for a split that has some")
     if conversational := is_conversational(dataset[0]):
-        chat_template = _template(tokenizer, chat_template)
+        template = ChatTemplate(tokenizer, _template(tokenizer, chat_template), today)
     elif tokenizer.eos_token is None:
         raise DataError("the tokenizer has no end token (eos_token), with which completions of text must end")
 
@@ -108,7 +110,7 @@ def tokenise(
                     continue
                 kept.append((number, notes))
                 texts += (
-                    rendered(tokenizer, chat_template, sides, row, number)
+                    template.rendered(sides, row, number)
                     if conversational
                     else with_end_token(*sides, tokenizer.eos_token)
                 )
@@ -126,7 +128,7 @@ def tokenizer_identity(path: str, *, revision: str | None = None, chat_template:
 
     `path`: a folder, or a hub id, of which only the tokenizer's files are fetched. Raises `ModelError`.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=_TOKENIZER_FILES))

@@ -12,7 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from errors import ModelError, RecipeError
 from recipe import Lora, Recipe
-from scoring import adapter_folder, check_packing, install_scoring, load_model, load_tokenizer, model_folder
+from scoring import (
+    adapter_folder,
+    check_packing,
+    install_scoring,
+    is_quantised,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    tower_modules,
+)
 from stage2_align.measure import ObjectiveMeter
 from stage2_align.parity import check_parity
 from stage2_align.run import METRICS_FILE, last_checkpoint, open_run, read_run, write_run
@@ -122,6 +131,11 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
 def load_policy(recipe: Recipe, meter: ObjectiveMeter) -> PreTrainedModel:
     """The policy before training: loaded, scoring installed and checked, adapters around it if asked for."""
     model = policy_model(recipe, meter)
+    if is_quantised(model) and recipe.policy.lora is None:
+        raise RecipeError(
+            f"policy.lora: {recipe.policy.model or recipe.reference.model} is quantised, and quantised weights cannot "
+            "be trained; set policy.lora, or name a policy.model that is not quantised"
+        )
     if recipe.policy.model is not None:
         _check_vocabulary(recipe, recipe.policy.model)
     return model if recipe.policy.lora is None else _with_adapter(model, recipe.policy.lora)
@@ -141,7 +155,11 @@ def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path | None = None)
         # The reference's adapter belongs to the weights that training starts from.
         adapters = [adapter_folder(reference.adapter)] if reference.adapter and policy.model is None else []
         adapters += [run] if run is not None else []
-        model = load_model(model_folder(name, revision), policy.dtype, adapters)
+        try:
+            folder = model_folder(name, revision)
+        except ModelError as error:
+            raise ModelError(f"{'policy' if policy.model else 'reference'}.model: {error}") from None
+        model = load_model(folder, policy.dtype, adapters)
     install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
     check_packing(model)
     return model
@@ -174,7 +192,12 @@ def _with_adapter(model: PreTrainedModel, lora: Lora) -> Any:
     targets = lora.target_modules
     try:
         config = LoraConfig(
-            task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            target_modules=targets,
+            exclude_modules=tower_modules(model) or None,
         )
         return get_peft_model(model, config)
     except ValueError as error:

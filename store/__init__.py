@@ -29,7 +29,7 @@ from store.streaming import Shelf
 from store.transfer import TransferReport, pull, push
 from store.usage import ArrayUsage, disk_usage
 from store.verify import Report, verify
-from store.weights import file_digest, remember, weights_digest
+from store.weights import file_digest, file_facts, forget, remember, weights_digest
 from store.writer import CacheWriter, own_share_first
 
 __all__ = [
@@ -66,6 +66,8 @@ __all__ = [
     "disk_usage",
     "export_trl",
     "file_digest",
+    "file_facts",
+    "forget",
     "gc",
     "is_url",
     "nearest",

@@ -41,8 +41,11 @@ URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)", re.IGNORECASE)
 
 
 def default_store() -> Path:
-    """$FPO_STORE, else ~/.cache/fpo."""
-    return Path(os.environ.get("FPO_STORE") or "~/.cache/fpo").expanduser()
+    """$FPO_STORE, else ~/.cache/fpo. Raises CacheError for a user without a home, as containers have them."""
+    try:
+        return Path(os.environ.get("FPO_STORE") or "~/.cache/fpo").expanduser()
+    except RuntimeError:
+        raise CacheError("this user has no home folder; say where caches are kept: --store or FPO_STORE") from None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from store.format import MAX_FILE_BYTES
 from store.manifest import ShardEntry, shard_name
 from store.objects import Objects
 from store.shards import fetch_shard
+from store.weights import memo_folder
 
 try:
     import fcntl
@@ -266,7 +267,9 @@ def _file_name(entry: ShardEntry) -> str:
 def _default_root() -> Path:
     own = os.environ.get("FPO_SHARDS")
     base = os.environ.get("XDG_CACHE_HOME")
-    return Path(own).expanduser() if own else (Path(base) if base else Path.home() / ".cache") / "fpo-shards"
+    if own:
+        return Path(own).expanduser()
+    return (Path(base) if base else memo_folder().parent) / "fpo-shards"
 
 
 def _default_bytes() -> int:

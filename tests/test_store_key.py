@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -12,8 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import ModelError
-from store import cache_key, canonical_json, file_digest, plan_shards, remember, weights_digest
+from store import (
+    cache_key,
+    canonical_json,
+    file_digest,
+    file_facts,
+    forget,
+    plan_shards,
+    remember,
+    weights_digest,
+)
 from store.plan import permutation
+from store.weights import memo_folder
 
 
 @pytest.fixture(autouse=True)
@@ -123,32 +132,117 @@ def test_other_files_are_no_safetensors(tmp_path, data):
         weights_digest([tmp_path / "pytorch_model.bin"])
 
 
+ONE = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [f'{{"a": {ONE}, "a": {ONE}}}', f'{{"a": {ONE}, "b": {ONE}}}', '{"a": ' + "[" * 100_000, "\udcff",
+     '{"a": {"dtype": "F32", "shape": [2], "shape": [1, 2], "data_offsets": [0, 8]}}',
+     '{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 8]}}'],
+)  # fmt: skip
+def test_headers_that_the_library_refuses_or_reads_in_two_ways_give_no_digest(tmp_path, header):
+    text = header.encode("utf-8", "surrogateescape")
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(ModelError, match=r"m\.safetensors is not a whole safetensors file"):
+        weights_digest([tmp_path / "m.safetensors"])
+
+
 def test_truncated_and_missing_weights_are_named(tmp_path):
     path = safetensors(tmp_path / "m.safetensors", TENSORS)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=r"m\.safetensors is not a whole safetensors file \(it ends 1 bytes early\)"):
+    with pytest.raises(ModelError, match=r"m\.safetensors is not a whole safetensors file .*not fully covered"):
         weights_digest([path])
     for digest in (lambda: weights_digest([tmp_path / "no"]), lambda: file_digest(tmp_path / "no")):
         with pytest.raises(ModelError, match=r"cannot read .*no: No such file"):
             digest()
 
 
-def old_file(path, data):
-    path.write_bytes(data)
-    os.utime(path, ns=(0, time.time_ns() - 10**11))
-    return path
+@pytest.fixture
+def settled(monkeypatch):
+    """Files count as settled at once: the second of their times cannot be set back."""
+    monkeypatch.setattr("store.weights._SETTLED_NS", 0)
 
 
-def test_a_file_is_hashed_once_until_it_changes(tmp_path, memo, monkeypatch):
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, memo, settled, monkeypatch):
     hashed = []
     real = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(1) or real(file, name))
-    path = old_file(tmp_path / "w", b"one")
+    path = tmp_path / "w"
+    path.write_bytes(b"one")
     assert file_digest(path) == file_digest(path) == hashlib.sha256(b"one").hexdigest()
     assert len(hashed) == 1
     assert len(list(memo.iterdir())) == 1
     path.write_bytes(b"two")
     assert file_digest(path) == hashlib.sha256(b"two").hexdigest()
+
+
+def swapped_in_place(path):
+    with open(path, "r+b") as file:
+        file.seek(2**19)
+        file.write(b"changed")
+
+
+def made_anew(path):
+    """As an image layer or a package store does; the file system gives the freed inode again."""
+    data = bytearray(path.read_bytes())
+    data[2**19 : 2**19 + 7] = b"changed"
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [swapped_in_place, made_anew])
+@pytest.mark.parametrize("mtime", [0, 10**18])
+def test_a_file_that_changed_under_a_kept_mtime_is_hashed_again(tmp_path, memo, settled, change, mtime):
+    """The change lies in none of the places that are sampled."""
+    path = tmp_path / "w"
+    path.write_bytes(bytes(3 * 2**20))
+    os.utime(path, ns=(mtime, mtime))
+    file_digest(path)
+    change(path)
+    os.utime(path, ns=(mtime, mtime))
+    assert file_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("place", [0, 3 * 2**19, 3 * 2**20 - 7])
+def test_a_file_is_known_by_its_head_middle_and_tail(tmp_path, monkeypatch, place):
+    """Where a file system keeps no time that programs cannot set."""
+    path = tmp_path / "w"
+    path.write_bytes(bytes(3 * 2**20))
+    before = file_facts(path)
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(b"changed")
+    after = file_facts(path)
+    assert before["sample"] != after["sample"]
+
+
+def test_what_changed_while_it_was_read_is_not_remembered(memo):
+    facts = iter([{"file": 2}])
+    assert remember({"file": 1}, lambda: {"x": "of another file"}, lambda: next(facts)) == {"x": "of another file"}
+    assert remember({"file": 1}, lambda: {"x": "right"}) == {"x": "right"}
+
+
+def test_what_was_remembered_can_be_dropped(memo):
+    remember({"a": 1}, lambda: {"x": 1})
+    forget({"a": 1})
+    forget({"a": 2})
+    assert remember({"a": 1}, lambda: {"x": 2}) == {"x": 2}
+
+
+def test_without_a_home_the_memo_is_in_the_temporary_folder_and_nobody_elses(tmp_path, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert remember({"a": 1}, lambda: {"x": 1}) == {"x": 1}
+    assert remember({"a": 1}, lambda: pytest.fail("not remembered")) == {"x": 1}
+    assert memo_folder().parent == tmp_path
+    memo_folder().chmod(0o777)  # others could have written notes there
+    assert remember({"a": 1}, lambda: {"x": 2}) == {"x": 2}
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, memo):
