@@ -72,7 +72,7 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
     if trainer.is_world_process_zero():
         write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": parity})
-    return AlignReport(output, steps, trainer.pairs_seen * args.world_size, seconds, parity, last)
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, parity, last)
 
 
 def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path) -> PairTrainer:
