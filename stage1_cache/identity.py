@@ -89,6 +89,8 @@ class CacheIdentity:
                 "weights": weights_digest(weight_files(model_folder(reference.model, reference.revision))),
                 "config": _significant(config),
                 "dtype": reference.dtype,
+                # Not spelled where it is off.
+                **({} if reference.autocast is None else {"autocast": reference.autocast}),
                 "adapter": None if adapter is None else _adapter_identity(adapter),
             },
             "vocab_size": _text_config(config)["vocab_size"],
