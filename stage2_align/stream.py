@@ -152,17 +152,17 @@ class PairStream(IterableDataset[Batch | None]):
         self.cache.prefetch([shard for block in blocks[first:] for shard in sorted(block.shards)])
         carried: Pairs | None = None
         if first < len(blocks) and blocks[first].carried:
-            carried = self._rows(blocks[first].rows[: blocks[first].carried])
+            carried = self.rows(blocks[first].rows[: blocks[first].carried])
         for index in range(first, len(blocks)):
             block = blocks[index]
-            own = self._rows(block.rows[block.carried :])
+            own = self.rows(block.rows[block.carried :])
             pairs = own if carried is None else Pairs.concat([carried, own])
             used = len(pairs) - block.leftover
             carried = pairs.take(np.arange(used, len(pairs))) if block.leftover else None
             if used:
                 yield index, pairs.take(np.arange(used)) if block.leftover else pairs
 
-    def _rows(self, rows: np.ndarray) -> Pairs:
+    def rows(self, rows: np.ndarray) -> Pairs:
         """Pairs by cache row, read shard by shard."""
         offsets = np.concatenate([[0], np.cumsum(self.cache.shard_pairs)])
         shard_of = np.searchsorted(offsets, rows, side="right") - 1
