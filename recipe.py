@@ -18,7 +18,7 @@ from datetime import date
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -40,6 +40,7 @@ from pydantic import (
 from errors import RecipeError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+HalfDtype = Literal["bfloat16", "float16"]
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 """The columns that pairs are made of."""
 
@@ -62,6 +63,23 @@ Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path of the user's, or what may stand in its place: a hub id, a URL, a text."""
 
 
+class Arithmetic(NamedTuple):
+    """What a forward computes in. Two forwards of the same weights differ where these differ."""
+
+    dtype: Dtype
+    """Of the weights, and with them of the residual stream."""
+    autocast: HalfDtype | None
+    """What products are rounded to on the way (`torch.autocast`); None rounds nothing."""
+
+    @property
+    def precision(self) -> Dtype:
+        """The coarser of the two: what tolerances go by."""
+        return self.autocast or self.dtype
+
+    def __str__(self) -> str:
+        return self.dtype if self.autocast is None else f"{self.dtype} under {self.autocast} autocast"
+
+
 class Section(BaseModel):
     """A part of the recipe: frozen, unknown fields refused, no silent conversion of types."""
 
@@ -82,8 +100,16 @@ class Reference(Section):
     dtype: Dtype = "float32"
     """What the weights are loaded as and computed in. Log-probs are float32 whatever this is."""
 
+    autocast: HalfDtype | None = None
+    """Score under `torch.autocast` of this dtype, as `training.bf16` and `fp16` train; with `dtype: float32` alone."""
+
     adapter: Place | None = None
     """PEFT adapter (hub id or folder) merged into the reference before scoring; null is none."""
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What stage 1 computes in."""
+        return Arithmetic(self.dtype, self.autocast)
 
 
 class Feature(Section):
@@ -187,16 +213,20 @@ class Policy(Section):
     """Branch, tag or commit of a hub id."""
 
     dtype: Dtype = "float32"
-    """What the weights are kept in. For mixed precision keep float32 here and set `training.bf16`."""
+    """What the weights are kept in; another than float32 only under `lora`. For mixed precision set `training.bf16`."""
 
     lora: Lora | None = None
     """Adapter settings; null trains all weights."""
+
+    same_arithmetic: bool = True
+    """Refuse a reference that was computed in another arithmetic than the policy; false goes on regardless."""
 
 
 class Objective(Section):
     """What all objectives share; see docs/objectives.md for the formulas."""
 
     needs_features: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
 
 
 class Dpo(Objective):
@@ -211,6 +241,8 @@ class Dpo(Objective):
 
 class Simpo(Objective):
     """Simple preference optimisation, Eq. 6 of https://arxiv.org/abs/2405.14734; uses no reference."""
+
+    needs_reference: ClassVar[bool] = False
 
     name: Literal["simpo"]
     """The objective."""
@@ -273,10 +305,13 @@ OWNED_ARGUMENTS = {
     "dataloader_persistent_workers": "there are no workers",
     "dataloader_drop_last": "every pair is used",
     "disable_tqdm": "the bar is off where stderr is no terminal",
+    "neftune_noise_alpha": "its noise would stand in every logratio, at the scale of a packed row's width",
     "use_liger_kernel": "the log-probs of the completions are chunked already",
     "auto_find_batch_size": "the order of an epoch depends on the batch size",
     "torch_compile": "packed batches change shape every step",
 }
+# Trainer arguments that train in mixed precision, and its dtype.
+MIXED_PRECISION: dict[str, HalfDtype] = {"bf16": "bfloat16", "fp16": "float16"}
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -317,7 +352,25 @@ class Recipe(Section):
                 raise ValueError(f"features: hookpoint {hookpoint} is listed twice")
         if isinstance(self.objective, Fpo) and self.objective.alpha > 0:
             _check_fpo(self.objective, self.features)
+        if self.reference.autocast is not None and self.reference.dtype != "float32":
+            raise ValueError(
+                f"reference.autocast: {self.reference.autocast} rounds the products of float32 weights; set "
+                f"reference.dtype: float32, or leave autocast out to compute in {self.reference.dtype}"
+            )
+        if self.policy.dtype != "float32" and self.policy.lora is None:
+            raise ValueError(
+                f"policy.dtype: {self.policy.dtype} weights swallow an update below 1/256 of their size, so they would "
+                "hardly move; set policy.dtype: float32 and training.bf16: true (or train adapters: policy.lora)"
+            )
+        if self.training:  # a recipe without it does not say yet how it trains; `fpo align` asks again
+            check_arithmetic(self, self.policy_arithmetic())
         return self
+
+    def policy_arithmetic(self) -> Arithmetic:
+        """What the policy is trained and evaluated in, as far as the recipe says it."""
+        mixed = next((dtype for name, dtype in MIXED_PRECISION.items() if self.training.get(name)), None)
+        sharded = bool(self.training.get("fsdp") or self.training.get("deepspeed"))
+        return training_arithmetic(self.policy.dtype, mixed, sharded)
 
     def constrained_feature(self) -> int | None:
         """Index into `features` of the one that the objective constrains; None where it constrains none."""
@@ -325,6 +378,37 @@ class Recipe(Section):
             return None
         hookpoints = [feature.hookpoint for feature in self.features]
         return hookpoints.index(self.objective.hookpoint) if self.objective.hookpoint else 0
+
+
+def training_arithmetic(dtype: Dtype, mixed: HalfDtype | None, sharded: bool) -> Arithmetic:
+    """
+    What a forward in training computes in.
+
+    dtype    of the policy's weights
+    mixed    the mixed precision that Trainer runs with; None is none
+    sharded  whether FSDP or DeepSpeed holds the weights: both compute with copies in the mixed precision's dtype
+    """
+    if mixed is not None and (sharded or mixed == dtype):
+        return Arithmetic(mixed, None)
+    return Arithmetic(dtype, mixed)
+
+
+def check_arithmetic(recipe: Recipe, training: Arithmetic) -> None:
+    """
+    ValueError where the policy starts from the reference's weights and would be held against scores that were
+    computed otherwise: the difference of two roundings, nats per completion, would stand in every logratio.
+    """
+    reference, policy = recipe.reference.arithmetic, recipe.policy
+    if policy.model is not None or not policy.same_arithmetic or not recipe.objective.needs_reference:
+        return
+    if reference != training:
+        wanted = f"reference.dtype: {training.dtype}"
+        wanted += f" and reference.autocast: {training.autocast}" if training.autocast else ""
+        raise ValueError(
+            f"reference.{'dtype' if reference.dtype != training.dtype else 'autocast'}: the reference is computed in "
+            f"{reference}, the policy in {training}, and the difference would stand in every logratio; set {wanted}, "
+            "or policy.same_arithmetic: false to go on regardless"
+        )
 
 
 def _check_fpo(objective: Fpo, features: tuple[Feature, ...]) -> None:

@@ -33,7 +33,7 @@ from scoring.models import (
 )
 from scoring.packing import Packed, pack
 from scoring.sae import Sae, load_sae
-from scoring.scorer import Scores, check_packing, install_scoring
+from scoring.scorer import Scores, check_packing, install_scoring, mixed_precision
 
 __all__ = [
     "LOGPS_TOLERANCE",
@@ -52,6 +52,7 @@ __all__ = [
     "load_sae",
     "load_tokenizer",
     "look_up",
+    "mixed_precision",
     "model_config",
     "model_folder",
     "pack",

@@ -10,6 +10,7 @@ Dimension key:  R rows   L row length   N scored completion tokens   D hidden   
 from __future__ import annotations
 
 import types
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +71,15 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
         return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals)
 
     model.forward = types.MethodType(forward, model)
+
+
+def mixed_precision(device: torch.device, autocast: str | None) -> AbstractContextManager[Any]:
+    """
+    What a model is called in to round its products to `autocast`; None rounds nothing. Trainer's own context for
+    `training.bf16` and `fp16` is the same one, so that reference and policy differ in their weights alone.
+    """
+    dtype = None if autocast is None else getattr(torch, autocast)
+    return torch.autocast(device.type, dtype=dtype, enabled=autocast is not None)
 
 
 def _output(outputs: dict[str, Tensor], hookpoint: str) -> Tensor:

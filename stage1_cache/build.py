@@ -126,7 +126,7 @@ def reference_scorer(recipe: Recipe, batch_tokens: int, named: dict[str, Any]) -
     reference = recipe.reference
     scorer = ReferenceScorer(
         model_folder(reference.model, reference.revision),
-        reference.dtype,
+        reference.arithmetic,
         [] if reference.adapter is None else [adapter_folder(reference.adapter)],
         [(f.hookpoint, load_sae(f.sae, f.hookpoint), f.top_k) for f in recipe.features],
         recipe.cache.top_logits,

@@ -69,6 +69,8 @@ class CacheIdentity:
                 "weights": weights_digest(weight_files(model_folder(reference.model, reference.revision))),
                 "config": significant_config(config),
                 "dtype": reference.dtype,
+                # Not spelled where it is off.
+                **({} if reference.autocast is None else {"autocast": reference.autocast}),
                 "adapter": None if adapter is None else _adapter_identity(adapter),
             },
             "vocab_size": config.get_text_config().vocab_size,

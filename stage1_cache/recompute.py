@@ -36,13 +36,13 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     Score `count` random pairs of `cache` with the reference and SAEs of `recipe` and compare.
 
     Raises CacheConflict where the recipe's scorer is not the cache's, CacheDamaged naming the first pair that differs
-    by more than the tolerance of the reference's dtype.
+    by more than the tolerance of the reference's arithmetic.
     """
     named = cache_identities(recipe)[0].scorer
     differing = differences(cache.recipe["scorer"], named)
     if differing:
         raise CacheConflict(f"the recipe does not score as cache {cache.key[:12]} was scored\n  {differing[0]}")
-    tolerance = LOGPS_TOLERANCE[recipe.reference.dtype]
+    tolerance = LOGPS_TOLERANCE[recipe.reference.arithmetic.precision]
     scorer = reference_scorer(recipe, batch_tokens, named)
     worst = worst_features = 0.0
     total = 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from errors import ModelError
+from recipe import Arithmetic
 from scoring import (
     Packed,
     PooledFeatures,
@@ -26,6 +27,7 @@ from scoring import (
     install_scoring,
     is_quantised,
     load_model,
+    mixed_precision,
     pack,
     pool_top_features,
 )
@@ -40,7 +42,7 @@ class ReferenceScorer:
     def __init__(
         self,
         folder: Path,
-        dtype: str,
+        arithmetic: Arithmetic,
         adapters: list[Path],
         saes: list[tuple[str, Sae, TopK]],
         top_logits: int,
@@ -48,6 +50,7 @@ class ReferenceScorer:
     ) -> None:
         """
         folder        the model's files; adapters are merged into it
+        arithmetic    dtype of the weights, and the dtype of the autocast that they are computed under
         saes          hookpoint, SAE and how many features to keep, in the recipe's order
         batch_tokens  packed tokens per forward; changes speed and memory only
         Raises ModelError where the model cannot be loaded or packed.
@@ -55,10 +58,11 @@ class ReferenceScorer:
         # Under torchrun each rank has its own GPU.
         local = os.environ.get("LOCAL_RANK", "0")
         self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-        model = load_model(folder, dtype, adapters).requires_grad_(False)
+        model = load_model(folder, arithmetic.dtype, adapters).requires_grad_(False)
         # Quantised weights are put where they belong as they load, and some formats refuse to move.
         self.model = model if is_quantised(model) else model.to(self.device)
         self.saes = [(hookpoint, sae.to(self.device), top_k) for hookpoint, sae, top_k in saes]
+        self.arithmetic = arithmetic
         self.batch_tokens = batch_tokens
         install_scoring(self.model, tuple(hookpoint for hookpoint, _, _ in saes), top_logits)
         check_packing(self.model)
@@ -104,7 +108,8 @@ class ReferenceScorer:
     @torch.inference_mode()
     def _score_batch(self, input_ids: np.ndarray, splits: np.ndarray) -> _BatchResult:
         packed = Packed(*(tensor.to(self.device) for tensor in pack(input_ids, splits)))
-        scores: Scores = self.model(**packed._asdict())
+        with mixed_precision(self.device, self.arithmetic.autocast):
+            scores: Scores = self.model(**packed._asdict())
         features = [
             pool_top_features(sae, residual, packed.lengths, top_k)
             for (_, sae, top_k), residual in zip(self.saes, scores.residuals, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from errors import ModelError, RecipeError
-from recipe import Lora, Recipe
+from recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
 from scoring import (
     adapter_folder,
     check_packing,
@@ -23,7 +23,7 @@ from scoring import (
     tower_modules,
 )
 from stage2_align.measure import ObjectiveMeter
-from stage2_align.parity import check_parity
+from stage2_align.parity import ParityCheck
 from stage2_align.run import METRICS_FILE, last_checkpoint, open_run, read_run, write_run
 from stage2_align.stream import PairStream
 from stage2_align.trainer import PairTrainer, read_metrics
@@ -69,19 +69,21 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     if resume and read_run(output)["complete"]:
         return _finished(output)
     trainer = _trainer(recipe, cache, args, output)
+    arithmetic = _launched_arithmetic(recipe, trainer)
     parity = None
     if recipe.policy.model is None and checkpoint is None:
-        parity = check_parity(trainer.model, trainer.meter, cache, recipe)
+        parity = ParityCheck(trainer, (arithmetic, recipe.reference.arithmetic))
 
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started
+    difference = None if parity is None else parity.difference
     trainer.save_model(str(output))
     steps = trainer.state.global_step
     last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
     if trainer.is_world_process_zero():
-        write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": parity})
-    return AlignReport(output, steps, trainer.pairs_seen * args.world_size, seconds, parity, last)
+        write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": difference})
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, difference, last)
 
 
 def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path) -> PairTrainer:
@@ -102,6 +104,27 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
         return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE)
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
+
+
+def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
+    """
+    What the policy computes in as it was started: the launcher has a say in mixed precision and sharding. Raises
+    RecipeError where that is not the recipe's, or not the reference's.
+    """
+    launched = trainer.accelerator.mixed_precision
+    asked = next((name for name in MIXED_PRECISION if recipe.training.get(name)), "no")
+    if launched != asked:
+        raise RecipeError(
+            f"training: this start runs in mixed precision {launched}, the recipe says {asked}; set training.bf16 or "
+            "training.fp16 there, or leave it out of the launcher's settings"
+        )
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    arithmetic = training_arithmetic(recipe.policy.dtype, MIXED_PRECISION.get(asked), sharded)
+    try:
+        check_arithmetic(recipe, arithmetic)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    return arithmetic
 
 
 def _finished(output: Path) -> AlignReport:

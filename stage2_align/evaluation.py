@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from errors import RunError
 from recipe import Recipe
-from scoring import Packed
+from scoring import Packed, mixed_precision
 from stage2_align.align import policy_model
 from stage2_align.measure import ObjectiveMeter, batch_metrics
 from stage2_align.run import read_run
@@ -48,7 +48,8 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
         for batch in stream:
             assert batch is not None
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            scores = model(**{name: on_device[name] for name in Packed._fields})
+            with mixed_precision(device, recipe.policy_arithmetic().autocast):
+                scores = model(**{name: on_device[name] for name in Packed._fields})
             metrics = batch_metrics(meter.measure(scores, on_device), on_device)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)

@@ -142,7 +142,10 @@ def _cached(batch: dict[str, Tensor]) -> SparseRows:
 
 
 def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over the batch's pairs of every metric that is logged, under TRL's names where TRL has one."""
+    """
+    Sums over the batch's pairs of every metric that is logged, under TRL's names where TRL has one. Repeats, whose
+    `weight` is 0, count in none. float32: Apple GPUs have nothing wider, whoever adds batches up does it in float64.
+    """
     rewards = measurement.value.rewards
     metrics = {
         "loss": measurement.value.losses,
@@ -159,4 +162,5 @@ def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[st
     if measurement.incomplete:
         # Reference activations that a top-k cache does not hold count as 0; their squares sum to this.
         metrics["features/unknown_sq"] = batch["ref_tail_sq"].mean(1)
-    return {name: values.detach().double().sum() for name, values in metrics.items()}
+    counts = batch["weight"] > 0
+    return {name: (values.detach().float() * counts).sum() for name, values in metrics.items()}

@@ -1,64 +1,142 @@
 """
 Before the first step, where the policy starts as the reference, its scores must reproduce the cached ones: other
 weights, another dtype, dropout or a changed library stop here with both values, not after a day of training.
+
+The model is asked as Trainer prepared it - sharded, under its own autocast - so what is held against the cache is
+what the first step computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from errors import ParityError
-from recipe import Recipe
-from scoring import LOGPS_TOLERANCE, Packed, pack
+from recipe import Arithmetic
+from scoring import LOGPS_TOLERANCE, Packed, Scores, pack
 from stage2_align.measure import ObjectiveMeter
-from store import Cache, Features
+from stage2_align.stream import PairStream
+from stage2_align.trainer import PairTrainer
+from store import Features, Pairs
 
-PARITY_PAIRS = 8
+PARITY_PAIRS = 32
+# |mean over completions| of a completion's mean signed difference, nats per token. Rounding has no sign, so what is
+# left of it over 64 completions is below a third of this; an offset has one, and grows with every token of a logratio.
+OFFSET_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3, "float16": 1e-3}
+# Where the recipe lets another arithmetic pass, its rounding is that much larger.
+OTHER_ARITHMETIC = 5
+
+
+class ParityCheck(TrainerCallback):
+    """`check_parity` on the model of a trainer when training begins; before all other callbacks."""
+
+    def __init__(self, trainer: PairTrainer, arithmetic: tuple[Arithmetic, Arithmetic]) -> None:
+        """
+        arithmetic  what the policy computes in, and what the reference was computed in
+        """
+        self.trainer, self.arithmetic = trainer, arithmetic
+        self.difference: float | None = None
+        """Mean |difference| of the token log-probs, nats; None until it was measured."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        model, stream, meter = self.trainer.model_wrapped, self.trainer.stream, self.trainer.meter
+        self.difference = check_parity(model, meter, stream, self.arithmetic, args.device)
 
 
 @torch.no_grad()
-def check_parity(model: nn.Module, meter: ObjectiveMeter, cache: Cache, recipe: Recipe) -> float:
+def check_parity(
+    model: nn.Module,
+    meter: ObjectiveMeter,
+    stream: PairStream,
+    arithmetic: tuple[Arithmetic, Arithmetic],
+    device: torch.device,
+) -> float:
     """
-    Score the cache's first pairs with the policy. Returns the mean absolute difference of the token log-probs, in
-    nats. Raises ParityError where it, or that of the pooled features, is above what the dtypes explain.
+    Score random pairs of the stream's cache with the policy, in batches of the size of training's. Every process
+    scores the same ones. Returns the mean absolute difference of the token log-probs, in nats. Raises ParityError
+    where it, the mean signed difference, or that of the pooled features, is above what the arithmetic explains.
 
-    model  with scoring installed, on its device
+    model       with scoring installed, as training calls it
+    arithmetic  the policy's and the reference's
     """
-    shard = cache.shard(0)
-    pairs = shard.take(np.arange(min(PARITY_PAIRS, len(shard))))
-    device = next(model.parameters()).device
-    packed = Packed(*(tensor.to(device) for tensor in pack(pairs.input_ids, pairs.splits)))
-    scores = model(**packed._asdict())
-    cached = torch.from_numpy(pairs.token_logps).to(device)
-    difference = float((scores.token_logps - cached).abs().mean())
-    tolerance = max(LOGPS_TOLERANCE[recipe.reference.dtype], LOGPS_TOLERANCE[recipe.policy.dtype])
-    if not difference <= tolerance:
-        raise ParityError(
-            f"the policy does not reproduce the cached reference: token log-probs differ by {difference:.4g} nats "
-            f"on average (at most {tolerance:g})\n"
-            f"  first pair, chosen: {float(scores.token_logps[: int(packed.lengths[0])].sum()):.4f} by the policy, "
-            f"{float(pairs.ref_logps[0, 0]):.4f} in the cache {cache.key[:12]}\n"
-            "  the policy starts from reference.model: was it changed, or is its dtype not the reference's?"
-        )
-    if meter.sae is not None and meter.feature is not None:
-        _check_features(meter, scores.residuals[0], packed, pairs.features[meter.feature], tolerance)
-    return difference
+    model.eval()
+    pairs = random_pairs(stream, PARITY_PAIRS)
+    apart, features = [], []
+    for batch in _batches(pairs, stream.per_device):
+        packed = Packed(*(tensor.to(device) for tensor in pack(batch.input_ids, batch.splits)))
+        scores: Scores = model(**packed._asdict())
+        apart.append(scores.token_logps.double().cpu() - torch.from_numpy(batch.token_logps).double())
+        if meter.sae is not None and meter.feature is not None:
+            features.append(_feature_distance(meter, scores.residuals[0], packed, batch.features[meter.feature]))
+    difference = torch.cat(apart)
+    _check_logps(difference, pairs, arithmetic, stream.cache.key)
+    if features:
+        _check_features(torch.stack(features).sum(0).tolist(), meter, arithmetic)
+    return float(difference.abs().mean())
 
 
-def _check_features(
-    meter: ObjectiveMeter, residual: torch.Tensor, packed: Packed, cached: Features, tolerance: float
-) -> None:
+def random_pairs(stream: PairStream, count: int) -> Pairs:
+    """So many pairs of the stream's cache, drawn by its seed."""
+    everything = stream.cache.n_pairs
+    return stream.rows(np.random.default_rng(stream.seed).choice(everything, min(count, everything), replace=False))
+
+
+def _batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
+    for start in range(0, len(pairs), size):
+        yield pairs.take(np.arange(start, min(start + size, len(pairs))))
+
+
+def _check_logps(apart: Tensor, pairs: Pairs, arithmetic: tuple[Arithmetic, Arithmetic], key: str) -> None:
+    """
+    apart  (N,) policy minus cache of every scored token, completion by completion
+    """
+    tolerance = _tolerance(LOGPS_TOLERANCE, arithmetic)
+    offset_tolerance = _tolerance(OFFSET_TOLERANCE, arithmetic) * (1 if len(set(arithmetic)) == 1 else OTHER_ARITHMETIC)
+    completions = apart.split(np.diff(pairs.completion_splits.astype(np.int64)).tolist())
+    signed = torch.stack([part.mean() if len(part) else apart.new_zeros(()) for part in completions])
+    size, offset = float(apart.abs().mean()), float(signed.mean())
+    if size <= tolerance and abs(offset) <= offset_tolerance:
+        return
+    what = f"differ by {size:.4g} nats on average (at most {tolerance:g})"
+    if size <= tolerance:
+        what = f"are off by {offset:+.2g} nats on average, in one direction (at most {offset_tolerance:g})"
+    pair, side = divmod(int(signed.abs().argmax()), 2)
+    cached = float(pairs.ref_logps[pair, side])
+    ours = cached + float(completions[2 * pair + side].sum())
+    raise ParityError(
+        f"the policy does not reproduce the cached reference: token log-probs {what}\n"
+        f"  pair {pairs.pair_id[pair]}, {('chosen', 'rejected')[side]}: {ours:.4f} by the policy, {cached:.4f} in the "
+        f"cache {key[:12]}\n"
+        "  the policy starts from reference.model: was it changed, or does it not compute as the reference did?"
+    )
+
+
+def _tolerance(of: dict[str, float], arithmetic: tuple[Arithmetic, Arithmetic]) -> float:
+    """That of the coarser of the two."""
+    return max(of[side.precision] for side in arithmetic)
+
+
+def _feature_distance(meter: ObjectiveMeter, residual: Tensor, packed: Packed, cached: Features) -> Tensor:
+    """(2,) sum of |policy - cache| over the cached activations, and sum of those."""
     assert meter.sae is not None
-    sae = meter.sae.to(residual.device)
-    pooled = sae.pooled_mean(residual, packed.lengths.tolist())
+    pooled = meter.sae.pooled_mean(residual, packed.lengths.tolist())
     counts = torch.from_numpy(np.diff(cached.splits.astype(np.int64)))
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    stored = torch.from_numpy(cached.acts)
-    ours = pooled[rows, torch.from_numpy(cached.indices.astype(np.int64))].cpu()
-    scale = float(stored.abs().mean()) if len(stored) else 1.0
-    difference = float((ours - stored).abs().mean()) / scale if len(stored) else 0.0
+    stored = torch.from_numpy(cached.acts).double()
+    ours = pooled.cpu().double()[rows, torch.from_numpy(cached.indices.astype(np.int64))]
+    return torch.stack([(ours - stored).abs().sum(), stored.abs().sum()])
+
+
+def _check_features(sums: list[float], meter: ObjectiveMeter, arithmetic: tuple[Arithmetic, Arithmetic]) -> None:
+    tolerance = _tolerance(LOGPS_TOLERANCE, arithmetic)
+    apart, size = sums
+    difference = apart / size if size else 0.0
     if not difference <= tolerance:
         raise ParityError(
             f"the policy does not reproduce the cached features of {meter.hookpoint}: they differ by "

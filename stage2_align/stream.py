@@ -87,6 +87,11 @@ class PairStream(IterableDataset[Batch | None]):
         """Pairs per optimiser step, over all processes."""
         return self.per_device * self.accumulation * self.world
 
+    def pairs_until(self, step: int) -> int:
+        """Pairs of the first `step` steps, over all processes: an epoch's last step may be smaller."""
+        epochs, steps = divmod(step, self.steps)
+        return epochs * self.cache.n_pairs + steps * self.global_batch
+
     def start(self, epoch: int, skip: int = 0) -> None:
         """Let the next iteration give epoch `epoch`, its first `skip` micro-batches as None, undecoded."""
         self.epoch, self.skip = epoch, skip
@@ -95,28 +100,31 @@ class PairStream(IterableDataset[Batch | None]):
         skipped, self.skip = self.skip, 0
         yield from (None for _ in range(skipped))
         micro = self._micro_batches(skipped // self.accumulation)
-        tensors = ({**batch_tensors(pairs, self.feature), "weight": torch.tensor(weight)} for pairs, weight in micro)
+        tensors = ({**batch_tensors(pairs, self.feature), "weight": weight} for pairs, weight in micro)
         ready = _in_background(tensors, QUEUE_BATCHES)
         for _ in range(skipped % self.accumulation):
             next(ready)
         yield from ready
 
-    def _micro_batches(self, first_step: int) -> Iterator[tuple[Pairs, float]]:
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[Pairs, Tensor]]:
         """
-        This process's pairs of each forward, and what their mean loss weighs in the step, so that the mean over the
-        step's forwards and processes is the mean over its pairs: 1, but in an epoch's last, smaller step.
+        This process's pairs of each forward, and what the loss of each weighs, so that Trainer's mean over the step's
+        forwards and processes is the mean over the step's pairs.
         """
         for pairs in self._global_batches(first_step):
             width = self.per_device * self.world
             slices = -(-len(pairs) // width)
             for start in range(0, len(pairs), width):
                 positions = np.arange(start, min(start + width, len(pairs)))
-                # Every process needs the same number of pairs; the epoch's last slice repeats some to get there.
+                weights = np.full(len(positions), self.world * slices / len(pairs), np.float32)
+                # Every process needs the same number of pairs; the epoch's last slice repeats some to get there. A
+                # repeat weighs nothing.
                 short = -len(positions) % self.world
                 positions = np.concatenate([positions, np.resize(positions, short)])
+                weights = np.concatenate([weights, np.zeros(short, np.float32)])
                 own = len(positions) // self.world
-                weight = min(width, len(pairs) - start) * slices / len(pairs)
-                yield pairs.take(positions[self.rank * own : (self.rank + 1) * own]), weight
+                mine = slice(self.rank * own, (self.rank + 1) * own)
+                yield pairs.take(positions[mine]), torch.from_numpy(weights[mine])
 
     def _global_batches(self, first_step: int) -> Iterator[Pairs]:
         """Pairs of each optimiser step from `first_step` of the epoch on; blocks before it are not decoded."""
@@ -144,17 +152,17 @@ class PairStream(IterableDataset[Batch | None]):
         self.cache.prefetch([shard for block in blocks[first:] for shard in sorted(block.shards)])
         carried: Pairs | None = None
         if first < len(blocks) and blocks[first].carried:
-            carried = self._rows(blocks[first].rows[: blocks[first].carried])
+            carried = self.rows(blocks[first].rows[: blocks[first].carried])
         for index in range(first, len(blocks)):
             block = blocks[index]
-            own = self._rows(block.rows[block.carried :])
+            own = self.rows(block.rows[block.carried :])
             pairs = own if carried is None else Pairs.concat([carried, own])
             used = len(pairs) - block.leftover
             carried = pairs.take(np.arange(used, len(pairs))) if block.leftover else None
             if used:
                 yield index, pairs.take(np.arange(used)) if block.leftover else pairs
 
-    def _rows(self, rows: np.ndarray) -> Pairs:
+    def rows(self, rows: np.ndarray) -> Pairs:
         """Pairs by cache row, read shard by shard."""
         offsets = np.concatenate([[0], np.cumsum(self.cache.shard_pairs)])
         shard_of = np.searchsorted(offsets, rows, side="right") - 1

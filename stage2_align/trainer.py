@@ -53,13 +53,13 @@ class PairTrainer(Trainer):
             processing_class=tokenizer,
         )
         self.sums = MetricSums()
-        for callback in (_StreamPosition(stream), _Progress(stream), MetricsFile(metrics_file), self.sums):
+        self.position = _StreamPosition(stream)
+        for callback in (self.position, _Progress(stream), MetricsFile(metrics_file), self.sums):
             self.add_callback(callback)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.stream = stream
         self.meter = meter.to(args.device)
-        self.pairs_seen = 0
         # The loss is a mean over pairs; Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
@@ -74,15 +74,18 @@ class PairTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss over the batch's pairs."""
+        """The pairs' losses by weight: their mean over forwards and processes is the mean over the step's pairs."""
         scores = model(**{name: inputs[name] for name in Packed._fields})
         measurement = self.meter.measure(scores, inputs)
-        pairs = len(measurement.value.losses)
-        self.sums.add(batch_metrics(measurement, inputs), pairs)
-        self.pairs_seen += pairs
-        # An epoch's last step can be cut unevenly: each of its pairs weighs the same.
-        loss = measurement.value.losses.mean() * inputs["weight"]
+        weight = inputs["weight"]
+        self.sums.add(batch_metrics(measurement, inputs), (weight > 0).sum())
+        loss = (measurement.value.losses * weight).sum()
         return (loss, measurement) if return_outputs else loss
+
+    @property
+    def pairs_seen(self) -> int:
+        """Pairs that this start has trained on, over all processes; repeats are none."""
+        return self.stream.pairs_until(self.state.global_step) - self.stream.pairs_until(self.position.first_step)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs of an epoch; Trainer would count micro-batches."""
@@ -99,38 +102,53 @@ class MetricSums(TrainerCallback):
     means as one never interrupted, wherever between two logs it was saved.
     """
 
-    def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
+    # How many batches' sums may wait on the device between two logs.
+    WAITING = 256
 
-    def add(self, sums: dict[str, Tensor], pairs: int) -> None:
-        """`sums` over this many more pairs."""
-        for name, value in {**sums, "pairs": torch.full_like(sums["loss"], pairs)}.items():
-            self.totals[name] = self.totals[name] + value if name in self.totals else value
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self._names: list[str] = []
+        self._waiting: list[Tensor] = []
+
+    def add(self, sums: dict[str, Tensor], pairs: Tensor) -> None:
+        """`sums` over this many more pairs. They stay on their device, so that no step waits for it."""
+        self._names = [*sums, "pairs"]
+        self._waiting.append(torch.stack([*sums.values(), pairs.float()]))
+        if len(self._waiting) == MetricSums.WAITING:
+            self._fold()
+
+    def _fold(self) -> None:
+        """
+        Add up what waits, batch after batch in float64 on the host: the same numbers, bit by bit, whenever it is done.
+        """
+        for row in torch.stack(self._waiting).tolist() if self._waiting else []:
+            for name, value in zip(self._names, row, strict=True):
+                self.totals[name] = self.totals.get(name, 0.0) + value
+        self._waiting = []
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over the pairs of all processes since the last call; nothing where there were none."""
+        self._fold()
         if not self.totals:
             return {}
         names = sorted(self.totals)
-        totals = torch.stack([self.totals[name] for name in names])
+        values = [self.totals[name] for name in names]
         if accelerator.num_processes > 1:
-            totals = accelerator.reduce(totals, reduction="sum")
-        values = dict(zip(names, totals.tolist(), strict=True))
-        pairs = values.pop("pairs")
+            totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+            values = accelerator.reduce(totals, reduction="sum").tolist()
+        means = dict(zip(names, values, strict=True))
+        pairs = means.pop("pairs")
         self.totals = {}
-        return {name: value / pairs for name, value in values.items()}
+        return {name: value / pairs for name, value in means.items()}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        totals = {name: value.item() for name, value in self.totals.items()}
-        sums_file(args, state).write_text(json.dumps(totals), encoding="utf-8")
+        self._fold()
+        sums_file(args, state).write_text(json.dumps(self.totals), encoding="utf-8")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         path = sums_file(args, state)
         if state.global_step and path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            self.totals = {
-                n: torch.tensor(value, dtype=torch.float64, device=args.device) for n, value in saved.items()
-            }
+            self.totals = json.loads(path.read_text(encoding="utf-8"))
 
 
 def sums_file(args: TrainingArguments, state: TrainerState) -> Path:
@@ -147,6 +165,10 @@ class _StreamPosition(TrainerCallback):
 
     def __init__(self, stream: PairStream) -> None:
         self.stream = stream
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.first_step = state.global_step
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         epoch, done = divmod(state.global_step, self.stream.steps)
@@ -162,17 +184,12 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            total, done = (self._pairs_until(step) for step in (state.max_steps, state.global_step))
+            total, done = (self.stream.pairs_until(step) for step in (state.max_steps, state.global_step))
             self.bar = tqdm(total=total, initial=done, desc="align", unit=" pairs", disable=None)
-
-    def _pairs_until(self, step: int) -> int:
-        """Pairs of the first `step` steps: an epoch's last one may be smaller."""
-        epochs, steps = divmod(step, self.stream.steps)
-        return epochs * self.stream.cache.n_pairs + steps * self.stream.global_batch
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
-            self.bar.update(self._pairs_until(state.global_step) - self.bar.n)
+            self.bar.update(self.stream.pairs_until(state.global_step) - self.bar.n)
 
     def on_log(
         self,

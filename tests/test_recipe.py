@@ -59,6 +59,16 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
         ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size: must be at least 1, not 0"),
         ("training.max_steps='2'", "training.max_steps: must be a valid integer, not '2'"),
         ("training.gradient_checkpointing_kwargs={use_reentrant: true}", "use_reentrant loses the gradient"),
+        ("policy.dtype=bfloat16", "policy.dtype: bfloat16 weights swallow an update below 1/256 of their size"),
+        (
+            "training.neftune_noise_alpha=5",
+            "training.neftune_noise_alpha: not set here; its noise would stand",
+        ),
+        (
+            "reference={model: m, dtype: bfloat16, autocast: bfloat16}",
+            "reference.autocast: bfloat16 rounds the",
+        ),
+        ("reference.autocast=bf16", "reference.autocast: 'bf16' is not valid; nearest is bfloat16"),
         ("data.max_length=true", "data.max_length: must be a valid integer, not True"),
         ("data=pairs.jsonl", "data: must be a mapping of fields, not 'pairs.jsonl'"),
         ("reference.model", "--set reference.model: write it as section.field=value"),
@@ -142,6 +152,54 @@ def test_an_objective_without_a_feature_term_needs_no_features() -> None:
     bare = {name: section for name, section in MINIMAL.items() if name != "features"}
     for objective in ({"name": "dpo"}, {"name": "simpo"}, {"name": "fpo", "alpha": 0}):
         assert validate_recipe({**bare, "objective": objective}, "test").constrained_feature() is None
+
+
+MIXED = {"model": "m", "autocast": "bfloat16"}
+HALF = {"model": "m", "dtype": "bfloat16"}
+ADAPTERS = {"dtype": "bfloat16", "lora": {"r": 4}}
+
+
+@pytest.mark.parametrize(
+    ("reference", "policy", "training"),
+    [
+        (MIXED, {}, {"bf16": True}),
+        ({"model": "m", "autocast": "float16"}, {}, {"fp16": True}),
+        ({"model": "m"}, {}, {"learning_rate": 1e-6}),
+        (HALF, ADAPTERS, {"bf16": True}),
+        (HALF, ADAPTERS, {"learning_rate": 1e-6}),
+        (HALF, {}, {"bf16": True, "fsdp": "full_shard"}),
+        (HALF, {"model": "another"}, {"bf16": True}),
+        (HALF, {"same_arithmetic": False}, {"bf16": True}),
+        (HALF, {}, {}),
+    ],
+)
+def test_a_reference_in_the_policys_own_arithmetic_is_valid(
+    reference: dict[str, Any], policy: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Also where the policy starts elsewhere, where the recipe says so, and where it does not say how it trains."""
+    validate_recipe({**MINIMAL, "reference": reference, "policy": policy, "training": training}, "test")
+
+
+@pytest.mark.parametrize(
+    ("reference", "policy", "training", "wanted"),
+    [
+        (HALF, {}, {"bf16": True}, "set reference.dtype: float32 and reference.autocast: bfloat16"),
+        ({"model": "m"}, {}, {"bf16": True}, "set reference.dtype: float32 and reference.autocast: bfloat16"),
+        (MIXED, {}, {"fp16": True}, "set reference.dtype: float32 and reference.autocast: float16"),
+        (MIXED, {}, {"learning_rate": 1e-6}, "set reference.dtype: float32,"),
+        ({"model": "m"}, ADAPTERS, {"bf16": True}, "set reference.dtype: bfloat16,"),
+        (MIXED, {}, {"bf16": True, "fsdp": "full_shard"}, "set reference.dtype: bfloat16,"),
+    ],
+)
+def test_a_reference_in_another_arithmetic_than_training_is_refused_with_what_to_set(
+    reference: dict[str, Any], policy: dict[str, Any], training: dict[str, Any], wanted: str
+) -> None:
+    raw = {**MINIMAL, "reference": reference, "policy": policy, "training": training}
+    with pytest.raises(RecipeError, match="would stand in every logratio") as caught:
+        validate_recipe(raw, "test")
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)
+    validate_recipe({**raw, "objective": {"name": "simpo"}}, "test")
 
 
 def test_a_dumped_recipe_reads_back_the_same(tmp_path: Path) -> None:

@@ -105,12 +105,14 @@ def test_the_key_depends_on_what_changes_numbers_and_on_nothing_else(world: Tiny
     same = [
         key(objective={"name": "fpo", "beta": 7.0}),
         key(training={"learning_rate": 1.0, "seed": 9}),
-        key(policy={"dtype": "bfloat16"}),
+        key(policy={"lora": {"r": 4}, "same_arithmetic": False}),
         key(features=[{**feature, "sae": str(world.root / "pairs" / ".." / "sae")}]),
     ]
     assert same == [base] * len(same)
     other = [
-        key(reference={"model": str(world.root / "model"), "dtype": "bfloat16"}),
+        key(reference={"dtype": "bfloat16"}, policy={"same_arithmetic": False}),
+        key(reference={"autocast": "bfloat16"}, policy={"same_arithmetic": False}),
+        key(reference={"autocast": "float16"}, policy={"same_arithmetic": False}),
         key(data={"split": "train[:39]"}),
         key(data={"max_length": 9}),
         key(features=[{**feature, "top_k": 17}]),

@@ -7,24 +7,31 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_world import TinyWorld, build_tiny_world
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors import CacheDamaged, ParityError, RecipeError, RunError
 from recipe import Recipe
+from scoring import Packed
 from stage1_cache import build_caches, find_cache
 from stage2_align import align, evaluate_run
+from stage2_align.align import load_policy
+from stage2_align.measure import ObjectiveMeter, batch_metrics
 from stage2_align.run import METRICS_FILE, read_run
 from stage2_align.stream import PairStream
-from stage2_align.trainer import read_metrics
+from stage2_align.trainer import MetricSums, read_metrics
 from store import Cache, open_cache
 
 
@@ -131,17 +138,62 @@ def test_accumulated_steps_see_the_same_pairs_and_give_the_same_losses(world: Ti
     assert losses(tmp_path / "in_parts")[:2] == pytest.approx(losses(tmp_path / "at_once")[:2], rel=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(world: TinyWorld, tmp_path: Path) -> None:
-    """Two gloo processes of 4 pairs each against one of 8."""
-    one = world.recipe(training={"per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 3e-3})
-    two = world.recipe_file(training={"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 3e-3})
-    align(one, cached(world, one), tmp_path / "one")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    ranks = [run_process(two, world.store, tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **shared) for r in (0, 1)]
+def run_two_processes(recipe: Path, store: Path, run: Path, **environment: str) -> None:
+    """fpo align in two gloo processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+    ranks = [run_process(recipe, store, run, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in (0, 1)]
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors.decode()[-2000:]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_step_is_the_same_for_any_number_of_processes_and_of_forwards(tmp_path: Path) -> None:
+    """
+    23 pairs in steps of 8, so that an epoch's last step has 7: by one process at once, in two forwards of 4, and by two
+    gloo processes of 4 each, one of which repeats a pair in the last step.
+    """
+    world = build_tiny_world(tmp_path / "world", 23, 2)
+    sgd = {"optim": "sgd", "learning_rate": 3e-2, "save_strategy": "no"}
+    one = world.recipe(training={**sgd, "per_device_train_batch_size": 8})
+    build_caches(one, world.store)
+    report = align(one, cached(world, one), tmp_path / "one")
+    assert (report.steps, report.pairs) == (6, 46)
+    split = {**sgd, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert align(world.recipe(training=split), cached(world, one), tmp_path / "forwards").pairs == 46
+    two = world.recipe_file(training={**sgd, "per_device_train_batch_size": 4})
+    run_two_processes(two, world.store, tmp_path / "processes")
+    before = load_file(world.root / "model" / "model.safetensors")
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
+    for run in ("forwards", "processes"):
+        for row, other in zip(*(read_metrics(tmp_path / name / METRICS_FILE) for name in ("one", run)), strict=True):
+            for name in ("loss", "rewards/margins", "logps/chosen", "features/distance_rejected"):
+                assert other[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), (run, row["step"], name)
+        for name, tensor in load_file(tmp_path / run / "model.safetensors").items():
+            assert (tensor - expected[name]).abs().max() < 2e-6, (run, name)
+
+
+def test_a_step_computes_nothing_in_float64_which_apple_gpus_do_not_have(world: TinyWorld) -> None:
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            assert not any(
+                isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)
+            )
+            return result
+
+    recipe = world.recipe()
+    meter = ObjectiveMeter.of(recipe)
+    model = load_policy(recipe, meter)
+    batch = next(iter(PairStream(cached(world, recipe), 0, seed=1, per_device=3)))
+    assert batch is not None
+    sums = MetricSums()
+    with NoFloat64():
+        scores = model(**{name: batch[name] for name in Packed._fields})
+        sums.add(batch_metrics(meter.measure(scores, batch), batch), (batch["weight"] > 0).sum())
 
 
 def test_low_rank_adapters_train_and_evaluate(world: TinyWorld, tmp_path: Path) -> None:
