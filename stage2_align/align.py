@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ from scoring import (
 )
 from stage2_align.measure import ObjectiveMeter
 from stage2_align.parity import ParityCheck
-from stage2_align.run import METRICS_FILE, last_checkpoint, open_run, read_run, write_run
+from stage2_align.run import BASE_FOLDER, METRICS_FILE, last_checkpoint, open_run, read_run, write_run
+from stage2_align.saved import expected_weights, save_policy
 from stage2_align.stream import PairStream
 from stage2_align.trainer import PairTrainer, read_metrics
 from store import Cache
@@ -74,11 +76,12 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     if recipe.policy.model is None and checkpoint is None:
         parity = ParityCheck(trainer, (arithmetic, recipe.reference.arithmetic))
 
+    expected = expected_weights(trainer.model)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started
     difference = None if parity is None else parity.difference
-    trainer.save_model(str(output))
+    save_policy(trainer, output, expected)
     steps = trainer.state.global_step
     last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
     if trainer.is_world_process_zero():
@@ -90,7 +93,7 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
     """Everything loaded. Raises RecipeError for arguments that transformers or a missing package refuses."""
     set_seed(args.seed)
     meter = ObjectiveMeter.of(recipe)
-    model = load_policy(recipe, meter)
+    model = load_policy(recipe, meter, output, save=args.process_index == 0)
     stream = PairStream(
         cache,
         meter.feature,
@@ -151,38 +154,75 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     return args
 
 
-def load_policy(recipe: Recipe, meter: ObjectiveMeter) -> PreTrainedModel:
-    """The policy before training: loaded, scoring installed and checked, adapters around it if asked for."""
-    model = policy_model(recipe, meter)
-    if is_quantised(model) and recipe.policy.lora is None:
-        raise RecipeError(
-            f"policy.lora: {recipe.policy.model or recipe.reference.model} is quantised, and quantised weights cannot "
-            "be trained; set policy.lora, or name a policy.model that is not quantised"
-        )
-    if recipe.policy.model is not None:
-        _check_vocabulary(recipe, recipe.policy.model)
-    return model if recipe.policy.lora is None else _with_adapter(model, recipe.policy.lora)
-
-
-def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path | None = None) -> PreTrainedModel:
+def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = True) -> PreTrainedModel:
     """
-    The policy with scoring installed and checked: as training starts from it, or as a `run` saved it - whole
-    weights, or an adapter on the weights that it was trained on.
+    The policy before training: loaded, scoring installed and checked, adapters around it if asked for.
+
+    run   where it will be saved
+    save  whether this process writes there what a new adapter stands on, where no name says what that is
     """
     policy, reference = recipe.policy, recipe.reference
-    adapted = run is None or (run / "adapter_config.json").is_file()
-    if run is not None and not adapted:
-        model = load_model(model_folder(str(run)), policy.dtype)
+    name, folder = _start(recipe)
+    # The reference's adapter belongs to the weights that training starts from.
+    adapters = [adapter_folder(reference.adapter)] if reference.adapter and policy.model is None else []
+    model = load_model(folder, policy.dtype, adapters)
+    if is_quantised(model) and policy.lora is None:
+        raise RecipeError(
+            f"policy.lora: {name} is quantised, and quantised weights cannot be trained; set policy.lora, or name a "
+            "policy.model that is not quantised"
+        )
+    if policy.model is not None:
+        _check_vocabulary(recipe, policy.model)
+    if policy.lora is None:
+        return _scored(model, meter)
+    if adapters:
+        base, commit = str((run / BASE_FOLDER).resolve()), None
+        if save:
+            _save_base(model, policy_tokenizer(recipe), run)
+    elif Path(name).is_dir():
+        base, commit = str(folder.resolve()), None
     else:
-        name, revision = (policy.model, policy.revision) if policy.model else (reference.model, reference.revision)
-        # The reference's adapter belongs to the weights that training starts from.
-        adapters = [adapter_folder(reference.adapter)] if reference.adapter and policy.model is None else []
-        adapters += [run] if run is not None else []
-        try:
-            folder = model_folder(name, revision)
-        except ModelError as error:
-            raise ModelError(f"{'policy' if policy.model else 'reference'}.model: {error}") from None
-        model = load_model(folder, policy.dtype, adapters)
+        base, commit = name, folder.name
+    return _with_adapter(_scored(model, meter), policy.lora, base, commit)
+
+
+def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrainedModel:
+    """
+    The policy as a run folder or one of its checkpoints holds it, with scoring installed and checked, in the
+    arithmetic of training: whole weights, or an adapter on the weights that it was trained on. Never merged: weights
+    in bfloat16 would round the adapter away.
+    """
+    dtype = recipe.policy_arithmetic().dtype
+    if not (run / "adapter_config.json").is_file():
+        return _scored(load_model(model_folder(str(run)), dtype), meter)
+    bases = [folder / BASE_FOLDER for folder in (run, run.parent) if (folder / BASE_FOLDER).is_dir()]
+    base = bases[0] if bases else _start(recipe)[1]
+    model: Any = _peft().PeftModel.from_pretrained(_scored(load_model(base, dtype), meter), run)
+    return model
+
+
+def _start(recipe: Recipe) -> tuple[str, Path]:
+    """Name and folder of the model that training starts from."""
+    policy, reference = recipe.policy, recipe.reference
+    field, start = ("policy", policy) if policy.model else ("reference", reference)
+    name = policy.model or reference.model
+    try:
+        return name, model_folder(name, start.revision)
+    except ModelError as error:
+        raise ModelError(f"{field}.model: {error}") from None
+
+
+def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """Write the weights that a run's adapter is trained on, whole or not at all."""
+    temporary = run / f"{BASE_FOLDER}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(run / BASE_FOLDER, ignore_errors=True)
+    temporary.rename(run / BASE_FOLDER)
+
+
+def _scored(model: PreTrainedModel, meter: ObjectiveMeter) -> PreTrainedModel:
     install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
     check_packing(model)
     return model
@@ -207,14 +247,16 @@ def _check_vocabulary(recipe: Recipe, name: str) -> None:
         )
 
 
-def _with_adapter(model: PreTrainedModel, lora: Lora) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ModelError("policy.lora: adapters need peft: pip install 'fpo[lora]'") from None
+def _with_adapter(model: PreTrainedModel, lora: Lora, base: str, revision: str | None) -> Any:
+    """
+    Adapters around the model.
+
+    base, revision  what adapter_config.json names as the weights below: a folder, or a hub id and its commit
+    """
+    peft = _peft()
     targets = lora.target_modules
     try:
-        config = LoraConfig(
+        config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.r,
             lora_alpha=lora.alpha,
@@ -222,6 +264,16 @@ def _with_adapter(model: PreTrainedModel, lora: Lora) -> Any:
             target_modules=targets,
             exclude_modules=tower_modules(model) or None,
         )
-        return get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(f"policy.lora.target_modules: {str(error).strip().splitlines()[0]}") from None
+    config.base_model_name_or_path, config.revision = base, revision
+    return adapted
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ModelError("policy.lora: adapters need peft: pip install 'fpo[lora]'") from None
+    return peft

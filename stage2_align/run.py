@@ -4,6 +4,8 @@ The run folder: what one training result is, on disk.
     recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step
     run.json        cache key, manifest digest,  checkpoint-N/   as Trainer writes them
                     library versions, figures    and the policy as save_pretrained + tokenizer
+    base/           the weights below an adapter that was trained on merged ones: adapter_config.json, in the run and
+                    in its checkpoints, names them by their absolute path; in a run that was moved, correct it there
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from recipe import Recipe, dump_recipe, validate_recipe
 from store import Cache
 
 RECIPE_FILE, RUN_FILE, METRICS_FILE = "recipe.yaml", "run.json", "metrics.jsonl"
+BASE_FOLDER = "base"
 _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
 
 
@@ -65,7 +68,7 @@ def _holds_training(folder: Path) -> bool:
     """Whether there is anything in the folder beyond what a start that failed before the first step leaves."""
     if not folder.is_dir():
         return folder.exists()
-    begun = {RECIPE_FILE, RUN_FILE, f"{RECIPE_FILE}.tmp", f"{RUN_FILE}.tmp"}
+    begun = {name + end for name in (RECIPE_FILE, RUN_FILE, BASE_FOLDER) for end in ("", ".tmp")}
     return any(path.name not in begun for path in folder.iterdir())
 
 

@@ -176,7 +176,7 @@ def test_a_step_is_the_same_for_any_number_of_processes_and_of_forwards(tmp_path
             assert (tensor - expected[name]).abs().max() < 2e-6, (run, name)
 
 
-def test_a_step_computes_nothing_in_float64_which_apple_gpus_do_not_have(world: TinyWorld) -> None:
+def test_a_step_computes_nothing_in_float64_which_apple_gpus_do_not_have(world: TinyWorld, tmp_path: Path) -> None:
     class NoFloat64(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
@@ -187,7 +187,7 @@ def test_a_step_computes_nothing_in_float64_which_apple_gpus_do_not_have(world: 
 
     recipe = world.recipe()
     meter = ObjectiveMeter.of(recipe)
-    model = load_policy(recipe, meter)
+    model = load_policy(recipe, meter, tmp_path)
     batch = next(iter(PairStream(cached(world, recipe), 0, seed=1, per_device=3)))
     assert batch is not None
     sums = MetricSums()
