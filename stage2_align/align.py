@@ -135,6 +135,10 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
         return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE, request)
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:
+        if not args.push_to_hub:  # which makes its repository first, by whatever client the hub's library has
+            raise
+        raise RecipeError(f"training.push_to_hub: {str(error).strip().splitlines()[0]}") from None
 
 
 def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:

@@ -22,6 +22,7 @@ from errors import CacheDamaged, ParityError, RecipeError, RunError
 from recipe import Recipe
 from stage1_cache import build_caches, find_cache
 from stage2_align import align, evaluate_run
+from stage2_align.arguments import training_arguments
 from stage2_align.callbacks import read_metrics
 from stage2_align.run import METRICS_FILE, read_run
 from stage2_align.stream import PairStream
@@ -266,11 +267,47 @@ def test_an_existing_run_is_not_overwritten_nor_resumed_with_another_recipe(worl
     assert align(recipe, cached(world, recipe), tmp_path / "run", resume=True).steps == 2
 
 
-def test_values_that_transformers_refuses_are_named_before_anything_loads(world: TinyWorld, tmp_path: Path) -> None:
-    recipe = world.recipe(training={"optim": "adamm"})
-    with pytest.raises(RecipeError, match=r"training: .*adamm"):
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"optim": "adamw_8bit"}, r"training\.optim: adamw_8bit: .*bitsandbytes"),
+        ({"optim": "galore_adamw"}, r"training\.optim: galore_adamw"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9, nope=1"}, r"training\.optim_args: nope=1: the optimizer sgd"),
+        ({"optim": "sgd", "adam_beta1": 0.8}, r"training\.adam_beta1: the optimizer sgd has none"),
+        ({"optim_target_modules": "all-linear"}, r"training\.optim_target_modules: the optimizer adamw_torch\w* has"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 9}, r"training\.warmup_steps: .* take constant_with_warmup"),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}}, r"training\.lr_scheduler_kwargs"),
+        ({"report_to": "wandb"}, r"training\.report_to: WandbCallback requires wandb to be installed"),
+        ({"report_to": "wandbb"}, r"training\.report_to: wandbb is not supported"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"training\.lr_scheduler_type: cosine_with_min_lr: .*min_lr"),
+        ({"deepspeed": "zero.json"}, r"training\.deepspeed: the package is not installed: pip install deepspeed"),
+        ({"fp16": True}, r"training\.fp16: float16 needs a GPU, and torch finds none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_values_that_transformers_refuses_are_named_before_anything_loads(
+    world: TinyWorld, tmp_path: Path, training: dict[str, object], message: str
+) -> None:
+    recipe = world.recipe(training=training)
+    with pytest.raises(RecipeError, match=message):
         align(recipe, cached(world, recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_no_reason_to_use_the_cpu(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    recipe = world.recipe(training={"use_cpu": False})
+    with pytest.raises(RecipeError, match=r"CUDA_VISIBLE_DEVICES=0 asks for a GPU, and torch finds none; set training"):
+        align(recipe, cached(world, recipe), tmp_path / "run")
+
+
+def test_the_old_name_of_activation_checkpointing_is_understood_without_a_warning(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    recipe = world.recipe(training={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {}})
+    assert training_arguments(recipe, tmp_path).activation_checkpointing is True
 
 
 def test_a_damaged_shard_trains_nothing(world: TinyWorld, tmp_path: Path) -> None:
