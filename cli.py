@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,6 +160,8 @@ def quiet_libraries() -> None:
     """Loading bars and chatter of the libraries off: one progress bar at a time is ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # peft 0.21 asks transformers 5.23 by the old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     import datasets
     import transformers
 
