@@ -22,7 +22,7 @@ demo: $(VENV)/installed  ## from nothing to an aligned policy and its evaluation
 	$(BIN)/python -m demo.build
 	$(BIN)/fpo cache recipes/demo.yaml
 	$(BIN)/fpo align recipes/demo.yaml --output runs/demo --resume
-	$(BIN)/fpo evaluate recipes/demo.yaml runs/demo
+	$(BIN)/fpo evaluate runs/demo
 	$(BIN)/python -m demo.evaluate runs/demo
 	@echo
 	@echo "world   demo-world/       model, SAE and pairs"
@@ -37,8 +37,8 @@ cache: $(VENV)/installed  ## stage 1: the recipe's pairs through the reference, 
 align: $(VENV)/installed  ## stage 2: train the recipe's policy from its cache (RECIPE=... RUN=...)
 	$(BIN)/fpo align $(RECIPE) --output $(RUN) --resume
 
-evaluate: $(VENV)/installed  ## held-out metrics of a run (RECIPE=... RUN=...)
-	$(BIN)/fpo evaluate $(RECIPE) $(RUN)
+evaluate: $(VENV)/installed  ## held-out metrics of a run (RUN=...)
+	$(BIN)/fpo evaluate $(RUN)
 
 test: $(VENV)/installed-test  ## set up and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

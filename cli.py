@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import typer
 
 from cli_store import AsJson, StoreOption, counted, quiet_libraries, size, store_app, store_root
-from errors import CacheIncomplete, CacheMissing, FpoError
+from errors import CacheIncomplete, CacheMissing, FpoError, RunInterrupted
+from interrupts import exit_code, interruptible
 from progress import say
 from recipe import Recipe, load_recipe
 from store import Cache, Nearest
@@ -73,14 +74,9 @@ def cache_command(
     from stage1_cache import build_caches
 
     root = store_root(store or loaded.cache.store)
-    try:
+    again = _command("cache", recipe, store, overrides)
+    with interruptible(f"finished shards are kept; continue with: {again}"):
         reports = build_caches(loaded, root, batch_tokens, _say_why if is_first_rank() else None)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; finished shards stay, go on with: {_command('cache', recipe, store, overrides)}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
     if not is_first_rank():
         return
     if as_json:
@@ -110,9 +106,17 @@ def align_command(
     quiet_libraries()
     from stage2_align import align
 
-    cache = _find(loaded, recipe, store, overrides)
     run = Path(os.path.expanduser(output)) if output else Path("runs") / f"{recipe.stem}-{loaded.objective.name}"
-    report = align(loaded, cache, run, resume)
+    again = f"{_command('align', recipe, store, overrides)} --output {shlex.quote(str(run))} --resume"
+    with interruptible(f"continue with: {again}"):
+        cache = _find(loaded, recipe, store, overrides)
+        try:
+            report = align(loaded, cache, run, resume)
+        except RunInterrupted as error:
+            leave_process_group()
+            if is_first_rank():
+                print(f"{error}; continue with: {again}", file=sys.stderr)
+            sys.exit(exit_code(error.signum))
     leave_process_group()
     if not is_first_rank():
         return
@@ -130,26 +134,39 @@ def align_command(
     print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_pairs:,} pairs")
     if report.parity is not None:
         print(f"parity      {report.parity:.2g} nats per token between the policy and the cached reference")
-    print(f"trained     {report.steps:,} steps, {rate:.1f} pairs/s, {report.seconds:.0f} s")
+    world, per_device, accumulation = report.per_step
+    print(
+        f"trained     {report.steps:,} steps of {world * per_device * accumulation} pairs ({world} "
+        f"process{'es' if world > 1 else ''} x {per_device} x {accumulation}), {rate:.1f} pairs/s, "
+        f"{report.seconds:.0f} s"
+    )
     for name in sorted(name for name in report.last if "/" in name or name == "loss"):
         print(f"  {name:<28}{report.last[name]:.6g}")
 
 
 @app.command("evaluate")
 def evaluate_command(
-    recipe: RecipePath,
-    run: Annotated[Path, typer.Argument(help="Run folder of a finished fpo align.", metavar="RUN")],
-    store: StoreOption = None,
-    overrides: Overrides = None,
+    run: Annotated[Path, typer.Argument(help="Run folder of fpo align.", metavar="RUN")],
+    checkpoint: Annotated[
+        int | None,
+        typer.Option("--checkpoint", help="Evaluate RUN/checkpoint-N, finished or not.", metavar="N"),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="Folder or URL of caches; else the one the run was trained from.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Other held-out pairs: --set data.eval_split=test.", metavar="FIELD=VALUE"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out metrics of a run, from the cache of the held-out pairs."""
-    loaded = load_recipe(recipe, overrides)
+    """Held-out metrics of a run by its own recipe, from the cache of the held-out pairs."""
     quiet_libraries()
-    from stage2_align import evaluate_run
+    from stage2_align import evaluate_run, evaluated_recipe, evaluated_store
 
-    cache = _find(loaded, recipe, store, overrides, held_out=True)
-    metrics = evaluate_run(loaded, cache, run)
+    loaded, root = evaluated_recipe(run, overrides), evaluated_store(run, store)
+    cache = _find(loaded, run / "recipe.yaml", root, overrides, held_out=True)
+    metrics = evaluate_run(loaded, cache, run, checkpoint)
     if as_json:
         print(json.dumps(metrics, indent=2))
         return

@@ -15,6 +15,7 @@ What a user can cause, and what the command line answers with one clear line and
     │   └── CacheInUse        another process reads or writes it
     ├── ParityError       the policy does not reproduce the cached reference
     └── RunError          the run folder: exists already, or does not fit the recipe
+        └── RunInterrupted    a signal ended the run, saved
 
 A bug of ours is an AssertionError or anything else: the command line says so in one line that names the file with the
 traceback.
@@ -77,3 +78,9 @@ class ParityError(FpoError):
 
 class RunError(FpoError):
     pass
+
+
+class RunInterrupted(RunError):
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum

@@ -37,6 +37,7 @@ from pydantic import (
     model_validator,
 )
 
+import trl_names
 from errors import RecipeError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -281,43 +282,94 @@ class Fpo(Objective):
 AnyObjective = Annotated[Dpo | Simpo | Fpo, Field(discriminator="name")]
 OBJECTIVES: dict[str, type[Objective]] = {"dpo": Dpo, "simpo": Simpo, "fpo": Fpo}
 
-# Trainer arguments that the pipeline sets itself, and what to use instead.
+_EVALUATE = "nothing is evaluated in training; use fpo evaluate RUN --checkpoint N"
+_STREAM = "the stream prepares the batches, in threads of its own"
+
+# Trainer arguments that the pipeline sets itself or has no use for, and what to use instead.
 OWNED_ARGUMENTS = {
     "output_dir": "give the run folder with --output",
     "resume_from_checkpoint": "use --resume",
     "do_train": "fpo align trains",
     "do_eval": "use fpo evaluate",
     "do_predict": "use fpo evaluate",
-    "eval_strategy": "use fpo evaluate",
-    "eval_on_start": "use fpo evaluate",
-    "load_best_model_at_end": "nothing is evaluated in training; use fpo evaluate",
-    "metric_for_best_model": "nothing is evaluated in training; use fpo evaluate",
+    "eval_strategy": _EVALUATE,
+    "eval_on_start": _EVALUATE,
+    "eval_steps": _EVALUATE,
+    "eval_delay": _EVALUATE,
+    "eval_accumulation_steps": _EVALUATE,
+    "eval_do_concat_batches": _EVALUATE,
+    "eval_use_gather_object": _EVALUATE,
+    "prediction_loss_only": _EVALUATE,
+    "include_for_metrics": _EVALUATE,
+    "batch_eval_metrics": _EVALUATE,
+    "bf16_full_eval": _EVALUATE,
+    "fp16_full_eval": _EVALUATE,
+    "load_best_model_at_end": _EVALUATE,
+    "metric_for_best_model": _EVALUATE,
+    "greater_is_better": _EVALUATE,
     "remove_unused_columns": "the cache has no unused columns",
     "ignore_data_skip": "a resumed run continues where it stopped",
+    "restore_callback_states_from_checkpoint": "a resumed run continues where it stopped",
     "save_only_model": "a run saved so could not be resumed",
+    "save_on_each_node": "the machines of a run share its folder",
+    "enable_jit_checkpoint": "Ctrl-C and SIGTERM save a checkpoint already",
     "label_names": "pairs have no labels",
     "label_smoothing_factor": "no objective has it",
+    "average_tokens_across_devices": "the loss is a mean over pairs",
     "max_length": "it belongs to data",
     "data_seed": "training.seed orders the pairs too",
     "train_sampling_strategy": "the order of the cache buckets by length already",
-    "dataloader_num_workers": "two threads prepare the batches",
-    "dataloader_prefetch_factor": "two threads prepare the batches",
-    "dataloader_persistent_workers": "there are no workers",
+    "length_column_name": "the order of the cache buckets by length already",
+    "dataloader_num_workers": _STREAM,
+    "dataloader_prefetch_factor": _STREAM,
+    "dataloader_persistent_workers": _STREAM,
+    "dataloader_multiprocessing_context": _STREAM,
+    "dataloader_pin_memory": _STREAM,
+    "dataloader_in_order": _STREAM,
     "dataloader_drop_last": "every pair is used",
-    "disable_tqdm": "the bar is off where stderr is no terminal",
     "neftune_noise_alpha": "its noise would stand in every logratio, at the scale of a packed row's width",
+    "accelerator_config": "the stream splits the batches over the processes",
+    "parallelism_config": "the stream splits the batches over the processes",
+    "local_rank": "torchrun and accelerate launch set it",
+    "disable_tqdm": "the bar is a line per log where stderr is no terminal",
+    "logging_nan_inf_filter": "the first loss that is not a number stops the run",
+    "use_cache": "training keeps no keys and values",
     "use_liger_kernel": "the log-probs of the completions are chunked already",
+    "liger_kernel_config": "the log-probs of the completions are chunked already",
     "auto_find_batch_size": "the order of an epoch depends on the batch size",
     "torch_compile": "packed batches change shape every step",
+    "torch_compile_backend": "packed batches change shape every step",
+    "torch_compile_mode": "packed batches change shape every step",
 }
 # Trainer arguments that train in mixed precision, and its dtype.
 MIXED_PRECISION: dict[str, HalfDtype] = {"bf16": "bfloat16", "fp16": "float16"}
+# A recipe may be a stranger's: what sends a run away is asked for on the command line, and never written down.
+PUBLISHING_ARGUMENTS = (
+    "push_to_hub",
+    "hub_token",
+    "hub_private_repo",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_always_push",
+    "hub_revision",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
+)
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "seed": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "save_total_limit": 1,
 }
+ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "adam_epsilon")
 
 
 class Recipe(Section):
@@ -446,6 +498,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {kind}")
     if raw.get("training", {}) is None:
         raw["training"] = {}  # `training:` with nothing under it
+    _check_publishing(raw, str(path))
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_recipe(raw, str(path))
@@ -472,8 +525,10 @@ def validate_recipe(raw: dict[str, Any], origin: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every field, defaults included."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as YAML: every field, defaults included, but for what a file may not hold."""
+    raw = recipe.model_dump(mode="json")
+    raw["training"] = {name: value for name, value in raw["training"].items() if name not in PUBLISHING_ARGUMENTS}
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def reference_page() -> str:
@@ -497,6 +552,11 @@ def reference_page() -> str:
             shape = "section" if name == "" and field != "training" else _type_name(info.annotation)
             default = "required" if info.is_required() else "" if name == "" else f"`{json.dumps(info.default)}`"
             lines.append(f"| `{field}` | {shape} | {default} | {info.description} |")
+    lines += ["", "## training", "", "Not set here, since the pipeline sets them or has no use for them:", ""]
+    lines += ["| argument | instead |", "|---|---|"]
+    lines += [f"| `{name}` | {instead} |" for name, instead in OWNED_ARGUMENTS.items()]
+    only = ", ".join(f"`{name}`" for name in PUBLISHING_ARGUMENTS)
+    lines += ["", f"From the command line alone (`--set`), since a recipe may be a stranger's: {only}."]
     return "\n".join(lines) + "\n"
 
 
@@ -598,6 +658,12 @@ def _explain(error: Any, field: str, location: list[Any], raw: dict[str, Any]) -
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1], raw)
+        if location[0] == "objective" and (owner := _objective_with(str(location[-1]))):
+            name = raw["objective"].get("name")
+            return (
+                f"{field}: {name} has no such field, {owner} has; another objective is given whole: "
+                f"--set 'objective={{name: {name}}}'"
+            )
         near = nearest(str(location[-1]), valid)
         return f"{field}: no such field; " + (f"nearest is {near}" if near else f"valid are {', '.join(valid)}")
     if kind == "missing":
@@ -606,6 +672,8 @@ def _explain(error: Any, field: str, location: list[Any], raw: dict[str, Any]) -
         return str(error["ctx"]["error"])
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, dict) else value
+        if str(name) in trl_names.OBJECTIVES:
+            return f"objective.name: {name}: {trl_names.OBJECTIVES[str(name)]}; valid are {', '.join(OBJECTIVES)}"
         near = nearest(str(name), list(OBJECTIVES)) or ", ".join(OBJECTIVES)
         return f"objective.name: {name!r} is no objective; nearest is {near}"
     if kind == "literal_error":
@@ -618,6 +686,11 @@ def _explain(error: Any, field: str, location: list[Any], raw: dict[str, Any]) -
     elif kind in ("tuple_type", "list_type"):
         message = "must be a list"
     return f"{field}: {message}, not {value!r}"
+
+
+def _objective_with(field: str) -> str | None:
+    """An objective that has this field."""
+    return next((name for name, model in OBJECTIVES.items() if field in model.model_fields), None)
 
 
 def _fields_at(location: list[Any], raw: dict[str, Any]) -> list[str]:
@@ -641,12 +714,25 @@ def _section_type(annotation: Any) -> type[Section]:
     return next(_section_type(arg) for arg in get_args(annotation) if arg not in (type(None), ...))
 
 
+def _check_publishing(raw: dict[str, Any], origin: str) -> None:
+    """RecipeError where a recipe's file, before any override, sends the run away."""
+    training = raw.get("training")
+    for name in PUBLISHING_ARGUMENTS:
+        if isinstance(training, dict) and name in training:
+            raise RecipeError(
+                f"{origin}: training.{name}: not from a file; if you want it, give it on the command line: "
+                f"--set training.{name}={training[name]}"
+            )
+
+
 def _check_training(training: dict[str, Any], origin: str) -> None:
     if not training:
         return
     fields = _training_fields()
     for name, value in training.items():
         where = f"{origin}: training.{name}"
+        if name in trl_names.ARGUMENTS:
+            raise RecipeError(f"{where}: no argument of TrainingArguments; {trl_names.ARGUMENTS[name]}")
         if name in OWNED_ARGUMENTS:
             raise RecipeError(f"{where}: not set here; {OWNED_ARGUMENTS[name]}")
         if name not in fields:
@@ -660,14 +746,40 @@ def _check_training(training: dict[str, Any], origin: str) -> None:
         except ValidationError as error:
             message = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise RecipeError(f"{where}: {message}, not {value!r}") from None
-        if name in AT_LEAST and value < AT_LEAST[name]:
+        if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
             raise RecipeError(f"{where}: must be at least {AT_LEAST[name]}, not {value!r}")
+        if name in ABOVE_ZERO and value <= 0:
+            raise RecipeError(f"{where}: must be greater than 0, not {value!r}")
+        if name == "max_steps" and value < 1 and value != -1:
+            raise RecipeError(f"{where}: must be at least 1, not {value!r} (-1: num_train_epochs decides)")
+        _check_choice(name, value, where)
     kwargs = training.get("gradient_checkpointing_kwargs") or training.get("activation_checkpointing_kwargs") or {}
     if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
         raise RecipeError(
             f"{origin}: training.gradient_checkpointing_kwargs: use_reentrant loses the gradient of hookpoints inside "
             "a layer; leave it out"
         )
+
+
+def _check_choice(name: str, value: Any, where: str) -> None:
+    """RecipeError where an argument has a list of valid values, and this is none or needs what is not there."""
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    choices: dict[str, type[Enum]] = {
+        "optim": OptimizerNames,
+        "lr_scheduler_type": SchedulerType,
+        "save_strategy": SaveStrategy,
+        "logging_strategy": IntervalStrategy,
+    }
+    if name not in choices:
+        return
+    valid = [str(choice.value) for choice in choices[name]]
+    if value not in valid:
+        near = nearest(str(value), valid)
+        raise RecipeError(f"{where}: {value!r} is not valid; " + (f"nearest is {near}" if near else ", ".join(valid)))
+    if value in ("best", "reduce_lr_on_plateau", "greedy"):
+        raise RecipeError(f"{where}: {value} goes by evaluations; {_EVALUATE}")
 
 
 @functools.cache

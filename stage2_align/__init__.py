@@ -7,6 +7,6 @@ Cache to policy. Nothing here loads a reference model.
 """
 
 from stage2_align.align import AlignReport, align
-from stage2_align.evaluation import evaluate_run
+from stage2_align.evaluation import evaluate_run, evaluated_recipe, evaluated_store
 
-__all__ = ["AlignReport", "align", "evaluate_run"]
+__all__ = ["AlignReport", "align", "evaluate_run", "evaluated_recipe", "evaluated_store"]

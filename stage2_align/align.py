@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from errors import ModelError, RecipeError
+from errors import FpoError, ModelError, RecipeError, RunInterrupted
+from interrupts import StopRequest
+from progress import say
 from recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
 from scoring import (
     adapter_folder,
@@ -23,21 +28,16 @@ from scoring import (
     model_folder,
     tower_modules,
 )
+from stage2_align.arguments import training_arguments
+from stage2_align.callbacks import read_metrics
+from stage2_align.checkpoints import explained_writes
 from stage2_align.measure import ObjectiveMeter
 from stage2_align.parity import ParityCheck
-from stage2_align.run import BASE_FOLDER, METRICS_FILE, last_checkpoint, open_run, read_run, write_run
+from stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
 from stage2_align.saved import expected_weights, save_policy
 from stage2_align.stream import PairStream
-from stage2_align.trainer import PairTrainer, read_metrics
+from stage2_align.trainer import PairTrainer
 from store import Cache
-
-# Where TrainingArguments' own default would surprise; as in TRL's DPOConfig.
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-6,
-    "logging_steps": 10,
-    "report_to": "none",
-    "ddp_find_unused_parameters": False,
-}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class AlignReport:
     steps: int
     pairs: int
     seconds: float
+    per_step: tuple[int, int, int]
+    """Processes, pairs per forward, forwards per step."""
     parity: float | None
     """Mean |difference| of token log-probs to the cache before the first step; None where it was not checked."""
     last: dict[str, float]
@@ -61,16 +63,48 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     output  the run folder; `resume` continues the run that stands there, if there is one
     Raises RecipeError, RunError, ParityError, ModelError, CacheDamaged.
     """
-    args = training_arguments(recipe, output)
-    pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    with args.main_process_first(local=False, desc="run folder"):
-        if args.process_index == 0:
-            checkpoint = open_run(output, recipe, cache, pairs_per_step, resume)
-        else:
-            checkpoint = last_checkpoint(output) if resume else None
-    if resume and read_run(output)["complete"]:
-        return _finished(output)
-    trainer = _trainer(recipe, cache, args, output)
+    args = training_arguments(recipe, output, cache)
+    first = args.process_index == 0
+    with locked(output) if first else contextlib.nullcontext():
+        per_step = (args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        opened = _together(first, lambda: open_run(output, recipe, cache, math.prod(per_step), resume))
+        if opened.finished:
+            return _finished(output, per_step)
+        return _train(recipe, cache, args, output, opened.checkpoint, per_step)
+
+
+def _together(first: bool, opening: Callable[[], OpenedRun]) -> OpenedRun:
+    """The first process opens the run, and all go the same way. Its error is the job's, and told once."""
+    answer: list[OpenedRun | FpoError | None] = [None]
+    if first:
+        try:
+            answer = [opening()]
+        except FpoError as error:
+            answer = [error]
+    opened = broadcast_object_list(answer)[0]
+    if isinstance(opened, OpenedRun):
+        return opened
+    if not first:
+        raise SystemExit(1)
+    raise opened
+
+
+def _train(
+    recipe: Recipe,
+    cache: Cache,
+    args: TrainingArguments,
+    output: Path,
+    checkpoint: Path | None,
+    per_step: tuple[int, int, int],
+) -> AlignReport:
+    """
+    Train, from `checkpoint` or from the beginning, and save the policy. Raises RunInterrupted after a signal, when a
+    checkpoint has been saved.
+    """
+    if args.process_index == 0:
+        say("loading the policy ...")
+    request = StopRequest()
+    trainer = _trainer(recipe, cache, args, output, request)
     arithmetic = _launched_arithmetic(recipe, trainer)
     parity = None
     if recipe.policy.model is None and checkpoint is None:
@@ -78,18 +112,25 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
 
     expected = expected_weights(trainer.model)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with request:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started
-    difference = None if parity is None else parity.difference
-    save_policy(trainer, output, expected)
     steps = trainer.state.global_step
-    last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
-    if trainer.is_world_process_zero():
-        write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": difference})
-    return AlignReport(output, steps, trainer.pairs_seen, seconds, difference, last)
+    if trainer.stop.signum:
+        raise RunInterrupted(f"interrupted after step {steps} of {trainer.state.max_steps}", trainer.stop.signum)
+    trainer.check_finite()
+    difference = None if parity is None else parity.difference
+    with explained_writes(output, "free some space, then run it again with --resume: no step is lost"):
+        save_policy(trainer, output, expected)
+        last: dict[str, float] = next(
+            (row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {}
+        )
+        if trainer.is_world_process_zero():
+            write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": difference})
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, difference, last)
 
 
-def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path) -> PairTrainer:
+def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path, request: StopRequest) -> PairTrainer:
     """Everything loaded. Raises RecipeError for arguments that transformers or a missing package refuses."""
     set_seed(args.seed)
     meter = ObjectiveMeter.of(recipe)
@@ -104,9 +145,13 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
         world=args.world_size,
     )
     try:
-        return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE)
+        return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE, request)
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:
+        if not args.push_to_hub:  # which makes its repository first, by whatever client the hub's library has
+            raise
+        raise RecipeError(f"training.push_to_hub: {str(error).strip().splitlines()[0]}") from None
 
 
 def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
@@ -130,28 +175,10 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
     return arithmetic
 
 
-def _finished(output: Path) -> AlignReport:
+def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     """The report of a run that was complete already."""
     facts, metrics = read_run(output), read_metrics(output / METRICS_FILE)
-    return AlignReport(output, facts["steps"], 0, 0.0, facts["parity"], metrics[-1] if metrics else {})
-
-
-def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
-    """TrainingArguments of a recipe. Raises RecipeError for values that transformers refuses."""
-    try:
-        args = TrainingArguments(output_dir=str(output), **{**DEFAULTS, **recipe.training}, disable_tqdm=True)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.world_size != world:
-        raise RecipeError(
-            f"training: started as {world} processes, transformers sees {args.world_size}; "
-            "on CPUs set training.use_cpu: true"
-        )
-    # Several GPUs in one process would be DataParallel, which cannot split packed rows: use torchrun.
-    if args.n_gpu > 1:
-        args._n_gpu = 1
-    return args
+    return AlignReport(output, facts["steps"], 0, 0.0, per_step, facts["parity"], metrics[-1] if metrics else {})
 
 
 def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = True) -> PreTrainedModel:

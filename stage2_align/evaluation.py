@@ -3,47 +3,82 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from errors import RunError
-from recipe import Recipe
+from errors import RecipeError, RunError
+from progress import progress_bar, say
+from recipe import Recipe, load_recipe
 from scoring import Packed, mixed_precision
 from stage2_align.align import policy_model
+from stage2_align.checkpoints import whole_checkpoint
 from stage2_align.measure import ObjectiveMeter, batch_metrics
-from stage2_align.run import read_run
+from stage2_align.run import RECIPE_FILE, read_run
 from stage2_align.stream import PairStream
-from store import Cache
+from store import Cache, is_url
 
-EVALUATION_FILE = "evaluation.json"
+# What a run was trained with; anything else of its recipe says which held-out pairs, or where things lie now.
+_TRAINED_WITH = ("objective", "policy", "training")
+_SPEED = "training.per_device_eval_batch_size"
 
 
-def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
+def evaluated_recipe(run: Path, overrides: list[str] | None = None) -> Recipe:
     """
-    The objective's loss and metrics over every pair of `cache`, by the run's policy; also written to the run folder
-    as evaluation.json. Raises RunError where there is no finished run.
+    The run's own recipe, for other held-out pairs with `data...` overridden. What a moved path leads to is held
+    against the digests that the run records. Raises RunError where there is no run, RecipeError for an override
+    of what the run was trained with.
+    """
+    read_run(run)
+    for override in overrides or []:
+        field = override.partition("=")[0]
+        if field.split(".")[0] in _TRAINED_WITH and field != _SPEED:
+            raise RecipeError(
+                f"--set {override}: a run is evaluated as it was trained; only data, cache, paths and {_SPEED} may "
+                "differ (fpo align --set trains another run)"
+            )
+    return load_recipe(run / RECIPE_FILE, overrides)
+
+
+def evaluated_store(run: Path, option: str | None) -> str:
+    """`--store`, else the store that the run was trained from. Raises RunError where that is gone."""
+    known: str = read_run(run)["store"]
+    if option is None and not is_url(known) and not Path(known).is_dir():
+        raise RunError(f"{run}: the store of this run, {known}, is no longer there; say where it is with --store")
+    return option or known
+
+
+def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None = None) -> dict[str, float]:
+    """
+    The objective's loss and metrics over every pair of `cache`, by the run's policy, or as it was after step
+    `checkpoint`; also written to the run folder as evaluation.json, or evaluation-N.json of checkpoint N.
+
+    recipe  see `evaluated_recipe`
+    Raises RunError where there is no finished run, or no such checkpoint.
     """
     facts = read_run(run)
-    if not facts["complete"]:
-        raise RunError(f"{run}: this run is not finished; continue it with fpo align --output {run} --resume")
-    if facts["reference"] != cache.recipe["scorer"]["reference"]:
+    policy, file = run, run / "evaluation.json"
+    if checkpoint is not None:
+        policy, file = whole_checkpoint(run, checkpoint), run / f"evaluation-{checkpoint}.json"
+    elif not facts["complete"]:
         raise RunError(
-            f"{run}: this run was trained against another reference than the one that scored the held-out cache "
-            f"{cache.key[:12]}\n"
-            f"  the run's has the weights {facts['reference']['weights'][:12]}, in {facts['reference']['dtype']}"
+            f"{run}: this run is not finished; continue it with fpo align {run / RECIPE_FILE} --output {run} "
+            "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
+    _check_scorer(recipe, cache, run, facts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
-    model = policy_model(recipe, meter, run)
+    say("loading the policy ...")
+    model = policy_model(recipe, meter, policy)
     model.to(device)
     size = recipe.training.get("per_device_eval_batch_size", 8)
     stream = PairStream(cache, meter.feature, seed=0, per_device=size)
     sums: dict[str, float] = {}
     with (
         torch.inference_mode(),
-        tqdm(total=cache.n_pairs, desc="evaluate", unit=" pairs", disable=None) as bar,
+        progress_bar(cache.n_pairs, "pairs", "evaluate") as bar,
     ):
         for batch in stream:
             assert batch is not None
@@ -55,5 +90,28 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
                 sums[name] = sums.get(name, 0.0) + float(value)
             bar.update(len(batch["ref_logps"]))
     metrics_mean = {f"eval_{name}": total / cache.n_pairs for name, total in sorted(sums.items())}
-    (run / EVALUATION_FILE).write_text(json.dumps(metrics_mean, indent=2) + "\n", encoding="utf-8")
+    broken = next((name for name, value in metrics_mean.items() if not math.isfinite(value)), None)
+    if broken is not None:
+        raise RunError(f"{policy}: {broken} is {metrics_mean[broken]} on the held-out pairs; the policy is broken")
+    try:
+        file.write_text(json.dumps(metrics_mean, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written ({error.strerror})") from None
     return metrics_mean
+
+
+def _check_scorer(recipe: Recipe, cache: Cache, run: Path, facts: dict[str, Any]) -> None:
+    """RunError where the held-out cache was scored by another reference, or the objective reads another SAE."""
+    if facts["reference"] != cache.recipe["scorer"]["reference"]:
+        raise RunError(
+            f"{run}: this run was trained against another reference than the one that scored the held-out cache "
+            f"{cache.key[:12]}\n"
+            f"  the run's has the weights {facts['reference']['weights'][:12]}, in {facts['reference']['dtype']}"
+        )
+    feature = recipe.constrained_feature()
+    if feature is not None and facts["feature"] != cache.recipe["scorer"]["features"][feature]:
+        raise RunError(
+            f"{run}: this run was trained against another SAE, hookpoint or top_k than the held-out cache "
+            f"{cache.key[:12]} has\n  the run's: {facts['feature']}\n"
+            f"  the cache's: {cache.recipe['scorer']['features'][feature]}"
+        )

@@ -1,8 +1,8 @@
 """
-The run folder: what one training result is, on disk.
+The run folder: what one training result is, on disk. A run is where run.json is; other files may lie beside it.
 
     recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step
-    run.json        cache key, manifest digest,  checkpoint-N/   as Trainer writes them
+    run.json        cache key, manifest digest,  checkpoint-N/   as Trainer writes them, sealed (see checkpoints)
                     library versions, figures    and the policy as save_pretrained + tokenizer
     base/           the weights below an adapter that was trained on merged ones: adapter_config.json, in the run and
                     in its checkpoints, names them by their absolute path; in a run that was moved, correct it there
@@ -10,42 +10,123 @@ The run folder: what one training result is, on disk.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-import re
-import shutil
+import os
+import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from errors import RunError
 from recipe import Recipe, dump_recipe, validate_recipe
-from store import Cache
+from stage2_align.arguments import FREE_ARGUMENTS, rate_depends_on_length, resolved, total_steps
+from stage2_align.checkpoints import last_checkpoint
+from store import Cache, is_url
 
-RECIPE_FILE, RUN_FILE, METRICS_FILE = "recipe.yaml", "run.json", "metrics.jsonl"
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None  # type: ignore[assignment]
+
+RECIPE_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 BASE_FOLDER = "base"
 _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
+# What a run writes, by pattern: in a folder that is no run, these are somebody else's.
+_OURS = (RECIPE_FILE, METRICS_FILE, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors")
 
 
-def open_run(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int, resume: bool) -> Path | None:
+class OpenedRun(NamedTuple):
+    """A run folder, ready."""
+
+    checkpoint: Path | None
+    """Where to continue; None begins."""
+    finished: bool
+    """Whether all its steps were taken already."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
     """
-    Prepare the run folder: a new one, or with `resume` one that the same recipe and cache began, if there is one. A
-    folder where a run was begun and nothing was trained counts as new.
+    The run folder, made where it is not there, and to this process alone: two that train one run would write its
+    metrics twice. A killed process holds no lock; where the file system has none, nothing is protected.
 
-    Returns the checkpoint to continue from, or None to begin. Raises RunError.
+    Raises RunError where another process has it, or the folder cannot be made.
     """
-    if not _holds_training(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / RECIPE_FILE, dump_recipe(recipe))
-            write_run(folder, identity(cache, pairs_per_step))
-        except OSError as error:
-            raise RunError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
-        return None
-    if not resume:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(f"{folder}: a file, not a folder; give another --output") from None
+    except OSError as error:
+        raise RunError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no flock")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        raise RunError(
+            f"{folder}: another process trains this run{f' ({holder})' if holder else ''}; wait for it or end it"
+        ) from None
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def open_run(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int, resume: bool) -> OpenedRun:
+    """
+    Prepare a locked run folder: a new run, or with `resume` one that was begun by the same experiment, if there is
+    one. A run where nothing was trained yet counts as new.
+
+    Raises RunError.
+    """
+    begun = (folder / RUN_FILE).is_file()
+    if not begun:
+        _check_free(folder)
+    if begun and resume and _has_trained(folder):
+        return _reopen(folder, recipe, cache, pairs_per_step)
+    if begun and _has_trained(folder):
         raise RunError(f"{folder}: this run exists; continue it with --resume, or give another --output")
-    known = read_run(folder)
+    # run.json goes first: from then on recipe.yaml is ours to replace.
+    _record(folder, recipe, {**identity(recipe, cache, pairs_per_step), "complete": False})
+    return OpenedRun(None, finished=False)
+
+
+def _check_free(folder: Path) -> None:
+    """RunError where a run would write over somebody's files."""
+    found = next((path for pattern in _OURS for path in sorted(folder.glob(pattern))), None)
+    if found is not None:
+        raise RunError(
+            f"{folder}: no run ({RUN_FILE} is missing), but it holds {found.name}, which a run would write over; "
+            "give another --output"
+        )
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether a step was logged or saved, or all were taken."""
+    metrics = folder / METRICS_FILE
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or any(folder.glob("checkpoint-*")) or bool(read_run(folder)["complete"])
+
+
+def _reopen(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int) -> OpenedRun:
+    """A run that is to go on: by the same experiment, maybe for longer. Raises RunError."""
+    known, before = read_run(folder), read_recipe(folder)
     if known["manifest_digest"] != cache.digest:
         raise RunError(
             f"{folder}: this run began from another cache\n"
@@ -57,36 +138,71 @@ def open_run(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int, re
             f"{folder}: this run takes {known['pairs_per_step']} pairs per step, now it would be {pairs_per_step}; "
             "keep processes x per_device_train_batch_size x gradient_accumulation_steps"
         )
-    changed = _changed_fields(read_recipe(folder), recipe)
+    changed = changed_fields(before, recipe)
     if changed:
-        name, before, now = changed[0]
-        raise RunError(f"{folder}: this run began with {name}: {before}, the recipe says {now}; give another --output")
-    return last_checkpoint(folder)
+        name, old, new = changed[0]
+        raise RunError(f"{folder}: this run began with {name}: {old}, the recipe says {new}; give another --output")
+    length, wanted = (total_steps(r.training, cache.n_pairs, pairs_per_step) for r in (before, recipe))
+    if length != wanted and rate_depends_on_length(before.training):
+        schedule = resolved(before.training)["lr_scheduler_type"]
+        raise RunError(
+            f"{folder}: this run began with {length} steps, the recipe says {wanted}: under the schedule "
+            f"{schedule!s} the steps already taken would have had other learning rates; give another --output "
+            "(a run is of any length under lr_scheduler_type: constant, or constant_with_warmup in whole steps)"
+        )
+    checkpoint = last_checkpoint(folder)
+    done = known["steps"] if known["complete"] else int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if wanted < done:
+        raise RunError(f"{folder}: this run has taken {done} steps already, the recipe says {wanted}")
+    finished = bool(known["complete"]) and wanted == done
+    if not finished:
+        _record(folder, recipe, {**known, "store": store_of(cache), "complete": False})
+    return OpenedRun(checkpoint, finished)
 
 
-def _holds_training(folder: Path) -> bool:
-    """Whether there is anything in the folder beyond what a start that failed before the first step leaves."""
-    if not folder.is_dir():
-        return folder.exists()
-    begun = {name + end for name in (RECIPE_FILE, RUN_FILE, BASE_FOLDER) for end in ("", ".tmp")}
-    return any(path.name not in begun for path in folder.iterdir())
+def changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
+    """
+    Dotted name and both values of what a resumed run may not change: objective, policy, and all training arguments
+    but those that move no weights. The reference, the features and the pairs are held by the cache's digest.
+    """
+
+    def held(recipe: Recipe) -> dict[str, Any]:
+        sections = recipe.model_dump(mode="json", include={"objective", "policy"})
+        arguments = {n: v for n, v in resolved(recipe.training).items() if n not in FREE_ARGUMENTS}
+        return flat({**sections, "training": arguments}, "")
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+
+    old, new = held(before), held(now)
+    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
-def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
+def identity(recipe: Recipe, cache: Cache, pairs_per_step: int) -> dict[str, Any]:
     """What run.json says from the beginning."""
+    scorer, feature = cache.recipe["scorer"], recipe.constrained_feature()
     return {
         "cache": cache.key,
         "manifest_digest": cache.digest,
-        "reference": cache.recipe["scorer"]["reference"],
+        "store": store_of(cache),
+        "reference": scorer["reference"],
+        "feature": None if feature is None else scorer["features"][feature],
         "pairs_per_step": pairs_per_step,
         "versions": {name: version(name) for name in _VERSIONS},
-        "complete": False,
     }
+
+
+def store_of(cache: Cache) -> str:
+    """The store that a cache was opened in, as `--store` takes it."""
+    place = cache.folder.where("").rstrip("/")
+    return place.rpartition("/")[0] if is_url(place) else str(Path(place).absolute().parent)
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:
     """Write run.json; readers see the old or the new one, never a part."""
-    _write(folder / RUN_FILE, json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / RUN_FILE, json.dumps(facts, indent=2) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -95,8 +211,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder}: no run here ({RUN_FILE} is missing)") from None
+    except OSError as error:
+        raise RunError(f"{folder / RUN_FILE}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise RunError(f"{folder / RUN_FILE}: not JSON ({error})") from None
+    missing = {"cache", "manifest_digest", "store", "reference", "feature", "pairs_per_step", "complete"} - set(facts)
+    if missing:
+        raise RunError(f"{folder / RUN_FILE}: has no {min(missing)}; another version of fpo wrote it")
     assert isinstance(facts, dict)
     return facts
 
@@ -104,42 +225,22 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run."""
     path = folder / RECIPE_FILE
-    return validate_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    try:
+        return validate_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """
-    The newest checkpoint that is whole; newer ones that a killed run left unfinished are removed.
-
-    Trainer writes trainer_state.json last and we the metric sums after it, so a checkpoint with both is whole.
-    """
-    found = [
-        (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
-        try:
-            for name in ("trainer_state.json", "metric_sums_0.json"):
-                json.loads((path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-            continue
-        return path
-    return None
-
-
-def _changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
-    """Dotted name and both values of every field that differs."""
-
-    def flat(value: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(value, dict) or not value:
-            return {prefix: value}
-        return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}.{name}".lstrip(".")).items()}
-
-    old, new = flat(before.model_dump(mode="json"), ""), flat(now.model_dump(mode="json"), "")
-    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
-
-
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file; readers see the old or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _record(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
+    try:
+        write_run(folder, facts)
+        write_whole(folder / RECIPE_FILE, dump_recipe(recipe))
+    except OSError as error:
+        raise RunError(f"{folder}: the run folder cannot be written ({error.strerror})") from None

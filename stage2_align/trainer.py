@@ -5,15 +5,16 @@ here stand the data (a stream), the loss (an objective) and the metrics.
 
 from __future__ import annotations
 
-import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +27,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from errors import RunError
+from interrupts import StopRequest
 from scoring import Packed
+from stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
+from stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
+from stage2_align.finite import FiniteWatch
 from stage2_align.measure import ObjectiveMeter, batch_metrics
 from stage2_align.stream import Batch, PairStream
 
@@ -42,9 +48,11 @@ class PairTrainer(Trainer):
         meter: ObjectiveMeter,
         tokenizer: PreTrainedTokenizerBase,
         metrics_file: Path,
+        request: StopRequest,
     ) -> None:
         """
-        model  causal LM with scoring installed, or a PEFT model around one
+        model    causal LM with scoring installed, or a PEFT model around one
+        request  where a signal asks for the end
         """
         super().__init__(
             model=model,
@@ -53,8 +61,18 @@ class PairTrainer(Trainer):
             processing_class=tokenizer,
         )
         self.sums = MetricSums()
-        self.position = _StreamPosition(stream)
-        for callback in (self.position, _Progress(stream), MetricsFile(metrics_file), self.sums):
+        self.position = StreamPosition(stream)
+        self.stop = StopAtStepEnd(request)
+        self.watch = FiniteWatch(Path(args.output_dir), args.learning_rate)
+        self._saved_step = -1
+        for callback in (
+            StepCounts(),
+            self.position,
+            AlignProgress(stream),
+            MetricsFile(metrics_file),
+            self.sums,
+            self.stop,
+        ):
             self.add_callback(callback)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -92,8 +110,74 @@ class PairTrainer(Trainer):
         return self.stream.cache.n_pairs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the objective's metrics, averaged over the pairs of all processes since the last log."""
-        super().log({**logs, **self.sums.means(self.accelerator)}, start_time)
+        """
+        Add the objective's metrics, averaged over the pairs of all processes since the last log. Raises RunError where
+        anything is not finite.
+        """
+        self.watch.check(self.accelerator, self.state.global_step)
+        row = {**logs, **self.sums.means(self.accelerator)}
+        if self._scales_loss() and not math.isfinite(row.get("grad_norm", 0.0)):
+            del row["grad_norm"]
+        self.watch.check_row(row, self.state.global_step)
+        super().log(row, start_time)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.watch.note(loss, self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # A scaled float16 gradient may overflow: that step is skipped and the scale lowered.
+        if not self._scales_loss():
+            self.watch.note(norm, self.state.global_step + 1)
+        return norm
+
+    def _scales_loss(self) -> bool:
+        return getattr(self.accelerator, "scaler", None) is not None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        # Trainer looks whether a run has all its steps after a step, never before the first.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def check_finite(self) -> None:
+        """RunError in all processes where the policy is not worth saving."""
+        self.watch.check(self.accelerator, self.state.global_step)
+        self.watch.check_weights(self.model, self.accelerator, self.state.global_step)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, sealed when all ranks have written their part; then old ones may go."""
+        if self._saved_step == self.state.global_step:
+            return  # the end of an interrupted epoch asks again
+        self.check_finite()
+        run = Path(self.args.output_dir)
+        folder = run / f"checkpoint-{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            advice = f"the run can continue from {newest_name(run) or 'its beginning'} with --resume"
+            with explained_writes(folder, advice):
+                super()._save_checkpoint(model, trial)
+                sums = gather_object([self.sums.state()])
+                if self.is_world_process_zero():
+                    seal(folder, sums)
+                    rotate(run, keep)
+        except RunError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = keep
+        self._saved_step = self.state.global_step
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer; safetensors writes for its owner alone, a run is as readable as the umask lets files be."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            mode = (folder / "config.json").stat().st_mode
+            for path in folder.glob("*.safetensors"):
+                path.chmod(mode)
 
 
 class MetricSums(TrainerCallback):
@@ -141,102 +225,16 @@ class MetricSums(TrainerCallback):
         self.totals = {}
         return {name: value / pairs for name, value in means.items()}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must keep of them."""
         self._fold()
-        sums_file(args, state).write_text(json.dumps(self.totals), encoding="utf-8")
+        return dict(self.totals)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        path = sums_file(args, state)
-        if state.global_step and path.is_file():
-            self.totals = json.loads(path.read_text(encoding="utf-8"))
-
-
-def sums_file(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where a rank keeps its sums at a checkpoint."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"metric_sums_{args.process_index}.json"
+        if state.global_step:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.totals = read_sums(checkpoint, args.process_index, args.world_size)
 
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-class _StreamPosition(TrainerCallback):
-    """Tells the stream which epoch begins, and how far into it a resumed run is."""
-
-    def __init__(self, stream: PairStream) -> None:
-        self.stream = stream
-        self.first_step = 0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.first_step = state.global_step
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        epoch, done = divmod(state.global_step, self.stream.steps)
-        self.stream.start(epoch, done * self.stream.accumulation)
-
-
-class _Progress(TrainerCallback):
-    """A progress bar in pairs, on stderr, with the latest loss and reward margin."""
-
-    def __init__(self, stream: PairStream) -> None:
-        self.stream = stream
-        self.bar: tqdm[Any] | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            total, done = (self.stream.pairs_until(step) for step in (state.max_steps, state.global_step))
-            self.bar = tqdm(total=total, initial=done, desc="align", unit=" pairs", disable=None)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.stream.pairs_until(state.global_step) - self.bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if self.bar is not None and logs and "rewards/margins" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, reward margin {logs['rewards/margins']:.4f}")
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one object per logged step, floats in full; a resumed run continues where its checkpoint was."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs and "rewards/margins" in logs:
-            # The last log also carries Trainer's summary of the whole run: train_runtime and the like.
-            shown = {name: value for name, value in logs.items() if not name.startswith(("train_", "total_"))}
-            row = {"step": state.global_step, **shown}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, without a last line that a killed run left unfinished."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]

@@ -8,8 +8,21 @@ from typing import Any
 import pytest
 import yaml
 
+import trl_names
 from errors import RecipeError
-from recipe import Fpo, Recipe, Section, Simpo, dump_recipe, load_recipe, reference_page, validate_recipe
+from recipe import (
+    OWNED_ARGUMENTS,
+    PUBLISHING_ARGUMENTS,
+    Fpo,
+    Recipe,
+    Section,
+    Simpo,
+    _training_fields,
+    dump_recipe,
+    load_recipe,
+    reference_page,
+    validate_recipe,
+)
 
 MINIMAL: dict[str, Any] = {
     "reference": {"model": "some/model"},
@@ -69,6 +82,24 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
             "reference.autocast: bfloat16 rounds the",
         ),
         ("reference.autocast=bf16", "reference.autocast: 'bf16' is not valid; nearest is bfloat16"),
+        ("training.beta=0.1", "training.beta: no argument of TrainingArguments; it is objective.beta"),
+        ("training.loss_type=ipo", "training.loss_type: no argument of TrainingArguments; it is objective.name"),
+        ("training.early_stopping_patience=2", "nothing is evaluated in training; use fpo evaluate RUN --checkpoint N"),
+        ("training.warmup_ratio=0.1", "it is warmup_steps: below 1 it is a share of the run"),
+        ("training.eval_steps=5", "training.eval_steps: not set here; nothing is evaluated in training"),
+        ("training.greater_is_better=true", "training.greater_is_better: not set here; nothing is evaluated"),
+        ("training.learning_rate=-1", "training.learning_rate: must be at least 0, not -1"),
+        ("training.max_steps=-5", "training.max_steps: must be at least 1, not -5"),
+        ("training.max_steps=0", "training.max_steps: must be at least 1, not 0"),
+        ("training.num_train_epochs=0", "training.num_train_epochs: must be greater than 0, not 0"),
+        ("training.optim=adamw_torhc", "training.optim: 'adamw_torhc' is not valid; nearest is adamw_torch"),
+        ("training.lr_scheduler_type=cosin", "training.lr_scheduler_type: 'cosin' is not valid; nearest is cosine"),
+        ("training.lr_scheduler_type=reduce_lr_on_plateau", "reduce_lr_on_plateau goes by evaluations; nothing is"),
+        ("training.save_strategy=best", "training.save_strategy: best goes by evaluations"),
+        ("objective.name=orpo", "objective.name: orpo: it is not there yet; valid are dpo, simpo, fpo"),
+        ("objective.name=sigmoid", "objective.name: sigmoid: it is called dpo here"),
+        ("objective={name: dpo, alpha: 1}", "objective.alpha: dpo has no such field, fpo has; another objective is"),
+        ("objective={name: dpo, alpha: 1}", "is given whole: --set 'objective={name: dpo}'"),
         ("data.max_length=true", "data.max_length: must be a valid integer, not True"),
         ("data=pairs.jsonl", "data: must be a mapping of fields, not 'pairs.jsonl'"),
         ("reference.model", "--set reference.model: write it as section.field=value"),
@@ -87,6 +118,27 @@ def test_what_is_wrong_is_named_with_the_nearest_valid_value(tmp_path: Path, ove
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, [override])
     assert message in str(caught.value).splitlines()[0]
+
+
+def test_what_sends_a_run_away_comes_from_the_command_line_and_is_written_nowhere(tmp_path: Path) -> None:
+    stranger = {**MINIMAL, "training": {"push_to_hub": True, "hub_model_id": "stranger/model"}}
+    with pytest.raises(RecipeError, match=r"push_to_hub: not from a file; .*: --set training\.push_to_hub=True"):
+        load_recipe(written(tmp_path, yaml.safe_dump(stranger)))
+    path = written(tmp_path, yaml.safe_dump(MINIMAL))
+    own = load_recipe(path, ["training.push_to_hub=true", "training.hub_token=secret", "training.seed=3"])
+    assert own.training["push_to_hub"] is True
+    assert "secret" not in dump_recipe(own)
+    assert yaml.safe_load(dump_recipe(own))["training"] == {"seed": 3}
+
+
+def test_every_argument_of_transformers_is_ours_or_does_something() -> None:
+    """A name that transformers no longer has cannot be refused by name; a new one must be looked at."""
+    known = set(_training_fields())
+    assert set(OWNED_ARGUMENTS) - known == {"max_length"}
+    assert set(PUBLISHING_ARGUMENTS) <= known
+    assert not set(trl_names.ARGUMENTS) & known
+    evaluation = {name for name in known if name.startswith("eval_") or "best" in name}
+    assert evaluation <= set(OWNED_ARGUMENTS)
 
 
 def test_a_missing_section_is_named() -> None:

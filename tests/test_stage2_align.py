@@ -28,10 +28,12 @@ from scoring import Packed
 from stage1_cache import build_caches, find_cache
 from stage2_align import align, evaluate_run
 from stage2_align.align import load_policy
+from stage2_align.arguments import training_arguments
+from stage2_align.callbacks import read_metrics
 from stage2_align.measure import ObjectiveMeter, batch_metrics
 from stage2_align.run import METRICS_FILE, read_run
 from stage2_align.stream import PairStream
-from stage2_align.trainer import MetricSums, read_metrics
+from stage2_align.trainer import MetricSums
 from store import Cache, open_cache
 
 
@@ -116,17 +118,6 @@ def test_a_resumed_run_logs_the_same_means_where_a_checkpoint_stands_between_two
     align(recipe, cached(world, recipe), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == straight
     assert len(straight) == 4
-
-
-def test_a_checkpoint_that_was_being_written_is_not_resumed_from(world: TinyWorld, tmp_path: Path) -> None:
-    recipe = world.recipe(training={"max_steps": 9})
-    align(recipe, cached(world, recipe), tmp_path / "run")
-    facts = read_run(tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "complete": False}))
-    (tmp_path / "run" / "checkpoint-9" / "trainer_state.json").write_text('{"global_st')
-    expected = losses(tmp_path / "run")
-    align(recipe, cached(world, recipe), tmp_path / "run", resume=True)
-    assert losses(tmp_path / "run") == expected
 
 
 def test_accumulated_steps_see_the_same_pairs_and_give_the_same_losses(world: TinyWorld, tmp_path: Path) -> None:
@@ -247,15 +238,6 @@ def test_the_saved_policy_is_an_ordinary_model(tmp_path: Path) -> None:
     assert before == after
 
 
-def test_a_resumed_run_keeps_its_pairs_per_step(world: TinyWorld, tmp_path: Path) -> None:
-    recipe = world.recipe(training={"max_steps": 2})
-    align(recipe, cached(world, recipe), tmp_path / "run")
-    facts = read_run(tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "pairs_per_step": 8}))
-    with pytest.raises(RunError, match="takes 8 pairs per step, now it would be 4"):
-        align(recipe, cached(world, recipe), tmp_path / "run", resume=True)
-
-
 def test_a_start_that_failed_before_the_first_step_does_not_block_its_folder(world: TinyWorld, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     wrong = world.recipe(policy={"lora": {"target_modules": ["nope"]}}, training={"max_steps": 1})
@@ -336,15 +318,49 @@ def test_an_existing_run_is_not_overwritten_nor_resumed_with_another_recipe(worl
     with pytest.raises(RunError, match=r"began with objective\.beta: 2\.0, the recipe says 3\.0"):
         align(changed, cached(world, changed), tmp_path / "run", resume=True)
     assert align(recipe, cached(world, recipe), tmp_path / "run", resume=True).steps == 2
-    with pytest.raises(RunError, match="no run here"):
-        evaluate_run(recipe, cached(world, recipe), tmp_path / "nothing")
 
 
-def test_values_that_transformers_refuses_are_named_before_anything_loads(world: TinyWorld, tmp_path: Path) -> None:
-    recipe = world.recipe(training={"optim": "adamm"})
-    with pytest.raises(RecipeError, match=r"training: .*adamm"):
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"optim": "adamw_8bit"}, r"training\.optim: adamw_8bit: .*bitsandbytes"),
+        ({"optim": "galore_adamw"}, r"training\.optim: galore_adamw"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9, nope=1"}, r"training\.optim_args: nope=1: the optimizer sgd"),
+        ({"optim": "sgd", "adam_beta1": 0.8}, r"training\.adam_beta1: the optimizer sgd has none"),
+        ({"optim_target_modules": "all-linear"}, r"training\.optim_target_modules: the optimizer adamw_torch\w* has"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 9}, r"training\.warmup_steps: .* take constant_with_warmup"),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}}, r"training\.lr_scheduler_kwargs"),
+        ({"report_to": "wandb"}, r"training\.report_to: WandbCallback requires wandb to be installed"),
+        ({"report_to": "wandbb"}, r"training\.report_to: wandbb is not supported"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"training\.lr_scheduler_type: cosine_with_min_lr: .*min_lr"),
+        ({"deepspeed": "zero.json"}, r"training\.deepspeed: the package is not installed: pip install deepspeed"),
+        ({"fp16": True}, r"training\.fp16: float16 needs a GPU, and torch finds none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_values_that_transformers_refuses_are_named_before_anything_loads(
+    world: TinyWorld, tmp_path: Path, training: dict[str, object], message: str
+) -> None:
+    recipe = world.recipe(training=training)
+    with pytest.raises(RecipeError, match=message):
         align(recipe, cached(world, recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_no_reason_to_use_the_cpu(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    recipe = world.recipe(training={"use_cpu": False})
+    with pytest.raises(RecipeError, match=r"CUDA_VISIBLE_DEVICES=0 asks for a GPU, and torch finds none; set training"):
+        align(recipe, cached(world, recipe), tmp_path / "run")
+
+
+def test_the_old_name_of_activation_checkpointing_is_understood_without_a_warning(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    recipe = world.recipe(training={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {}})
+    assert training_arguments(recipe, tmp_path).activation_checkpointing is True
 
 
 def test_a_damaged_shard_trains_nothing(world: TinyWorld, tmp_path: Path) -> None:

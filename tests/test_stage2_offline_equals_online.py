@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from recipe import Recipe
 from stage1_cache import build_caches
 from stage2_align import align
+from stage2_align.callbacks import read_metrics
 from stage2_align.order import cut_batches, epoch_blocks
 from stage2_align.run import METRICS_FILE
-from stage2_align.trainer import read_metrics
 from store import Cache, Pairs
 
 STEPS = 20
