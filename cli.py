@@ -100,6 +100,8 @@ def align_command(
         return
     print(f"run         {report.run}")
     print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_pairs:,} pairs")
+    if report.layout is not None:
+        print(f"layout      {report.layout}")
     if report.parity is not None:
         print(f"parity      {report.parity:.2g} nats per token between the policy and the cached reference")
     print(f"trained     {report.steps:,} steps, {rate:.1f} pairs/s, {report.seconds:.0f} s")
@@ -231,6 +233,8 @@ def _print_cache(report: Any) -> None:
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
+        if report.layout is not None:
+            print(f"  layout      {report.layout}")
         print(
             f"  built       {report.built_shards} shards in {report.seconds:.1f} s: {reused}"
             f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"

@@ -1,12 +1,15 @@
 """
 What a model says about a pair. One package, because reference and policy must be measured by the same code.
 
-    packing     pairs -> rows, positions, mask      models      files of a model, loading
+    packing     pairs -> rows, in two layouts       models      files of a model, loading
+    masks       the family's own masks, packed      families    what a family does with its config
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; sae_formats reads the files
-    features    pooled top k, column sets           self_check  does the SAE fit the hookpoint
+    check       is a model measured rightly         self_check  does the SAE fit the hookpoint
+    features    pooled top k, column sets
 """
 
+from scoring.check import choose_layout, extremes
 from scoring.features import (
     ColumnSet,
     PooledFeatures,
@@ -28,20 +31,22 @@ from scoring.models import (
     template_text,
     weight_files,
 )
-from scoring.packing import Packed, pack
+from scoring.packing import Layout, Packed, pack
 from scoring.sae import Sae, load_sae
-from scoring.scorer import Scores, check_packing, install_scoring
+from scoring.scorer import Scores, install_scoring
 
 __all__ = [
     "LOGPS_TOLERANCE",
     "ColumnSet",
+    "Layout",
     "Packed",
     "PooledFeatures",
     "Sae",
     "Scores",
     "SparseRows",
     "adapter_folder",
-    "check_packing",
+    "choose_layout",
+    "extremes",
     "install_scoring",
     "load_model",
     "load_sae",

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import DataError, ModelError
 from recipe import nearest
+from scoring.families import refuse_unless_causal, silence_dropout
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -91,6 +91,7 @@ def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> PreTr
     attention): both accept the packed mask. Raises ModelError.
     """
     try:
+        refuse_unless_causal(AutoConfig.from_pretrained(folder))
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True
         )
@@ -101,20 +102,10 @@ def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> PreTr
         raise ModelError(f"{folder}: its files lack {len(absent)} of the model's tensors, the first is {absent[0]}")
     for adapter in adapters:
         model = _merge_adapter(model, adapter)
-    disable_dropout(model)
+    silence_dropout(model)
     assert isinstance(model, PreTrainedModel)
     # A merged adapter leaves every parameter frozen.
     return model.requires_grad_(True).eval()
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: reference and policy are compared token by token. The config stays."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def _merge_adapter(model: Any, adapter: Path) -> Any:

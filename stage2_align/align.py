@@ -8,17 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from errors import ModelError, RecipeError
 from recipe import Lora, Recipe
-from scoring import adapter_folder, check_packing, install_scoring, load_model, load_tokenizer, model_folder
+from scoring import (
+    Layout,
+    adapter_folder,
+    choose_layout,
+    extremes,
+    install_scoring,
+    load_model,
+    load_tokenizer,
+    model_folder,
+)
 from stage2_align.measure import ObjectiveMeter
 from stage2_align.parity import check_parity
 from stage2_align.run import METRICS_FILE, last_checkpoint, open_run, read_run, write_run
 from stage2_align.stream import PairStream
 from stage2_align.trainer import PairTrainer, read_metrics
-from store import Cache
+from store import Cache, Pairs
 
 # Where TrainingArguments' own default would surprise; as in TRL's DPOConfig.
 DEFAULTS: dict[str, Any] = {
@@ -37,6 +47,8 @@ class AlignReport:
     steps: int
     pairs: int
     seconds: float
+    layout: str | None
+    """How pairs were laid out for the policy; None where nothing was trained."""
     parity: float | None
     """Mean |difference| of token log-probs to the cache before the first step; None where it was not checked."""
     last: dict[str, float]
@@ -60,9 +72,10 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     if resume and read_run(output)["complete"]:
         return _finished(output)
     trainer = _trainer(recipe, cache, args, output)
+    layout = trainer.stream.layout = policy_layout(trainer.model, cache)
     parity = None
     if recipe.policy.model is None and checkpoint is None:
-        parity = check_parity(trainer.model, trainer.meter, cache, recipe)
+        parity = check_parity(trainer.model, trainer.meter, cache, recipe, layout)
 
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -72,7 +85,7 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {})
     if trainer.is_world_process_zero():
         write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": parity})
-    return AlignReport(output, steps, trainer.pairs_seen * args.world_size, seconds, parity, last)
+    return AlignReport(output, steps, trainer.pairs_seen * args.world_size, seconds, layout, parity, last)
 
 
 def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path) -> PairTrainer:
@@ -98,7 +111,7 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
 def _finished(output: Path) -> AlignReport:
     """The report of a run that was complete already."""
     facts, metrics = read_run(output), read_metrics(output / METRICS_FILE)
-    return AlignReport(output, facts["steps"], 0, 0.0, facts["parity"], metrics[-1] if metrics else {})
+    return AlignReport(output, facts["steps"], 0, 0.0, None, facts["parity"], metrics[-1] if metrics else {})
 
 
 def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
@@ -120,7 +133,7 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
 
 
 def load_policy(recipe: Recipe, meter: ObjectiveMeter) -> PreTrainedModel:
-    """The policy before training: loaded, scoring installed and checked, adapters around it if asked for."""
+    """The policy before training: loaded, scoring installed, adapters around it if asked for."""
     model = policy_model(recipe, meter)
     if recipe.policy.model is not None:
         _check_vocabulary(recipe, recipe.policy.model)
@@ -129,7 +142,7 @@ def load_policy(recipe: Recipe, meter: ObjectiveMeter) -> PreTrainedModel:
 
 def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path | None = None) -> PreTrainedModel:
     """
-    The policy with scoring installed and checked: as training starts from it, or as a `run` saved it - whole
+    The policy with scoring installed: as training starts from it, or as a `run` saved it - whole
     weights, or an adapter on the weights that it was trained on.
     """
     policy, reference = recipe.policy, recipe.reference
@@ -143,8 +156,21 @@ def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path | None = None)
         adapters += [run] if run is not None else []
         model = load_model(model_folder(name, revision), policy.dtype, adapters)
     install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
-    check_packing(model)
     return model
+
+
+def policy_layout(model: nn.Module, cache: Cache) -> Layout:
+    """
+    The layout in which a policy on its device is measured rightly, by the longest and shortest pairs of two shards: the
+    first, which is a random part of the data, and the one with the longest pairs on average. Raises ModelError.
+    """
+    entries = cache.manifest.shards
+    longest = max(range(len(entries)), key=lambda sid: entries[sid].n_tokens / max(entries[sid].n_pairs, 1))
+    few = [pairs.take(extremes(pairs.lengths)) for pairs in map(cache.shard, sorted({0, longest}))]
+    pairs = Pairs.concat(few)
+    pairs = pairs.take(extremes(pairs.lengths))
+    peft_base: Any = getattr(model, "get_base_model", None)
+    return choose_layout(model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits)
 
 
 def policy_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

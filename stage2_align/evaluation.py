@@ -11,7 +11,7 @@ from tqdm import tqdm
 from errors import RunError
 from recipe import Recipe
 from scoring import Packed
-from stage2_align.align import policy_model
+from stage2_align.align import policy_layout, policy_model
 from stage2_align.measure import ObjectiveMeter, batch_metrics
 from stage2_align.run import read_run
 from stage2_align.stream import PairStream
@@ -39,7 +39,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path) -> dict[str, float]:
     model = policy_model(recipe, meter, run)
     model.to(device)
     size = recipe.training.get("per_device_eval_batch_size", 8)
-    stream = PairStream(cache, meter.feature, seed=0, per_device=size)
+    stream = PairStream(cache, meter.feature, seed=0, per_device=size, layout=policy_layout(model, cache))
     sums: dict[str, float] = {}
     with (
         torch.inference_mode(),

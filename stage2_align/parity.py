@@ -11,7 +11,7 @@ from torch import nn
 
 from errors import ParityError
 from recipe import Recipe
-from scoring import LOGPS_TOLERANCE, Packed, pack
+from scoring import LOGPS_TOLERANCE, Layout, Packed, pack
 from stage2_align.measure import ObjectiveMeter
 from store import Cache, Features
 
@@ -19,17 +19,20 @@ PARITY_PAIRS = 8
 
 
 @torch.no_grad()
-def check_parity(model: nn.Module, meter: ObjectiveMeter, cache: Cache, recipe: Recipe) -> float:
+def check_parity(
+    model: nn.Module, meter: ObjectiveMeter, cache: Cache, recipe: Recipe, layout: Layout = Layout.PACKED
+) -> float:
     """
     Score the cache's first pairs with the policy. Returns the mean absolute difference of the token log-probs, in
     nats. Raises ParityError where it, or that of the pooled features, is above what the dtypes explain.
 
-    model  with scoring installed, on its device
+    model   with scoring installed, on its device
+    layout  the one in which it is measured rightly
     """
     shard = cache.shard(0)
     pairs = shard.take(np.arange(min(PARITY_PAIRS, len(shard))))
     device = next(model.parameters()).device
-    packed = Packed(*(tensor.to(device) for tensor in pack(pairs.input_ids, pairs.splits)))
+    packed = Packed(*(tensor.to(device) for tensor in pack(pairs.input_ids, pairs.splits, layout)))
     scores = model(**packed._asdict())
     cached = torch.from_numpy(pairs.token_logps).to(device)
     difference = float((scores.token_logps - cached).abs().mean())
