@@ -32,6 +32,10 @@ from scoring.packing import Layout, pack
 LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
+# What a forward raises that was not made for its input.
+_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+
+
 class _Plain(NamedTuple):
     """What the family's own forward says about one completion."""
 
@@ -64,14 +68,18 @@ def choose_layout(
     bounds = splits.astype(np.int64)
     refuse_moving_rope(model, _longest(bounds))
     with _deterministic_mode(model):
-        # Short before long: a state that the long one leaves behind must not hide in both sides.
-        plain = [list(_plain(model, input_ids, bounds, pair)) for pair in reversed(range(len(bounds) // 3))]
+        try:
+            # Short before long: a state that the long one leaves behind must not hide in both sides.
+            plain = [list(_plain(model, input_ids, bounds, pair)) for pair in reversed(range(len(bounds) // 3))]
+        except _FAILURES as error:
+            raise ModelError(f"{model.config.model_type}: its own forward fails: {_first_line(error)}") from error
         expected = [side for pair in reversed(plain) for side in pair]
         _refuse_nan(model, input_ids, bounds, expected)
         reasons = []
         for layout in Layout:
             reason = _reason_against(model, layout, input_ids, bounds, expected)
             if reason is None:
+                _refuse_chance(model, layout, input_ids, bounds)
                 return layout
             reasons.append(f"  {layout}: {reason}")
     raise ModelError(
@@ -96,21 +104,33 @@ def _reason_against(
         off = max(_worst(before, expected[-2:]), _worst(after, expected[-2:]))
         if not off <= limit:
             return f"off by {off:.2g} nats per token (at most {limit:g}) before or after a longer batch"
-        model.train()
-        once, again = (_score(model, layout, *shortest) for _ in range(2))
-        model.eval()
-        # Where a device's kernels do not repeat themselves, the tolerance has to do.
-        repeats = all(map(torch.equal, before, after))
-        if repeats and not all(map(torch.equal, once, again)):
-            return "it is random while it trains: two forwards of the same tokens differ"
-        off = max(_worst(once, expected[-2:]), _worst(again, expected[-2:]))
-        if not off <= limit:
-            return f"off by {off:.2g} nats per token (at most {limit:g}) in training mode"
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
-        return f"its decoder does not take it ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
+    except _FAILURES as error:
+        return f"its decoder does not take it ({_first_line(error)})"
     return None
+
+
+def _refuse_chance(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> None:
+    """ModelError where two forwards of the same tokens in training mode differ in any bit."""
+    model.train()
+    trained = _repeats(model, layout, ids, bounds)
+    model.eval()
+    # A device whose kernels do not repeat themselves shows it in evaluation mode, too.
+    if not trained and _repeats(model, layout, ids, bounds):
+        raise ModelError(
+            f"{model.config.model_type}: two forwards of the same tokens in training mode differ, so it cannot be "
+            "compared token by token; set what is random in its config.json (a router's jitter, for instance) to 0"
+        )
+
+
+def _repeats(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> bool:
+    once, again = (_score(model, layout, ids, bounds) for _ in range(2))
+    return all(map(torch.equal, once, again))
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def _score(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> list[Tensor]:

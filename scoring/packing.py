@@ -79,16 +79,19 @@ def pack(
     input_ids: Integer[np.ndarray, " T"],
     splits: Integer[np.ndarray, " S"],
     layout: Layout = Layout.PACKED,
-    pad_id: int = 0,
+    pad_id: int | None = None,
 ) -> Packed:
     """
     Lay pairs out in rows.
 
     input_ids  (T,)      prompt, chosen, rejected of every pair, back to back
     splits     (3P+1,)   where each of them starts; the last is T
-    pad_id               any valid token id; no scored token sees padding, and padding is not scored
+    pad_id               any token id; no scored token sees padding, and padding is not scored. None takes the batch's
+                         first token: the embedding of a padding token may be zero, where a norm's gradient is NaN
     """
     starts = np.asarray(splits, dtype=np.int64)
+    if pad_id is None:
+        pad_id = int(input_ids[starts[0]]) if len(input_ids) > starts[0] else 0
     return (_share_prompts if layout is Layout.PACKED else _repeat_prompts)(input_ids, starts, pad_id)
 
 

@@ -70,6 +70,12 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
 def _output(outputs: dict[str, Tensor], hookpoint: str) -> Tensor:
     """What a hookpoint gave, which must be a vector per token of the decoder's forward."""
     found = outputs.get(hookpoint)
+    if isinstance(found, Tensor) and found.ndim == 4:
+        # Gemma 3n: AltUp keeps parallel streams, of which layers read and write a learned mixture.
+        raise ModelError(
+            f"hookpoint {hookpoint} gives {len(found)} streams per token, none of which is the residual stream alone; "
+            f"name a module that writes to it, such as {hookpoint}.mlp or {hookpoint}.self_attn"
+        )
     if not isinstance(found, Tensor) or found.ndim != 3:
         raise ModelError(f"hookpoint {hookpoint} gives no vector per token while the decoder runs; name a layer")
     return found

@@ -75,7 +75,7 @@ def test_packed_equals_separate_forwards(family: str, attention: str) -> None:
 
 def test_positions_restart_for_the_rejected_branch_and_first_tokens_share_their_predictor() -> None:
     """Prompt 10 11, chosen 20 21 22, rejected 30: one row of six tokens, padded to eight."""
-    packed = pack(np.array([10, 11, 20, 21, 22, 30]), np.array([0, 2, 5, 6]))
+    packed = pack(np.array([10, 11, 20, 21, 22, 30]), np.array([0, 2, 5, 6]), pad_id=0)
     assert packed.input_ids.tolist() == [[10, 11, 20, 21, 22, 30, 0, 0]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 0]]
     assert packed.pair.tolist() == [[0, 0, 0, 0, 0, 0, -1, -1]]
