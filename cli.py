@@ -247,7 +247,8 @@ def _check_line(check: dict[str, Any]) -> str:
     if not check["checked"]:
         return f"{check['hookpoint']}: off"
     advertised = f" (advertised {check['advertised_l0']})" if check["advertised_l0"] else ""
-    return f"{check['hookpoint']}: L0 {check['l0']}{advertised}, FVU {check['fvu']} on {check['tokens']} tokens"
+    note = f"; {check['note']}" if check.get("note") else ""
+    return f"{check['hookpoint']}: L0 {check['l0']}{advertised}, FVU {check['fvu']} on {check['tokens']} tokens{note}"
 
 
 if __name__ == "__main__":

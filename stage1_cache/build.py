@@ -170,6 +170,7 @@ class _LazyScorer:
                     "advertised_l0": check.advertised_l0,
                     "fvu": round(check.fvu, 4),
                     "elsewhere": {name: round(value, 4) for name, value in check.elsewhere.items()},
+                    **({"note": check.note} if check.note else {}),
                 }
             )
         return facts
