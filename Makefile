@@ -11,7 +11,7 @@ export FPO_STORE ?= $(CURDIR)/caches
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cache align evaluate test test-store test-oracles check lint docs bench clean
+.PHONY: help demo cache align evaluate test test-store test-families test-oracles families check lint docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ test: $(VENV)/installed-test  ## set up and run the tests
 test-store: $(VENV)/installed-test  ## the long rounds of the store: kills, damage, fuzzing, scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign -s
 
+test-families: $(VENV)/installed-test  ## a tiny model of every family against separate forwards
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m families
+
 test-oracles: $(ORACLES)/installed  ## compare with TRL, sae-lens and eai-sparsify, in an environment of their own
 	OMP_NUM_THREADS=1 $(ORACLES)/bin/python -m pytest -m oracle
 
@@ -58,6 +61,9 @@ lint: $(VENV)/installed-test
 
 docs: $(VENV)/installed  ## write docs/recipe.md from recipe.py
 	$(BIN)/python -c "import recipe; print(recipe.reference_page(), end='')" > docs/recipe.md
+
+families: $(VENV)/installed-test  ## write docs/families.md: how each model family is laid out
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/family_models.py
 
 bench: $(VENV)/installed  ## a step from the cache against a padded two-model step; the store against other formats
 	$(BIN)/python -m demo.build

@@ -132,6 +132,8 @@ def align_command(
         return
     print(f"run         {report.run}")
     print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_pairs:,} pairs")
+    if report.layout is not None:
+        print(f"layout      {report.layout}")
     if report.parity is not None:
         print(f"parity      {report.parity:.2g} nats per token between the policy and the cached reference")
     world, per_device, accumulation = report.per_step
@@ -297,6 +299,8 @@ def _print_cache(report: Any) -> None:
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
+        if report.layout is not None:
+            print(f"  layout      {report.layout}")
         print(
             f"  built       {counted(report.built_shards, 'shard')} in {report.seconds:.1f} s: {reused}"
             f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
@@ -309,7 +313,8 @@ def _check_line(check: dict[str, Any]) -> str:
     if not check["checked"]:
         return f"{check['hookpoint']}: off"
     advertised = f" (advertised {check['advertised_l0']})" if check["advertised_l0"] else ""
-    return f"{check['hookpoint']}: L0 {check['l0']}{advertised}, FVU {check['fvu']} on {check['tokens']} tokens"
+    note = f"; {check['note']}" if check.get("note") else ""
+    return f"{check['hookpoint']}: L0 {check['l0']}{advertised}, FVU {check['fvu']} on {check['tokens']} tokens{note}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """
 What a model says about a pair. One package, because reference and policy must be measured by the same code.
 
-    packing     pairs -> rows, positions, mask      models      files of a model, loading; configs resolves config.json
+    packing     pairs -> rows, in two layouts       models      files of a model, loading; configs resolves config.json
+    masks       the family's own masks, packed      families    what a family does with its config
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; sae_formats reads the files
-    features    pooled top k, column sets           self_check  does the SAE fit the hookpoint
+    check       is a model measured rightly         self_check  does the SAE fit the hookpoint
+    features    pooled top k, column sets
 """
 
+from scoring.check import choose_layout, extremes
 from scoring.configs import model_config, positions, significant_config
 from scoring.features import (
     ColumnSet,
@@ -31,13 +34,14 @@ from scoring.models import (
     tower_modules,
     weight_files,
 )
-from scoring.packing import Packed, pack
+from scoring.packing import Layout, Packed, pack
 from scoring.sae import Sae, load_sae
-from scoring.scorer import Scores, check_packing, install_scoring, mixed_precision
+from scoring.scorer import Scores, install_scoring, mixed_precision
 
 __all__ = [
     "LOGPS_TOLERANCE",
     "ColumnSet",
+    "Layout",
     "Packed",
     "PooledFeatures",
     "Sae",
@@ -45,7 +49,8 @@ __all__ = [
     "SparseRows",
     "adapter_folder",
     "adapter_weight_files",
-    "check_packing",
+    "choose_layout",
+    "extremes",
     "install_scoring",
     "is_quantised",
     "load_model",

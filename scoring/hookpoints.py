@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from errors import ModelError
+from scoring.hook_names import from_transformer_lens
 
-_LAYER_PATH = re.compile(r"^(?:[\w.]+\.)?(?:layers|h)\.(\d+)(\.[\w.]+)?$")
+_LAYER_PATH = re.compile(r"^(?:[\w.]+\.)?(?:layers|h|(?<=\.)blocks)\.(\d+)(\.[\w.]+)?$")
 
 # What a layer of each family contains, for check_hookpoint: (path of the layers, direct children of a layer).
 _LLAMA_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
@@ -78,7 +79,7 @@ def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor
 
     def store_as(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
+            outputs[name] = output[0] if isinstance(output, tuple | list) else output
 
         return hook
 
@@ -130,7 +131,7 @@ def check_hookpoint(config: Mapping[str, Any], name: str) -> None:
     layers_path, children = _FAMILIES.get(config.get("model_type", ""), (None, ()))
     match = _LAYER_PATH.match(name)
     if match is None:
-        _check_outside_layers(name, layers_path, count)
+        _check_outside_layers(name, config, layers_path, count)
         return
     prefix, index, inside = name[: match.start(1) - 1], int(match[1]), match[2]
     if count is not None and index >= count:
@@ -151,15 +152,26 @@ def check_hookpoint(config: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _check_outside_layers(name: str, layers_path: str | None, count: int | None) -> None:
-    """A path that names no layer is accepted unless it is plainly a misspelt one, such as model.layer.3."""
+def _check_outside_layers(name: str, config: Mapping[str, Any], layers_path: str | None, count: int | None) -> None:
+    """A path that names no layer is accepted unless it is plainly a misspelt one, or another library's name for one."""
     digits = re.search(r"\.(\d+)", name)
     if layers_path is None or digits is None:
         return
     known = f", {layers_path}.0 to {layers_path}.{count - 1}" if count else ""
-    raise ModelError(
-        f"no hookpoint {name}: did you mean {layers_path}.{digits[1]}? This model has {count} layers{known}"
-    )
+    meant = _meant(name, int(digits[1]), config.get("model_type", ""), layers_path, count)
+    question = f"did you mean {meant}? This" if meant else "no module gives it. This"
+    raise ModelError(f"no hookpoint {name}: {question} model has {count} layers{known}")
+
+
+def _meant(name: str, number: int, family: str, layers_path: str, count: int | None) -> str | None:
+    """The module that gives what TransformerLens or transformers call so; None where no layer's module does."""
+    if re.search(r"hidden_states\W", name):
+        # hidden_states[0] is the embedding, [i] what layer i - 1 gives, the last one the same after the final norm.
+        return f"{layers_path}.{number - 1}" if 0 < number <= (count or number) else None
+    if name.startswith("blocks."):
+        translated = from_transformer_lens(name, family)
+        return None if translated == name else translated
+    return f"{layers_path}.{number}"
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -180,14 +192,14 @@ def _decoder_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
     get_decoder = getattr(base, "get_decoder", None)
     # transformers 4.57 returns the language model itself for GPT-2 and GPT-NeoX; base_model is right there.
     decoders = (get_decoder() if callable(get_decoder) else None, getattr(base, "base_model", None), base)
-    for decoder in decoders:
-        for attribute in ("layers", "h"):
+    for decoder in (*decoders, *base.children()):
+        for attribute in ("layers", "h", "blocks"):
             layers = getattr(decoder, attribute, None)
             if isinstance(layers, nn.ModuleList):
                 return next(path for path, module in base.named_modules() if module is layers), layers
     raise ModelError(
         f"{type(base).__name__} has no list of decoder layers that hookpoints could name (looked for "
-        "`layers` and `h` of get_decoder()): use a decoder-only language model"
+        "`layers`, `h` and `blocks` of get_decoder()): use a decoder-only language model"
     )
 
 

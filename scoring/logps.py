@@ -44,7 +44,6 @@ def token_logps(
     targets: Int[Tensor, " N"],
     head: Head,
     *,
-    softcap: float | None = None,
     top: int = 0,
 ) -> TokenLogps:
     """
@@ -52,14 +51,11 @@ def token_logps(
 
     hidden   output of the decoder (after its final norm) at the predicting positions
     head     hidden -> logits over the vocabulary
-    softcap  logits are `softcap * tanh(logits / softcap)` (Gemma's `final_logit_softcapping`)
     top      how many most likely tokens to report besides; without gradient
     """
 
     def score(hidden_chunk: Tensor, target_chunk: Tensor) -> TokenLogps:
         logits = head(hidden_chunk).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
         logps: Tensor = _GatheredLogSoftmax.apply(logits, target_chunk)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             best = logits.topk(top, dim=-1)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from errors import DataError, ModelError
 from recipe import nearest
 from scoring.configs import model_config
+from scoring.families import silence_dropout, text_decoder
 
 # Everything but the weights, which go by the names that the index gives: beside them repositories hold the same
 # tensors in other formats (consolidated.safetensors, original/), as large again.
@@ -153,7 +154,7 @@ def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> PreTr
         raise ModelError(f"{folder}: its files lack {len(absent)} of the model's tensors, the first is {absent[0]}")
     for adapter in adapters:
         model = _merge_adapter(model, adapter)
-    disable_dropout(model)
+    silence_dropout(model)
     assert isinstance(model, PreTrainedModel)
     _require_gradients(model)
     return model.eval()
@@ -172,7 +173,7 @@ def tower_modules(model: PreTrainedModel) -> list[str]:
 
 def _scored_parts(model: PreTrainedModel) -> list[nn.Module]:
     """What a text token passes through: the decoder and the head."""
-    return [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    return [part for part in (text_decoder(model), model.get_output_embeddings()) if part is not None]
 
 
 def _require_gradients(model: PreTrainedModel) -> None:
@@ -181,16 +182,6 @@ def _require_gradients(model: PreTrainedModel) -> None:
         for parameter in part.parameters():
             # A merged adapter leaves every parameter frozen; integers have no gradient.
             parameter.requires_grad_(parameter.is_floating_point())
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: reference and policy are compared token by token. The config stays."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def _merge_adapter(model: Any, adapter: Path) -> Any:

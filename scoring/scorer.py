@@ -13,16 +13,17 @@ import types
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import ModelError
+from scoring.families import FamilyHead, moving_rope_limit, path_of, refuse_moving_rope, text_decoder
 from scoring.hookpoints import capture
 from scoring.logps import token_logps
-from scoring.packing import Packed, attention_mask, pack
+from scoring.masks import packed_masks
+from scoring.packing import Layout, Packed
 
 
 class Scores(NamedTuple):
@@ -49,24 +50,18 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
     with capture(model, hookpoints):
         pass  # resolves every name
 
+    decoder_path = path_of(model, text_decoder(model))
+    moving_rope = moving_rope_limit(model) is not None
+
     def forward(self: PreTrainedModel, **batch: Any) -> Scores:
         # PEFT adds arguments of its own, all None.
         packed = Packed(*(batch[name] for name in Packed._fields))
+        if moving_rope:  # such a family asks the device for the longest position itself
+            refuse_moving_rope(self, int(packed.position_ids.max()) + 1)
         with capture(self, hookpoints) as outputs:
-            hidden = self.get_decoder()(
-                input_ids=packed.input_ids,
-                attention_mask=model_masks(self, packed),
-                position_ids=packed.position_ids,
-                use_cache=False,
-            ).last_hidden_state
+            hidden = _last_hidden(text_decoder(self), packed)
         at = packed.predictors
-        scored = token_logps(
-            hidden.flatten(0, 1)[at],
-            packed.targets,
-            self.get_output_embeddings(),
-            softcap=getattr(self.config.get_text_config(), "final_logit_softcapping", None),
-            top=top_logits,
-        )
+        scored = token_logps(hidden.flatten(0, 1)[at], packed.targets, FamilyHead(self, decoder_path), top=top_logits)
         residuals = tuple(_output(outputs, name).flatten(0, 1)[at] for name in hookpoints)
         return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals)
 
@@ -85,72 +80,30 @@ def mixed_precision(device: torch.device, autocast: str | None) -> AbstractConte
 def _output(outputs: dict[str, Tensor], hookpoint: str) -> Tensor:
     """What a hookpoint gave, which must be a vector per token of the decoder's forward."""
     found = outputs.get(hookpoint)
+    if isinstance(found, Tensor) and found.ndim == 4:
+        # Gemma 3n: AltUp keeps parallel streams, of which layers read and write a learned mixture.
+        raise ModelError(
+            f"hookpoint {hookpoint} gives {len(found)} streams per token, none of which is the residual stream alone; "
+            f"name a module that writes to it, such as {hookpoint}.mlp or {hookpoint}.self_attn"
+        )
     if not isinstance(found, Tensor) or found.ndim != 3:
         raise ModelError(f"hookpoint {hookpoint} gives no vector per token while the decoder runs; name a layer")
     return found
 
 
-def model_masks(model: PreTrainedModel, packed: Packed) -> Tensor | dict[str, Tensor]:
-    """
-    The packed attention mask in the form that the model's family takes: one tensor, or one per layer type;
-    boolean for sdpa, additive for eager attention.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    windows = {"full_attention": None, "sliding_attention": window}
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return _mask(model, packed, window)
-    unknown = set(layer_types) - set(windows)
-    if unknown:
-        raise ModelError(f"{config.model_type}: layers of type {sorted(unknown)[0]} cannot read packed pairs")
-    return {kind: _mask(model, packed, windows[kind]) for kind in sorted(set(layer_types))}
-
-
-def _mask(model: PreTrainedModel, packed: Packed, window: int | None) -> Tensor:
-    allowed = attention_mask(packed.pair, packed.branch, packed.position_ids, window)
-    if model.config._attn_implementation == "sdpa":
-        return allowed
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill_(~allowed, lowest)
-
-
-def check_packing(model: PreTrainedModel) -> None:
-    """
-    Score two small pairs packed and, with the family's own forward, one sequence at a time. Raises ModelError
-    where they differ: such a family (ALiBi, state space, scaled logits) would be measured wrongly.
-    """
-    rng = np.random.default_rng(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    sizes = np.array([5, 9, 4, 1, 2, 7])
-    ids = rng.integers(0, vocabulary, sizes.sum())
-    splits = np.concatenate([[0], np.cumsum(sizes)])
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        try:
-            packed = Packed(*(tensor.to(device) for tensor in pack(ids, splits)))
-            ours = model(**packed._asdict()).token_logps
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ModelError(f"{model.config.model_type}: this family cannot read packed pairs ({error})") from error
-        theirs = torch.cat([part for p in range(2) for part in _separate_logps(model, ids, splits, p, device)])
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
-    difference = float((ours - theirs).abs().mean())
-    if not difference <= tolerance:
-        raise ModelError(
-            f"{model.config.model_type}: packed and separate forwards differ by {difference:.2g} nats per token "
-            f"(at most {tolerance:g}), so this family cannot be scored"
-        )
-
-
-def _separate_logps(
-    model: PreTrainedModel, ids: np.ndarray, splits: np.ndarray, pair: int, device: torch.device
-) -> list[Tensor]:
-    start, chosen, rejected, end = splits[3 * pair : 3 * pair + 4]
-    logps = []
-    for first, last in ((chosen, rejected), (rejected, end)):
-        sequence = torch.from_numpy(np.concatenate([ids[start:chosen], ids[first:last]]))[None].to(device)
-        logits = type(model).forward(model, input_ids=sequence, use_cache=False).logits[0].float()
-        prompt = chosen - start
-        targets = sequence[0, prompt:]
-        logps.append(logits[prompt - 1 : -1].log_softmax(-1).gather(-1, targets[:, None])[:, 0])
-    return logps
+def _last_hidden(decoder: PreTrainedModel, packed: Packed) -> Float[Tensor, "R L D"]:
+    """The decoder's last hidden states: packed rows under their own masks, unshared ones under the family's."""
+    if packed.layout is Layout.ROWS:
+        # No mask: what stands behind a token cannot reach it, and nothing is padded before one.
+        output = decoder(input_ids=packed.input_ids, use_cache=False)
+    else:
+        with packed_masks(packed):
+            output = decoder(
+                input_ids=packed.input_ids,
+                # A mask of ones: without one the family would take the restarts of the positions for new sequences.
+                attention_mask=torch.ones_like(packed.input_ids),
+                position_ids=packed.position_ids,
+                use_cache=False,
+            )
+    hidden: Tensor = output.last_hidden_state
+    return hidden

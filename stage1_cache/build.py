@@ -18,7 +18,7 @@ import numpy as np
 from errors import CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
 from progress import say
 from recipe import Recipe
-from scoring import Packed, adapter_folder, load_sae, model_folder, pack
+from scoring import Layout, Packed, adapter_folder, extremes, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
@@ -55,6 +55,8 @@ class CacheReport:
     seconds: float
     pairs_scored: int
     tokens_scored: int
+    layout: str | None = None
+    """How the pairs were laid out for the reference; None where this process scored none."""
     pairs_reused: int = 0
     """Pairs that this process copied from other caches of the same scorer instead of scoring them."""
     reuse_problems: tuple[str, ...] = ()
@@ -151,20 +153,34 @@ class _LazyScorer:
     """The scorer's part of the keys."""
 
     @cached_property
-    def scorer(self) -> ReferenceScorer:
+    def _loaded(self) -> ReferenceScorer:
         say(f"loading the reference {self.recipe.reference.model} ...")
         return reference_scorer(self.recipe, self.batch_tokens, self.named)
+
+    @cached_property
+    def _checked(self) -> list[str]:
+        """The splits on whose pairs the scorer was checked; the last one's layout is the scorer's."""
+        return []
+
+    def scorer(self, identity: CacheIdentity) -> ReferenceScorer:
+        """The scorer, checked on this cache's longest and shortest pairs. Raises ModelError."""
+        if self._checked[-1:] != [identity.split]:
+            tokens = identity.tokens
+            self._loaded.check(*token_rows(tokens.input_ids, tokens.splits, extremes(tokens.lengths)))
+            self._checked.append(identity.split)
+        return self._loaded
 
     def self_checks(self, identity: CacheIdentity) -> list[dict[str, Any]]:
         """Hold every SAE against the first pairs. Raises SelfCheckError."""
         facts = []
-        for feature, (_, sae, _) in zip(self.recipe.features, self.scorer.saes, strict=True):
+        scorer = self.scorer(identity)
+        for feature, (_, sae, _) in zip(self.recipe.features, scorer.saes, strict=True):
             if not feature.self_check:
                 facts.append({"hookpoint": feature.hookpoint, "checked": False})
                 continue
             decoder = read_decoder(feature.sae, feature.hookpoint)
-            sample = Packed(*(tensor.to(self.scorer.device) for tensor in _sample(identity)))
-            check = check_sae(self.scorer.model, sae, decoder, feature.hookpoint, sample)
+            sample = Packed(*(tensor.to(scorer.device) for tensor in _sample(identity, scorer.layout)))
+            check = check_sae(scorer.model, sae, decoder, feature.hookpoint, sample)
             check.raise_if_unfit()
             facts.append(
                 {
@@ -175,18 +191,19 @@ class _LazyScorer:
                     "advertised_l0": check.advertised_l0,
                     "fvu": round(check.fvu, 4),
                     "elsewhere": {name: round(value, 4) for name, value in check.elsewhere.items()},
+                    **({"note": check.note} if check.note else {}),
                 }
             )
         return facts
 
 
-def _sample(identity: CacheIdentity) -> Packed:
+def _sample(identity: CacheIdentity, layout: Layout) -> Packed:
     """The first pairs, in the shuffled order of the shards, that hold enough scored tokens."""
     tokens = identity.tokens
     order = np.concatenate(identity.plan())
     needed = int(np.searchsorted(np.cumsum(tokens.lengths[order, 1:].sum(1)), SELF_CHECK_TOKENS)) + 1
     ids, splits = token_rows(tokens.input_ids, tokens.splits, order[:needed])
-    return pack(ids, splits)
+    return pack(ids, splits, layout)
 
 
 def _build(
@@ -220,7 +237,7 @@ def _build(
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
     reusable = ReusableRows(store, identity.scorer)
     checks = _self_checks(identity, lazy, reusable)
-    filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer)
+    filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer(identity))
     writer.seal({"self_check": checks, "drops": identity.remembered["drops"]})
     return CacheReport(
         split=identity.split,
@@ -230,6 +247,7 @@ def _build(
         seconds=time.monotonic() - started,
         pairs_scored=filled.scored,
         tokens_scored=filled.tokens,
+        layout=filled.layout,
         pairs_reused=filled.reused,
         reuse_problems=tuple(reusable.problems),
         nearest=near,

@@ -35,6 +35,8 @@ class Filled:
     """Pairs that were scored."""
     tokens: int = 0
     """Tokens of those."""
+    layout: str | None = None
+    """How they were laid out for the reference."""
 
 
 def fill(
@@ -69,7 +71,9 @@ def fill(
                     continue  # another process finished it meanwhile
                 progress.update(len(copied.positions))
                 shard = _completed(identity, plan[sid], copied, scorer, advance)
-                writer.write(sid, shard, provenance(identity, copied, len(shard), scorer))
+                facts = provenance(identity, copied, len(shard), scorer)
+                writer.write(sid, shard, facts)
+                filled.layout = facts.get("layout", filled.layout)
                 filled.shards, filled.reused = filled.shards + 1, filled.reused + len(copied.positions)
             unwritten = set(writer.missing())
             pending = [sid for sid in pending[len(gathered) :] if sid in unwritten]
@@ -119,6 +123,7 @@ def provenance(
         facts["device"] = torch.cuda.get_device_name() if cuda else platform.processor() or "cpu"
         facts["attention"] = reference.model.config._attn_implementation
         facts["batch_tokens"] = reference.batch_tokens
+        facts["layout"] = str(reference.layout)
     return facts
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from errors import CacheConflict, CacheDamaged
 from recipe import Recipe
-from scoring import LOGPS_TOLERANCE
+from scoring import LOGPS_TOLERANCE, extremes
 from stage1_cache.build import reference_scorer
 from stage1_cache.identity import cache_identities
 from store import Cache, Features, Pairs, differences
@@ -47,6 +47,8 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     worst = worst_features = 0.0
     total = 0
     for where, stored in _sample(cache, count, seed):
+        few = stored.take(extremes(stored.lengths))
+        scorer.check(few.input_ids, few.splits)
         again = scorer.score(stored.pair_id, stored.pair_digest, stored.input_ids, stored.splits)
         apart = np.abs(again.token_logps - stored.token_logps)
         bounds = stored.completion_splits[::2]

@@ -19,11 +19,12 @@ from torch import Tensor
 from errors import ModelError
 from recipe import Arithmetic
 from scoring import (
+    Layout,
     Packed,
     PooledFeatures,
     Sae,
     Scores,
-    check_packing,
+    choose_layout,
     install_scoring,
     is_quantised,
     load_model,
@@ -53,7 +54,7 @@ class ReferenceScorer:
         arithmetic    dtype of the weights, and the dtype of the autocast that they are computed under
         saes          hookpoint, SAE and how many features to keep, in the recipe's order
         batch_tokens  packed tokens per forward; changes speed and memory only
-        Raises ModelError where the model cannot be loaded or packed.
+        Raises ModelError where the model cannot be loaded. `check` it on the data before it scores.
         """
         # Under torchrun each rank has its own GPU.
         local = os.environ.get("LOCAL_RANK", "0")
@@ -65,7 +66,14 @@ class ReferenceScorer:
         self.arithmetic = arithmetic
         self.batch_tokens = batch_tokens
         install_scoring(self.model, tuple(hookpoint for hookpoint, _, _ in saes), top_logits)
-        check_packing(self.model)
+        self.layout = Layout.PACKED
+
+    def check(self, input_ids: np.ndarray, splits: np.ndarray) -> None:
+        """
+        Choose the layout that is right for these pairs, the data's longest and shortest (`scoring.extremes`), and look
+        at what the hookpoints give. Raises ModelError where the model cannot be scored.
+        """
+        self.layout = choose_layout(self.model, input_ids, splits)
         self._check_widths()
 
     def score(
@@ -96,7 +104,7 @@ class ReferenceScorer:
     @torch.inference_mode()
     def _check_widths(self) -> None:
         """ModelError where a hookpoint does not give what its SAE reads."""
-        packed = Packed(*(tensor.to(self.device) for tensor in pack(np.array([0, 0, 0]), np.array([0, 1, 2, 3]))))
+        packed = self._packed(np.array([0, 0, 0]), np.array([0, 1, 2, 3]))
         residuals = self.model(**packed._asdict()).residuals
         for (hookpoint, sae, _), residual in zip(self.saes, residuals, strict=True):
             if residual.shape[-1] != sae.facts.d_in:
@@ -107,7 +115,7 @@ class ReferenceScorer:
 
     @torch.inference_mode()
     def _score_batch(self, input_ids: np.ndarray, splits: np.ndarray) -> _BatchResult:
-        packed = Packed(*(tensor.to(self.device) for tensor in pack(input_ids, splits)))
+        packed = self._packed(input_ids, splits)
         with mixed_precision(self.device, self.arithmetic.autocast):
             scores: Scores = self.model(**packed._asdict())
         features = [
@@ -115,6 +123,9 @@ class ReferenceScorer:
             for (_, sae, top_k), residual in zip(self.saes, scores.residuals, strict=True)
         ]
         return _BatchResult(packed.lengths, scores, features)
+
+    def _packed(self, input_ids: np.ndarray, splits: np.ndarray) -> Packed:
+        return Packed(*(tensor.to(self.device) for tensor in pack(input_ids, splits, self.layout)))
 
 
 class _BatchResult:

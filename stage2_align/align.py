@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from errors import FpoError, ModelError, RecipeError, RunInterrupted
@@ -19,8 +20,10 @@ from interrupts import StopRequest
 from progress import say
 from recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
 from scoring import (
+    Layout,
     adapter_folder,
-    check_packing,
+    choose_layout,
+    extremes,
     install_scoring,
     is_quantised,
     load_model,
@@ -37,7 +40,7 @@ from stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_
 from stage2_align.saved import expected_weights, save_policy
 from stage2_align.stream import PairStream
 from stage2_align.trainer import PairTrainer
-from store import Cache
+from store import Cache, Pairs
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class AlignReport:
     seconds: float
     per_step: tuple[int, int, int]
     """Processes, pairs per forward, forwards per step."""
+    layout: str | None
+    """How pairs were laid out for the policy; None where nothing was trained."""
     parity: float | None
     """Mean |difference| of token log-probs to the cache before the first step; None where it was not checked."""
     last: dict[str, float]
@@ -106,6 +111,7 @@ def _train(
     request = StopRequest()
     trainer = _trainer(recipe, cache, args, output, request)
     arithmetic = _launched_arithmetic(recipe, trainer)
+    layout = trainer.stream.layout = policy_layout(trainer.model, cache)
     parity = None
     if recipe.policy.model is None and checkpoint is None:
         parity = ParityCheck(trainer, (arithmetic, recipe.reference.arithmetic))
@@ -127,7 +133,7 @@ def _train(
         )
         if trainer.is_world_process_zero():
             write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": difference})
-    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, difference, last)
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, last)
 
 
 def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path, request: StopRequest) -> PairTrainer:
@@ -178,12 +184,12 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
 def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     """The report of a run that was complete already."""
     facts, metrics = read_run(output), read_metrics(output / METRICS_FILE)
-    return AlignReport(output, facts["steps"], 0, 0.0, per_step, facts["parity"], metrics[-1] if metrics else {})
+    return AlignReport(output, facts["steps"], 0, 0.0, per_step, None, facts["parity"], metrics[-1] if metrics else {})
 
 
 def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = True) -> PreTrainedModel:
     """
-    The policy before training: loaded, scoring installed and checked, adapters around it if asked for.
+    The policy before training: loaded, scoring installed, adapters around it if asked for.
 
     run   where it will be saved
     save  whether this process writes there what a new adapter stands on, where no name says what that is
@@ -215,7 +221,7 @@ def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = T
 
 def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrainedModel:
     """
-    The policy as a run folder or one of its checkpoints holds it, with scoring installed and checked, in the
+    The policy as a run folder or one of its checkpoints holds it, with scoring installed, in the
     arithmetic of training: whole weights, or an adapter on the weights that it was trained on. Never merged: weights
     in bfloat16 would round the adapter away.
     """
@@ -251,8 +257,21 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: 
 
 def _scored(model: PreTrainedModel, meter: ObjectiveMeter) -> PreTrainedModel:
     install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
-    check_packing(model)
     return model
+
+
+def policy_layout(model: nn.Module, cache: Cache) -> Layout:
+    """
+    The layout in which a policy on its device is measured rightly, by the longest and shortest pairs of two shards: the
+    first, which is a random part of the data, and the one with the longest pairs on average. Raises ModelError.
+    """
+    entries = cache.manifest.shards
+    longest = max(range(len(entries)), key=lambda sid: entries[sid].n_tokens / max(entries[sid].n_pairs, 1))
+    few = [pairs.take(extremes(pairs.lengths)) for pairs in map(cache.shard, sorted({0, longest}))]
+    pairs = Pairs.concat(few)
+    pairs = pairs.take(extremes(pairs.lengths))
+    peft_base: Any = getattr(model, "get_base_model", None)
+    return choose_layout(model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits)
 
 
 def policy_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

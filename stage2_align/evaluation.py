@@ -13,7 +13,7 @@ from errors import RecipeError, RunError
 from progress import progress_bar, say
 from recipe import Recipe, load_recipe
 from scoring import Packed, mixed_precision
-from stage2_align.align import policy_model
+from stage2_align.align import policy_layout, policy_model
 from stage2_align.checkpoints import whole_checkpoint
 from stage2_align.measure import ObjectiveMeter, batch_metrics
 from stage2_align.run import RECIPE_FILE, read_run
@@ -74,7 +74,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
     model = policy_model(recipe, meter, policy)
     model.to(device)
     size = recipe.training.get("per_device_eval_batch_size", 8)
-    stream = PairStream(cache, meter.feature, seed=0, per_device=size)
+    stream = PairStream(cache, meter.feature, seed=0, per_device=size, layout=policy_layout(model, cache))
     sums: dict[str, float] = {}
     with (
         torch.inference_mode(),

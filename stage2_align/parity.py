@@ -69,7 +69,7 @@ def check_parity(
     pairs = random_pairs(stream, PARITY_PAIRS)
     apart, features = [], []
     for batch in _batches(pairs, stream.per_device):
-        packed = Packed(*(tensor.to(device) for tensor in pack(batch.input_ids, batch.splits)))
+        packed = Packed(*(tensor.to(device) for tensor in pack(batch.input_ids, batch.splits, stream.layout)))
         scores: Scores = model(**packed._asdict())
         apart.append(scores.token_logps.double().cpu() - torch.from_numpy(batch.token_logps).double())
         if meter.sae is not None and meter.feature is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from scoring import pack
+from scoring import Layout, pack
 from stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
 from store import Cache, Pairs
 
@@ -27,13 +27,14 @@ QUEUE_BATCHES = 64
 Batch = dict[str, Tensor]
 
 
-def batch_tensors(pairs: Pairs, feature: int | None) -> Batch:
+def batch_tensors(pairs: Pairs, feature: int | None, layout: Layout) -> Batch:
     """
     What a step needs of these pairs: the fields of `Packed`, and the reference's side under `ref_`.
 
     feature  which hookpoint's features to bring; None brings none
+    layout   the one in which the policy is measured rightly
     """
-    batch: dict[str, Any] = dict(pack(pairs.input_ids, pairs.splits)._asdict())
+    batch: dict[str, Any] = dict(pack(pairs.input_ids, pairs.splits, layout)._asdict())
     batch["ref_logps"] = torch.from_numpy(pairs.ref_logps)
     if feature is not None:
         kept = pairs.features[feature]
@@ -61,12 +62,15 @@ class PairStream(IterableDataset[Batch | None]):
         accumulation: int = 1,
         rank: int = 0,
         world: int = 1,
+        layout: Layout = Layout.PACKED,
         block_shards: int = BLOCK_SHARDS,
     ) -> None:
         """
         per_device    pairs per forward of one process
         accumulation  forwards per optimiser step
+        layout        the one in which the policy is measured rightly; may be set until the iteration starts
         """
+        self.layout = layout
         self.cache, self.feature, self.seed, self.block_shards = cache, feature, seed, block_shards
         self.per_device, self.accumulation = per_device, accumulation
         self.rank, self.world = rank, world
@@ -100,7 +104,7 @@ class PairStream(IterableDataset[Batch | None]):
         skipped, self.skip = self.skip, 0
         yield from (None for _ in range(skipped))
         micro = self._micro_batches(skipped // self.accumulation)
-        tensors = ({**batch_tensors(pairs, self.feature), "weight": weight} for pairs, weight in micro)
+        tensors = ({**batch_tensors(pairs, self.feature, self.layout), "weight": weight} for pairs, weight in micro)
         ready = _in_background(tensors, QUEUE_BATCHES)
         for _ in range(skipped % self.accumulation):
             next(ready)

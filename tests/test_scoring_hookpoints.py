@@ -192,6 +192,13 @@ GPT2 = {"model_type": "gpt2", "n_layer": 12}
         (LLAMA, "model.layers.3.attn", "a layer of a llama model has self_attn, mlp"),
         (LLAMA, "model.layer.3", "did you mean model.layers.3?"),
         (LLAMA, "blocks.3.hook_resid_post", "did you mean model.layers.3?"),
+        (LLAMA, "blocks.3.hook_resid_pre", "did you mean model.layers.2?"),
+        (LLAMA, "blocks.2.hook_mlp_out", "did you mean model.layers.2.mlp?"),
+        (GPT2, "blocks.2.hook_attn_out", "did you mean transformer.h.2.attn?"),
+        (LLAMA, "blocks.2.attn.hook_z", "no module gives it"),
+        (LLAMA, "hidden_states.3", "did you mean model.layers.2?"),
+        (LLAMA, "hidden_states.12", "did you mean model.layers.11?"),
+        (LLAMA, "hidden_states.0", "no module gives it"),
     ],
 )
 def test_a_config_alone_refuses_a_hookpoint_that_cannot_be(config, name, message):

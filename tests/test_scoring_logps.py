@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scoring import logps as logps_module
 from scoring.logps import sum_logps, token_logps
+
+
+class Capped(nn.Module):
+    """A head as a family with soft-capped logits has it."""
+
+    def __init__(self, head: nn.Linear, softcap: float) -> None:
+        super().__init__()
+        self.head, self.softcap = head, softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.softcap * torch.tanh(self.head(hidden) / self.softcap)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -29,7 +40,7 @@ def test_log_probs_and_gradients_equal_log_softmax(
     if chunked:  # three rows of 31 float32 logits at a time
         monkeypatch.setattr(logps_module, "LOGITS_BUDGET_BYTES", 0)
         monkeypatch.setattr(logps_module, "CHUNK_BYTES", 3 * 31 * 4)
-    found = token_logps(hidden, targets, head, softcap=softcap, top=4)
+    found = token_logps(hidden, targets, head if softcap is None else Capped(head, softcap), top=4)
     found_grads = torch.autograd.grad((found.logps * weights).sum(), [hidden, head.weight, head.bias])
 
     torch.testing.assert_close(found.logps, expected)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from scoring import install_scoring, pack
 from scoring.hookpoints import capture
 from scoring.sae import Sae
 from scoring.sae_formats import SaeArrays, SaeFacts
-from scoring.self_check import check_sae
+from scoring.self_check import SelfCheck, check_sae
 from stage1_cache import build_caches, find_cache
 from stage1_cache.identity import cache_identities
 from store import Cache, Pairs, cache_key, verify
@@ -363,6 +365,48 @@ def test_the_self_check_refuses_a_wrong_hookpoint_and_says_the_right_one() -> No
         wrong.raise_if_unfit()
     assert "it explains model.layers.1 better" in str(caught.value)
     assert f"FVU {wrong.fvu:.3f}" in str(caught.value)
+
+
+def measured(**facts: Any) -> SelfCheck:
+    shown = {"l0": 16.0, "advertised_l0": 16.0, "fvu": 0.2, "elsewhere": {"model.layers.1": 0.5, "model.layers.3": 0.4}}
+    return SelfCheck(hookpoint="model.layers.2", tokens=512, **{**shown, **facts})
+
+
+@pytest.mark.parametrize(("elsewhere", "refused"), [(0.19, False), (0.172, False), (0.168, True), (0.1, True)])
+def test_another_layer_must_fit_better_by_more_than_noise(elsewhere: float, refused: bool) -> None:
+    """FVU 0.2 here: 15 % less is 0.17."""
+    check = measured(elsewhere={"model.layers.1": elsewhere, "model.layers.3": 0.4})
+    assert check.best == ("model.layers.1" if refused else "model.layers.2")
+    if refused:
+        with pytest.raises(SelfCheckError, match=r"it explains model\.layers\.1 better"):
+            check.raise_if_unfit()
+    else:
+        check.raise_if_unfit()
+
+
+def test_an_sae_that_fits_is_not_refused_for_an_old_average_in_its_file() -> None:
+    """FVU 0.246 at the best hookpoint, L0 10.1 where the file says 84.2: its trainer wrote an average of training."""
+    check = measured(l0=10.1, advertised_l0=84.1933, fvu=0.246)
+    check.raise_if_unfit()
+    assert check.note is not None
+    assert "the advertised L0 is wrong or old" in check.note
+    assert measured().note is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "cause"),
+    [
+        ({"l0": 208.0, "fvu": 0.1}, "far more features"),  # a missing threshold: 13 times as many, and FVU may be good
+        ({"l0": 48.0, "fvu": 0.3}, "far more features"),  # b_dec left in: 3 times as many
+        ({"l0": 5.0, "fvu": 0.6, "elsewhere": {}}, "far fewer features"),
+        ({"fvu": 0.9, "elsewhere": {}}, "above 0.8"),
+        ({"fvu": math.nan}, "all alike"),
+    ],
+)
+def test_wrong_loads_are_refused_by_their_figures(facts: dict[str, Any], cause: str) -> None:
+    with pytest.raises(SelfCheckError, match=cause) as caught:
+        measured(**facts).raise_if_unfit()
+    assert "set self_check: false in this entry" in str(caught.value)
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -36,13 +36,32 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_attention_heads": 4,
     },
 }
-LAYER = {"gpt2": "transformer.h.1", "gpt_neox": "gpt_neox.layers.1"}
+# Families that cannot share a prompt: ALiBi, state space, attention by distance in the row.
+ROWS_FAMILIES: dict[str, dict[str, object]] = {
+    "bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "falcon_mamba": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 4},
+    "gpt_neo": {
+        **COMMON,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 8,
+    },
+}
+LAYER = {
+    "gpt2": "transformer.h.1",
+    "gpt_neox": "gpt_neox.layers.1",
+    "bloom": "transformer.h.1",
+    "gpt_neo": "transformer.h.1",
+    "falcon_mamba": "backbone.layers.1",
+}
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A random float32 model with weights large enough that its predictions are far from uniform."""
     torch.manual_seed(seed)
-    settings = {**FAMILIES[family], "initializer_range": 0.2, **overrides}
+    settings = {**(FAMILIES | ROWS_FAMILIES)[family], "initializer_range": 0.2, **overrides}
     config = AutoConfig.for_model(family, **settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config.use_cache = False

@@ -1,0 +1,226 @@
+"""
+Is a model measured rightly, and in which layout? Asked of the data's own longest and shortest pairs, because what a
+family does differently may begin at its window, at its original length, or at once.
+
+The other side of the comparison is the family's own forward over one sequence alone, with its own mask, positions and
+logits. A layout that does not reproduce it is not used; a model that no layout reproduces is refused.
+
+Dimension key:  P pairs   N scored completion tokens   T tokens
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from errors import ModelError
+from scoring.families import refuse_moving_rope
+from scoring.logps import CHUNK_BYTES
+from scoring.packing import Layout, pack
+
+# Mean |difference| of a completion's token log-probs, nats, of the worst completion. Right families stay below 1e-5 in
+# float32; bfloat16 rounds hidden states and logits to 3 digits, which moves the worst completion of four trained models
+# by up to 0.025. float16 has 3 bits more.
+LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+# What a forward raises that was not made for its input.
+_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+
+
+class _Plain(NamedTuple):
+    """What the family's own forward says about one completion."""
+
+    at: Int[Tensor, " n"]
+    """Which scored tokens of the completion were looked at."""
+    logps: Float[Tensor, " n"]
+
+
+def extremes(lengths: Integer[np.ndarray, "P 3"]) -> Integer[np.ndarray, " few"]:
+    """
+    The pairs to check a model on, the shortest last: the one with the longest sequence, the longest as a whole, and the
+    shortest, each once. `lengths` holds the tokens of prompt, chosen and rejected.
+    """
+    sequences = lengths[:, 0] + lengths[:, 1:].max(1)
+    totals = lengths.sum(1)
+    return np.array(list(dict.fromkeys([sequences.argmax(), totals.argmax(), totals.argmin()])))
+
+
+@torch.no_grad()
+def choose_layout(
+    model: PreTrainedModel, input_ids: Integer[np.ndarray, " T"], splits: Integer[np.ndarray, " S"]
+) -> Layout:
+    """
+    The cheapest layout in which the model's scores are those of its own separate forwards.
+
+    model              with scoring installed, on its device
+    input_ids, splits  a few pairs as `pack` takes them, the shortest last; see `extremes`
+    Raises ModelError where there is none, with the reason.
+    """
+    bounds = splits.astype(np.int64)
+    refuse_moving_rope(model, _longest(bounds))
+    with _deterministic_mode(model):
+        try:
+            # Short before long: a state that the long one leaves behind must not hide in both sides.
+            plain = [list(_plain(model, input_ids, bounds, pair)) for pair in reversed(range(len(bounds) // 3))]
+        except _FAILURES as error:
+            raise ModelError(f"{model.config.model_type}: its own forward fails: {_first_line(error)}") from error
+        expected = [side for pair in reversed(plain) for side in pair]
+        _refuse_nan(model, input_ids, bounds, expected)
+        reasons = []
+        for layout in Layout:
+            reason = _reason_against(model, layout, input_ids, bounds, expected)
+            if reason is None:
+                _refuse_chance(model, layout, input_ids, bounds)
+                return layout
+            reasons.append(f"  {layout}: {reason}")
+    raise ModelError(
+        f"{model.config.model_type}: this model cannot be scored, its own forward says something else than\n"
+        + "\n".join(reasons)
+    )
+
+
+def _reason_against(
+    model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray, expected: list[_Plain]
+) -> str | None:
+    """Why this layout is not right; None where it is."""
+    shortest = ids[bounds[-4] : bounds[-1]], bounds[-4:] - bounds[-4]
+    limit = LAYOUT_TOLERANCE[model.dtype]
+    try:
+        before = _score(model, layout, *shortest)
+        together = _score(model, layout, ids, bounds)
+        after = _score(model, layout, *shortest)
+        off = _worst(together, expected)
+        if not off <= limit:
+            return f"off by {off:.2g} nats per token (at most {limit:g})"
+        off = max(_worst(before, expected[-2:]), _worst(after, expected[-2:]))
+        if not off <= limit:
+            return f"off by {off:.2g} nats per token (at most {limit:g}) before or after a longer batch"
+    except _FAILURES as error:
+        return f"its decoder does not take it ({_first_line(error)})"
+    return None
+
+
+def _refuse_chance(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> None:
+    """ModelError where two forwards of the same tokens in training mode differ in any bit."""
+    model.train()
+    trained = _repeats(model, layout, ids, bounds)
+    model.eval()
+    # A device whose kernels do not repeat themselves shows it in evaluation mode, too.
+    if not trained and _repeats(model, layout, ids, bounds):
+        raise ModelError(
+            f"{model.config.model_type}: two forwards of the same tokens in training mode differ, so it cannot be "
+            "compared token by token; set what is random in its config.json (a router's jitter, for instance) to 0"
+        )
+
+
+def _repeats(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> bool:
+    once, again = (_score(model, layout, ids, bounds) for _ in range(2))
+    return all(map(torch.equal, once, again))
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
+def _score(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> list[Tensor]:
+    """Token log-probs, one tensor per completion."""
+    packed = pack(ids, bounds, layout)
+    device = next(model.parameters()).device
+    scores = model(**{name: tensor.to(device) for name, tensor in packed._asdict().items()})
+    return list(scores.token_logps.split(packed.lengths.tolist()))
+
+
+def _worst(found: list[Tensor], expected: list[_Plain]) -> float:
+    """Mean |difference| of the completion that differs most; NaN where anything is."""
+    means = [(logps[at] - plain).abs().mean() for logps, (at, plain) in zip(found, expected, strict=True) if len(at)]
+    return float(torch.stack(means).max()) if means else 0.0
+
+
+def _plain(model: PreTrainedModel, ids: np.ndarray, bounds: np.ndarray, pair: int) -> Iterator[_Plain]:
+    """The pair's completions, chosen first, each scored alone by the family's own forward."""
+    start, chosen, rejected, end = bounds[3 * pair : 3 * pair + 4]
+    device = next(model.parameters()).device
+    for first, last in ((chosen, rejected), (rejected, end)):
+        tokens = np.concatenate([ids[start:chosen], ids[first:last]]).astype(np.int64)
+        sequence = torch.from_numpy(tokens)[None].to(device)
+        # The first token of a sequence has no predictor.
+        skipped = max(int(chosen - start), 1)
+        at = _looked_at(len(tokens) - skipped, model).to(device)
+        if len(at) == 0:
+            yield _Plain(at, torch.empty(0, device=device))
+            continue
+        logits = _plain_logits(model, sequence, at + skipped - 1).float()
+        yield _Plain(at, logits.log_softmax(-1).gather(-1, sequence[0, at + skipped][:, None])[:, 0])
+
+
+def _looked_at(scored: int, model: PreTrainedModel) -> Int[Tensor, " n"]:
+    """All of a completion's tokens, or as many evenly spaced ones as have their logits in the memory of a chunk."""
+    most = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+    return torch.linspace(0, scored - 1, min(scored, most)).round().long()
+
+
+def _plain_logits(model: PreTrainedModel, sequence: Int[Tensor, "1 L"], at: Int[Tensor, " n"]) -> Float[Tensor, "n V"]:
+    forward = type(model).forward
+    if "logits_to_keep" in inspect.signature(forward).parameters:
+        kept: Tensor = forward(model, input_ids=sequence, use_cache=False, logits_to_keep=at).logits[0]
+        return kept
+    every: Tensor = forward(model, input_ids=sequence, use_cache=False).logits[0]
+    return every[at]
+
+
+@contextmanager
+def _deterministic_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that it was in."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def _longest(bounds: np.ndarray) -> int:
+    lengths = np.diff(bounds).reshape(-1, 3)
+    return int((lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0))
+
+
+def _refuse_nan(model: PreTrainedModel, ids: np.ndarray, bounds: np.ndarray, expected: list[_Plain]) -> None:
+    """ModelError naming the first module whose output is not finite, where the family's own log-probs are not."""
+    bad = next((side for side, (_, logps) in enumerate(expected) if not bool(logps.isfinite().all())), None)
+    if bad is None:
+        return
+    first: list[tuple[str, nn.Module]] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found = output[0] if isinstance(output, tuple) else output
+            if (
+                not first
+                and isinstance(found, Tensor)
+                and found.is_floating_point()
+                and not bool(found.isfinite().all())
+            ):
+                first.append((name, module))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                hooks.callback(module.register_forward_hook(look(name)).remove)
+        list(_plain(model, ids, bounds, bad // 2))
+    name, module = first[0] if first else ("its logits", model)
+    weights = any(not bool(parameter.isfinite().all()) for parameter in module.parameters(recurse=bool(first)))
+    what = "weights give NaN or infinity" if weights and first else "the forward gives NaN or infinity"
+    raise ModelError(f"{model.config.model_type}: {what}: {name}; repair the weights, or use another dtype")

@@ -1,0 +1,166 @@
+"""
+What a family makes of its own config: where its decoder is, how hidden states become logits, what is random while it
+trains, how far its positions reach. Asked of the model itself wherever it can answer; a config may carry names that its
+family never reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from errors import ModelError
+
+# Chances of dropping, by the names that families give them; they count in training alone. A router's jitter is none of
+# them: PhiMoE's also decides which experts are mixed in evaluation.
+_RANDOM = re.compile(r"dropout|pdrop|layerdrop|drop_prob")
+
+
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part from token ids to the last hidden states, without the head."""
+    decoder = model.get_decoder()
+    # modernbert-decoder has its head under that name, llama4_text answers with itself.
+    if isinstance(decoder, PreTrainedModel) and decoder is not model:
+        return decoder
+    within = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(within) != 1:
+        raise ModelError(f"{model.config.model_type}: no decoder is found in {type(model).__name__}")
+    return within[0]
+
+
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The name under which `model` holds a module."""
+    paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return paths[wanted]
+
+
+class FamilyHead:
+    """
+    Hidden states to logits as the family's own forward does it, with its factors, caps and biases: that forward is run
+    with a decoder that answers with these hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder_path: str) -> None:
+        self.model = model
+        self._child, *self._inner = decoder_path.split(".")
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Of the output embeddings; its first size is the vocabulary's."""
+        head = self.model.get_output_embeddings()
+        return getattr(head, "weight", None)
+
+    def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """The logits of these positions."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        with self._answering(hidden[None]):
+            logits: Tensor = type(self.model).forward(self.model, input_ids=ids, use_cache=False).logits
+        return logits[0]
+
+    @contextmanager
+    def _answering(self, hidden: Tensor) -> Iterator[None]:
+        children = self.model._modules
+        real = children[self._child]
+        assert real is not None
+        children[self._child] = _Answer(real, self._inner, hidden)
+        try:
+            yield
+        finally:
+            children[self._child] = real
+
+
+class _Answer(nn.Module):
+    """Stands where the decoder stands: answers a call with hidden states, and everything else with the real module."""
+
+    def __init__(self, real: nn.Module, inner: list[str], hidden: Tensor) -> None:
+        super().__init__()
+        # Not as a submodule: nothing of the model may be found here a second time.
+        self.__dict__.update(real=real, inner=inner, hidden=hidden)
+
+    def forward(self, *_: Any, **__: Any) -> _Hidden:
+        return _Hidden(self.hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("real", "inner", "hidden"):
+            raise AttributeError(name)
+        found = getattr(self.real, name)
+        # OPT calls `model.decoder`, which is the decoder; the embeddings beside it are real.
+        return _Answer(found, self.inner[1:], self.hidden) if [name] == self.inner[:1] else found
+
+
+class _Hidden:
+    """What decoders return, with the last hidden states alone; whatever else a head passes on is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """
+    Set every chance of dropping something to 0: reference and policy are compared token by token.
+
+    Modules get a copy of their config where it holds one; the model's own config, which is saved, stays as it is.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if _RANDOM.search(name) and isinstance(value, float):
+                setattr(module, name, 0.0)
+        config = vars(module).get("config")
+        if module is not model and isinstance(config, PreTrainedConfig):
+            module.config = copies.setdefault(id(config), _without_chance(config))
+
+
+def _without_chance(config: PreTrainedConfig) -> PreTrainedConfig:
+    silent = copy.copy(config)
+    for name, value in vars(config).items():
+        if _RANDOM.search(name) and isinstance(value, float):
+            setattr(silent, name, 0.0)
+    return silent
+
+
+def moving_rope_limit(model: PreTrainedModel) -> tuple[str, int] | None:
+    """
+    Kind and reach of position encodings that change with the longest sequence of a batch: `dynamic` NTK and `longrope`.
+    Up to that many positions they are what they are for a sequence alone, beyond it they depend on what else is in the
+    batch, and dynamic NTK on what was scored before. None for all other encodings.
+    """
+    limits = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layers, kind in kinds.items() if isinstance(kinds, Mapping) else [(None, kinds)]:
+            if kind == "dynamic":
+                limits.append((kind, int(module.original_max_seq_len)))
+            elif kind == "longrope":
+                parameters = module.config.rope_parameters
+                own = parameters if layers is None else parameters[layers]
+                limits.append((kind, int(own["original_max_position_embeddings"])))
+    return min(limits, key=lambda limit: limit[1], default=None)
+
+
+def refuse_moving_rope(model: PreTrainedModel, longest: int) -> None:
+    """ModelError where a sequence of `longest` tokens is beyond what `moving_rope_limit` allows."""
+    limit = moving_rope_limit(model)
+    if limit is not None and longest > limit[1]:
+        kind, reach = limit
+        raise ModelError(
+            f"{model.config.model_type}: a sequence of {longest} tokens, and beyond {reach} its {kind} position "
+            f"encoding depends on the rest of the batch; set data.max_length to {reach} or less"
+        )

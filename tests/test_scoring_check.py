@@ -1,0 +1,237 @@
+"""The check finds the layout in which a model is measured rightly, or says in a line why there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from family_models import build
+from test_scoring_packing import SHAPES, separate_forwards, some_pairs
+from tiny_models import FAMILIES, ROWS_FAMILIES, layer_of, tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, PreTrainedModel, T5Config
+
+from errors import ModelError
+from scoring import Layout, choose_layout, extremes, install_scoring, load_model, pack
+from scoring import check as check_module
+from scoring.families import silence_dropout
+
+# Longer than every window below, and a short pair behind it.
+LONG_AND_SHORT = [(20, 20, 12), (2, 3, 4)]
+
+
+def checked(model: PreTrainedModel, shapes: list[tuple[int, int, int]] = LONG_AND_SHORT) -> Layout:
+    silence_dropout(model)
+    install_scoring(model)
+    return choose_layout(model, *some_pairs(shapes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_can_share_a_prompt_is_packed(family: str) -> None:
+    assert checked(tiny_model(family)) is Layout.PACKED
+
+
+@pytest.mark.parametrize("family", ROWS_FAMILIES)
+def test_what_cannot_share_a_prompt_stands_in_rows_with_the_same_numbers_hookpoints_and_gradients(family: str) -> None:
+    model = tiny_model(family)
+    assert checked(model) is Layout.ROWS
+    hookpoint = layer_of(family)
+    ids, splits = some_pairs()
+    weights = torch.randn(sum(chosen + rejected for _, chosen, rejected in SHAPES))
+    expected_logps, expected_residuals = separate_forwards(model, ids, splits, hookpoint)
+    ((expected_logps * weights).sum() + expected_residuals.square().sum()).backward()
+    expected_grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    install_scoring(model, (hookpoint,))
+    scores = model(**pack(ids, splits, Layout.ROWS)._asdict())
+    ((scores.token_logps * weights).sum() + scores.residuals[0].square().sum()).backward()
+
+    torch.testing.assert_close(scores.token_logps, expected_logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.residuals[0], expected_residuals, rtol=1e-5, atol=1e-5)
+    for name, expected in expected_grads.items():
+        grad = dict(model.named_parameters())[name].grad
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5 * max(float(expected.abs().max()), 1.0))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_both_layouts_score_an_empty_prompt_and_a_completion_of_one_token_alike(family: str) -> None:
+    shapes = [(0, 4, 1), (3, 1, 1), (0, 1, 1), (1, 1, 2)]
+    model = tiny_model(family)
+    install_scoring(model)
+    ids, splits = some_pairs(shapes)
+    rows = pack(ids, splits, Layout.ROWS)
+    assert rows.lengths.tolist() == [3, 0, 1, 1, 0, 0, 1, 2]
+    assert rows.targets.tolist() == pack(ids, splits).targets.tolist()
+    scores = model(**rows._asdict()).token_logps
+    alone = [logps for pair in range(4) for _, logps in check_module._plain(model, ids, splits.astype(np.int64), pair)]
+    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_hold_the_prompt_before_each_completion() -> None:
+    """Prompt 10 11, chosen 20 21 22, rejected 30."""
+    rows = pack(np.array([10, 11, 20, 21, 22, 30]), np.array([0, 2, 5, 6]), Layout.ROWS, pad_id=0)
+    assert rows.layout is Layout.ROWS
+    assert rows.input_ids.tolist() == [[10, 11, 20, 21, 22, 0, 0, 0], [10, 11, 30, 0, 0, 0, 0, 0]]
+    assert rows.position_ids.tolist() == [list(range(8))] * 2
+    assert (rows.pair.tolist(), rows.branch.tolist()) == ([[0], [0]], [[1], [2]])
+    assert rows.predictors.tolist() == [1, 2, 3, 9]
+    assert rows.targets.tolist() == [20, 21, 22, 30]
+    assert rows.lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "stray", [{"sliding_window": 5}, {"final_logit_softcapping": 0.5}, {"logit_scale": 0.1, "logits_scaling": 9.0}]
+)
+def test_what_a_family_does_not_read_in_its_config_changes_nothing(stray: dict[str, object]) -> None:
+    plain, with_stray = tiny_model("llama"), tiny_model("llama", **stray)
+    for model in (plain, with_stray):
+        assert checked(model) is Layout.PACKED
+    packed = pack(*some_pairs())
+    assert torch.equal(plain(**packed._asdict()).token_logps, with_stray(**packed._asdict()).token_logps)
+
+
+@pytest.mark.parametrize(
+    "case", ["cohere", "cohere2", "granite", "granitemoe", "minicpm3", "llama4_text", "gemma2", "gpt_neo"]
+)
+def test_factors_caps_chunks_and_local_layers_are_the_family_s_own(case: str) -> None:
+    model = build(case)
+    shapes = [(30, 40, 20), (1, 2, 3)]
+    assert checked(model, shapes) is (Layout.ROWS if case == "gpt_neo" else Layout.PACKED)
+
+
+@pytest.mark.parametrize("case", ["llama, RoPE dynamic", "phi3, RoPE longrope"])
+def test_positions_that_depend_on_the_batch_are_refused_beyond_their_reach(case: str) -> None:
+    model = build(case)
+    with pytest.raises(
+        ModelError, match=r"a sequence of 70 tokens, and beyond 64 .* set data.max_length to 64 or less"
+    ):
+        checked(model, [(30, 40, 20), (1, 2, 3)])
+    assert checked(model) is Layout.PACKED
+    with pytest.raises(ModelError, match="a sequence of 70 tokens, and beyond 64"):
+        model(**pack(*some_pairs([(30, 40, 20)]))._asdict())
+
+
+def test_rounding_of_bfloat16_does_not_hide_a_wrong_layout() -> None:
+    assert checked(build("mpt").to(torch.bfloat16), [(30, 40, 20), (1, 2, 3)]) is Layout.ROWS
+
+
+def test_a_family_whose_own_forward_fails_says_so() -> None:
+    with pytest.raises(ModelError, match="xlstm: its own forward fails: expected m1 and m2 to have the same dtype"):
+        checked(build("xlstm").to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", ["falcon", "persimmon", "opt, layerdrop"])
+def test_dropout_is_off_wherever_a_family_reads_it_and_stays_in_the_saved_config(case: str) -> None:
+    model = build(case)
+    assert checked(model) is Layout.PACKED
+    packed = pack(*some_pairs())
+    evaluated = model(**packed._asdict()).token_logps
+    model.train()
+    assert torch.equal(model(**packed._asdict()).token_logps, evaluated)
+    assert 0.5 in {value for name, value in vars(model.config).items() if "drop" in name}
+
+
+def test_a_router_that_draws_lots_is_refused() -> None:
+    with pytest.raises(ModelError, match="phimoe: two forwards of the same tokens in training mode differ"):
+        checked(build("phimoe"), [(30, 40, 20), (1, 2, 3)])
+
+
+def test_a_state_that_a_longer_batch_leaves_behind_is_found() -> None:
+    class Stateful(nn.Module):
+        """Embeddings that double for good once they have seen 40 tokens in a row."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.weight, self.factor = inner, inner.weight, 1.0
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            self.factor = 2.0 if ids.shape[1] >= 40 else self.factor
+            return self.factor * self.inner(ids)
+
+    model = tiny_model("gpt2")
+    model.transformer.wte = Stateful(model.transformer.wte)
+    with pytest.raises(ModelError, match="this model cannot be scored"):
+        checked(model)
+
+
+def test_a_wrong_mask_is_found_and_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "scoring.masks.attention_mask",
+        lambda pair, *_: torch.ones(pair.shape[0], 1, pair.shape[1], pair.shape[1], dtype=torch.bool).tril(),
+    )
+    assert checked(tiny_model("llama")) is Layout.ROWS
+
+
+def test_a_model_that_no_layout_reproduces_is_refused_with_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = check_module._score
+    monkeypatch.setattr(check_module, "_score", lambda *args: [logps + 0.01 for logps in wrong(*args)])
+    with pytest.raises(
+        ModelError, match=r"cannot be scored(.|\n)*packed: off by 0.01 nats(.|\n)*rows: off by 0.01 nats"
+    ):
+        checked(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(ModelError, match=r"llama: weights give NaN or infinity: model.layers.1.mlp.up_proj;"):
+        checked(model)
+
+
+@pytest.mark.parametrize(("config", "kind"), [(BertConfig(), "an encoder, which"), (T5Config(), "an encoder-decoder")])
+def test_an_encoder_is_refused_by_its_config_before_weights_are_looked_for(
+    config: BertConfig | T5Config, kind: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{config.model_type}: {kind}.*not a causal language model"):
+        load_model(tmp_path, "float32")
+
+
+def test_extremes_are_the_longest_sequence_the_longest_pair_and_the_shortest() -> None:
+    """Sequences 150 170 12 170, pairs 290 190 22 180."""
+    lengths = np.array([[10, 140, 140], [150, 20, 20], [2, 10, 10], [160, 10, 10]])
+    assert extremes(lengths).tolist() == [1, 0, 2]
+    assert extremes(lengths[:1]).tolist() == [0]
+
+
+def test_the_check_looks_at_evenly_spaced_tokens_where_all_logits_would_be_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(check_module, "CHUNK_BYTES", 3 * 97 * 4)
+    assert check_module._looked_at(21, model).tolist() == [0, 10, 20]
+    assert check_module._looked_at(2, model).tolist() == [0, 1]
+    assert checked(model) is Layout.PACKED
+
+
+def test_a_multimodal_model_is_scored_by_its_text_decoder() -> None:
+    text = {**FAMILIES["gemma3_text"], "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert checked(model) is Layout.PACKED
+
+
+def test_a_layer_of_parallel_streams_says_what_to_name_instead() -> None:
+    model = build("gemma3n_text")
+    install_scoring(model, ("model.layers.1",))
+    with pytest.raises(ModelError, match=r"model.layers.1 gives 4 streams per token.*model.layers.1.mlp"):
+        model(**pack(*some_pairs())._asdict())
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_padding_gives_no_gradient_of_nan_where_its_embedding_would_be_zero(layout: Layout) -> None:
+    """Gemma 3n divides by the norm of its streams; its token 0 is padding, with an embedding of zeros."""
+    model = build("gemma3n_text")
+    install_scoring(model)
+    packed = pack(*some_pairs(), layout)
+    model(**packed._asdict()).token_logps.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
