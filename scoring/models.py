@@ -40,20 +40,22 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{name}: this folder has no config.json, so it is no model")
-        return _without_adapter(name, folder)
+        return _whole_model(name, folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = nearest(folder.name, siblings)
         hint = f"; nearest is {folder.parent / near}" if near else ""
         raise ModelError(f"{name}: no such folder, and not a hub id (owner/name){hint}")
-    return _without_adapter(name, _snapshot(name, revision))
+    return _whole_model(name, _snapshot(name, revision))
 
 
-def _without_adapter(name: str, folder: Path) -> Path:
+def _whole_model(name: str, folder: Path) -> Path:
     """The folder, unless an adapter lies in it: transformers would merge that in silence, and the key not name it."""
-    if (folder / _ADAPTER_CONFIG).is_file():
+    is_adapter = (folder / _ADAPTER_CONFIG).is_file()
+    if not (folder / "config.json").is_file():
+        hint = "; an adapter is named as reference.adapter" if is_adapter else ""
+        raise ModelError(f"{name}: this folder has no config.json, so it is no model{hint}")
+    if is_adapter:
         raise ModelError(
             f"{name}: an adapter ({_ADAPTER_CONFIG}) lies in the model's folder; move it to a folder of its own, "
             "and name that one as reference.adapter if it is meant"

@@ -138,7 +138,7 @@ def _read_config(source: str, path: Path, sae_format: str) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SaeError(f"SAE {source}: {path} is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise SaeError(f"SAE {source}: {path} holds a {type(config).__name__}, not an object")
@@ -167,7 +167,7 @@ class Weights:
             else:
                 self._headers, self._start = _safetensors_headers(path)
                 self.shapes = {name: tuple(h["shape"]) for name, h in self._headers.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, zipfile.BadZipFile) as error:
             raise SaeError(
                 f"SAE {source}: {path} cannot be read ({error}); is the file complete? "
                 f"Git LFS pointers and broken downloads look like this"

@@ -196,8 +196,12 @@ def _hub(load: Any, source: str, subset: str | None, **arguments: Any) -> Any:
 def _check_cache_folder(error: Exception) -> None:
     """`DataError` where it is not the data that cannot be read, but the cache of `datasets` that cannot be written."""
     folder = Path(datasets.config.HF_DATASETS_CACHE)
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if isinstance(error, OSError) and not os.access(existing, os.W_OK):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
         raise DataError(
             f"{folder}, where `datasets` keeps what it has read, cannot be written; set HF_HOME to a folder that can be"
         ) from error

@@ -133,7 +133,8 @@ def tokenizer_identity(path: str, *, revision: str | None = None, chat_template:
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=_TOKENIZER_FILES))
         except Exception as error:
-            raise ModelError(f"tokenizer {path!r}: no such folder, nor reached on the hub ({error})") from error
+            reason = " ".join(str(error).split())
+            raise ModelError(f"tokenizer {path!r}: no such folder, nor reached on the hub ({reason})") from error
     files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
     if not files:
         raise ModelError(f"tokenizer {path!r}: none of its files in {folder}; expected tokenizer.json or its like")

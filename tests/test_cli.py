@@ -17,6 +17,7 @@ from tiny_world import TinyWorld, build_tiny_world
 
 import cli
 from cli_store import counted
+from errors import RunError
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +67,24 @@ def test_every_command_has_help_and_stands_in_the_readme(world: TinyWorld) -> No
         out, _ = fpo(world, *command, "--help")
         assert "Usage" in out
         assert f"fpo {' '.join(command)}" in readme
+
+
+def test_a_run_folder_may_lie_in_the_home(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in --output=~/runs/mine, which no shell expands."""
+    import stage2_align
+
+    asked: list[Path] = []
+
+    def align(recipe: object, cache: object, output: Path, resume: bool) -> None:
+        asked.append(output)
+        raise RunError("enough")
+
+    monkeypatch.setenv("HOME", str(world.root))
+    monkeypatch.setattr(cli, "_find", lambda *_, **__: None)
+    monkeypatch.setattr(stage2_align, "align", align)
+    with pytest.raises(RunError, match="enough"):
+        cli.align_command(world.recipe_file(), output=Path("~/runs/mine"), resume=False)
+    assert asked == [world.root / "runs/mine"]
 
 
 def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:

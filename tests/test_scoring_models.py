@@ -104,6 +104,10 @@ def test_an_adapter_in_the_models_own_folder_is_refused(folder: Path, tmp_path: 
     with pytest.raises(ModelError, match="move it to a folder of its own") as error:
         model_folder(str(folder))
     assert "reference.adapter" in one_line(error.value)
+    with pytest.raises(
+        ModelError, match=r"no config\.json, so it is no model; an adapter is named as reference\.adapter"
+    ):
+        model_folder(str(adapter))
 
 
 def test_an_adapter_is_read_from_the_file_that_is_hashed(folder: Path, tmp_path: Path) -> None:

@@ -384,6 +384,8 @@ def test_a_missing_or_broken_config_is_refused(tmp_path):
     source = write_saelens(tmp_path, random_sae(), "standard")
     (tmp_path / "cfg.json").write_text("{")
     assert "is not JSON" in refusal(source)
+    (tmp_path / "cfg.json").write_text("[" * 100_000)
+    assert "is not JSON" in refusal(source)
     (tmp_path / "cfg.json").write_text("[]")
     assert "holds a list" in refusal(source)
     (tmp_path / "cfg.json").unlink()
@@ -401,6 +403,7 @@ def test_a_cut_file_or_a_git_lfs_pointer_is_refused(write, tmp_path):
         whole[: len(whole) // 2],
         whole[:-1],
         b"version https://git-lfs.github.com/spec/v1\n",
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
     ):
         path.write_bytes(damaged)
         assert "cannot be read" in refusal(source)

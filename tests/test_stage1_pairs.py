@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -351,6 +352,24 @@ def test_the_fingerprint_of_files_moves_with_the_files_of_the_split(tmp_path):
     (tmp_path / "train.jsonl").write_text(lines(TEXT, TEXT))
     assert data_fingerprint(str(tmp_path), "train") != before
     assert data_fingerprint(str(tmp_path / "train.jsonl"), "train")["files"][0]["size"] == len(lines(TEXT, TEXT))
+
+
+def test_a_file_that_changed_under_a_kept_mtime_is_read_anew(tmp_path):
+    """In the middle of many bytes, where no sample is taken."""
+    path = tmp_path / "train.jsonl"
+    path.write_text(lines(*[TEXT] * 20_000))
+    stat = path.stat()
+    before, fingerprint = read_pairs(str(path), "train")[7_000], data_fingerprint(str(path), "train")
+    content = path.read_bytes()
+    row = content.index(b"\n") + 1
+    changed = json.dumps({**TEXT, "chosen": "X" * len(TEXT["chosen"])}).encode()
+    assert len(changed) + 1 == row
+    with open(path, "r+b") as file:
+        file.seek(7_000 * row)
+        file.write(changed)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert data_fingerprint(str(path), "train") != fingerprint
+    assert read_pairs(str(path), "train")[7_000] != before
 
 
 def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):

@@ -240,6 +240,34 @@ def test_a_row_that_the_template_refuses_is_named():
         tokenise(Dataset.from_list(rows), letters(), None, chat_template=template)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ range(10 ** 9) | list }}", "too big"),
+        ("{{ 'a' * (10 ** 15) }}", "MemoryError"),
+        ("{{ messages[0].content.nothing.more }}", "no attribute"),
+        ("{{ [1][5] + 1 }}", ""),
+        ("{{ 'é'.encode('ascii') }}", "ordinal"),
+    ],
+)
+def test_a_template_that_fails_is_one_line_with_its_row(template, said):
+    rows = Dataset.from_list([messages(["c"], ["a"], ["b"])])
+    with pytest.raises(DataError, match=f"row 0: the chat template refuses.*{said}") as error:
+        tokenise(rows, letters(), None, chat_template=template)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }}", "{{ a b }}", "{% nosuchtag %}"])
+def test_a_template_that_is_no_jinja_is_refused_before_the_rows(template):
+    rows = Dataset.from_list([messages(["c"], ["a"], ["b"])])
+    with pytest.raises(DataError, match=r"the chat template is no valid Jinja: line 1: ") as error:
+        tokenise(rows, letters(), None, chat_template=template)
+    assert "row" not in str(error.value)
+
+
 def test_tools_and_template_arguments_reach_the_template():
     template = "{% for t in tools or [] %}{{ t.name }}{% endfor %}{{ extra }}{{ messages[-1].content }}"
     row = messages(["c"], ["a"], ["b"]) | {

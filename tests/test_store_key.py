@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import ModelError
+from errors import CacheError, ModelError
 from store import (
     cache_key,
     canonical_json,
+    default_store,
     file_digest,
     file_facts,
     forget,
@@ -243,6 +244,9 @@ def test_without_a_home_the_memo_is_in_the_temporary_folder_and_nobody_elses(tmp
     assert memo_folder().parent == tmp_path
     memo_folder().chmod(0o777)  # others could have written notes there
     assert remember({"a": 1}, lambda: {"x": 2}) == {"x": 2}
+    monkeypatch.delenv("FPO_STORE", raising=False)
+    with pytest.raises(CacheError, match="no home folder; say where caches are kept: --store or FPO_STORE"):
+        default_store()
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, memo):
