@@ -228,6 +228,11 @@ def _print_cache(report: Any) -> None:
     )
     for check in cache.manifest.facts["self_check"]:
         print(f"  {'self-check':<12}{_check_line(check)}")
+    if report.foreign_shards:
+        print(
+            f"  note        {report.foreign_shards} of {len(cache.shard_pairs)} shards were there already and not "
+            "computed in this store (a stopped pull, a killed writer); no other cache will copy from them"
+        )
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""

@@ -57,6 +57,11 @@ class CacheReport:
     """Pairs that this process copied from other caches of the same scorer instead of scoring them."""
     reuse_problems: tuple[str, ...] = ()
     """Caches and shards that could not be copied from, one line each; their pairs were scored."""
+    foreign_shards: int = 0
+    """
+    Shards of a cache that was finished here that were not computed in this store: left by a stopped pull, an
+    unpacked cache, or a killed writer. Nothing is copied from them into other caches.
+    """
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
 
@@ -210,9 +215,17 @@ def _build(
         pairs_scored=filled.scored,
         tokens_scored=filled.tokens,
         pairs_reused=filled.reused,
-        reuse_problems=tuple(reusable.problems),
+        reuse_problems=(*reusable.problems, *_not_ours(reusable)),
+        foreign_shards=writer.not_computed_here(),
         nearest=near,
     )
+
+
+def _not_ours(reusable: ReusableRows) -> list[str]:
+    if not reusable.foreign:
+        return []
+    names = ", ".join(key[:12] for key in reusable.foreign[:5]) + (", ..." if len(reusable.foreign) > 5 else "")
+    return [f"shards that were not computed in this store, of {names}: what was pulled is used by its name alone"]
 
 
 def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableRows) -> list[dict[str, Any]]:
@@ -237,9 +250,9 @@ def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableR
 
 
 def _inherited_checks(reusable: ReusableRows, asked: list[bool]) -> list[dict[str, Any]] | None:
-    """The checks that some source's manifest holds, where all that are asked for were made."""
+    """The checks that some source's manifest holds, where all that are asked for were made, here."""
     for source in reusable.sources:
-        found = source.manifest.facts.get("self_check")
+        found = source.facts.get("self_check") if all(source.computed_here) else None
         if isinstance(found, list) and [bool(one.get("checked")) for one in found] == asked:
             return found
     return None
