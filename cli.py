@@ -210,7 +210,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "pairs_scored": report.pairs_scored,
         "pairs_per_second": report.pairs_scored / report.seconds if report.seconds else 0.0,
         "drops": report.drops.as_dict(),
-        "self_check": cache.manifest.facts["self_check"],
+        "self_check": [check.model_dump(exclude_unset=True) for check in report.self_checks],
     }
 
 
@@ -226,8 +226,8 @@ def _print_cache(report: Any) -> None:
         f"  size        {size(n_bytes)}, {n_bytes / max(cache.n_pairs, 1):,.0f} bytes per pair, "
         f"{len(cache.shard_pairs)} shards"
     )
-    for check in cache.manifest.facts["self_check"]:
-        print(f"  {'self-check':<12}{_check_line(check)}")
+    for check in report.self_checks:
+        print(f"  {'self-check':<12}{check.line()}")
     if report.foreign_shards:
         print(
             f"  note        {report.foreign_shards} of {len(cache.shard_pairs)} shards were there already and not "
@@ -242,13 +242,6 @@ def _print_cache(report: Any) -> None:
         )
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
-
-
-def _check_line(check: dict[str, Any]) -> str:
-    if not check["checked"]:
-        return f"{check['hookpoint']}: off"
-    advertised = f" (advertised {check['advertised_l0']})" if check["advertised_l0"] else ""
-    return f"{check['hookpoint']}: L0 {check['l0']}{advertised}, FVU {check['fvu']} on {check['tokens']} tokens"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A hit costs seconds. On a miss, what other caches of the same scorer hold is cop
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from scoring import Packed, adapter_folder, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
+from stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
 from stage1_cache.fill import fill, token_rows
 from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, spelled
 from stage1_cache.score import ReferenceScorer
@@ -48,6 +50,8 @@ class CacheReport:
     split: str
     cache: Cache
     drops: DropReport
+    self_checks: tuple[SelfCheckFacts, ...]
+    """One per hookpoint."""
     built_shards: int
     """Shards that this process wrote; 0 is a hit."""
     seconds: float
@@ -186,7 +190,7 @@ def _build(
     near = None
     try:
         cache = open_cache(store, key)
-        return CacheReport(identity.split, cache, drops, 0, time.monotonic() - started, 0, 0)
+        return CacheReport(identity.split, cache, drops, self_checks(cache), 0, time.monotonic() - started, 0, 0)
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
@@ -206,10 +210,12 @@ def _build(
     checks = _self_checks(identity, lazy, reusable)
     filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer)
     writer.seal({"self_check": checks, "drops": identity.remembered["drops"]})
+    cache = open_cache(store, key)
     return CacheReport(
         split=identity.split,
-        cache=open_cache(store, key),
+        cache=cache,
         drops=drops,
+        self_checks=self_checks(cache),
         built_shards=filled.shards,
         seconds=time.monotonic() - started,
         pairs_scored=filled.scored,
@@ -252,7 +258,9 @@ def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableR
 def _inherited_checks(reusable: ReusableRows, asked: list[bool]) -> list[dict[str, Any]] | None:
     """The checks that some source's manifest holds, where all that are asked for were made, here."""
     for source in reusable.sources:
-        found = source.facts.get("self_check") if all(source.computed_here) else None
-        if isinstance(found, list) and [bool(one.get("checked")) for one in found] == asked:
-            return found
+        if all(source.computed_here):
+            with contextlib.suppress(ValueError):
+                found = parse_self_checks(source.facts)
+                if [one.checked for one in found] == asked:
+                    return [one.model_dump(exclude_unset=True) for one in found]
     return None
