@@ -275,7 +275,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "pairs_per_second": report.pairs_scored / report.seconds if report.seconds else 0.0,
         "drops": report.drops.as_dict(),
         "trained_on": report.trained_on,
-        "self_check": cache.manifest.facts["self_check"],
+        "self_check": [check.model_dump(exclude_unset=True) for check in report.self_checks],
     }
 
 
@@ -294,8 +294,13 @@ def _print_cache(report: Any) -> None:
         f"  size        {size(n_bytes)}, {n_bytes / max(cache.n_pairs, 1):,.0f} bytes per pair, "
         f"{counted(len(cache.shard_pairs), 'shard')}"
     )
-    for check in cache.manifest.facts["self_check"]:
-        print(f"  {'self-check':<12}{_check_line(check)}")
+    for check in report.self_checks:
+        print(f"  {'self-check':<12}{check.line()}")
+    if report.foreign_shards:
+        print(
+            f"  note        {report.foreign_shards} of {len(cache.shard_pairs)} shards were there already and not "
+            "computed in this store (a stopped pull, a killed writer); no other cache will copy from them"
+        )
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
@@ -307,14 +312,6 @@ def _print_cache(report: Any) -> None:
         )
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
-
-
-def _check_line(check: dict[str, Any]) -> str:
-    if not check["checked"]:
-        return f"{check['hookpoint']}: off"
-    advertised = f" (advertised {check['advertised_l0']})" if check["advertised_l0"] else ""
-    note = f"; {check['note']}" if check.get("note") else ""
-    return f"{check['hookpoint']}: L0 {check['l0']}{advertised}, FVU {check['fvu']} on {check['tokens']} tokens{note}"
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class CacheOptions(Section):
     top_logits: NonNegativeInt = 0
     """Also keep the reference's most likely tokens at each completion position: how many of them."""
 
-    shard_pairs: PositiveInt = 2048
+    shard_pairs: Annotated[int, Field(gt=0, le=2**16)] = 2048
     """A shard closes at this many pairs (or 2^20 tokens, or 64 MiB): what a killed run can lose."""
 
     seed: NonNegativeInt = 0
@@ -582,7 +582,16 @@ def nearest(name: str, valid: list[str]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `5e-7` is a number and a repeated key is an error."""
+    """YAML 1.1 as PyYAML reads it, but `5e-7` is a number and a repeated key is an error; there are no aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            # Ten lines of them, each naming the line above ten times, are ten billion values.
+            event: Any = self.get_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, f"`*{event.anchor}` is an alias, which recipes do not have; write it out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -609,6 +618,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{origin}: line {line}: the character {chr(error.character)!r} is not allowed") from None
+    except RecursionError:
+        raise RecipeError(f"{origin}: it is nested too deeply for a recipe") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

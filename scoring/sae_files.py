@@ -8,6 +8,7 @@ tensors that are asked for are read. numpy alone: safetensors' own numpy reader 
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -35,6 +36,16 @@ ACCEPTED = (
 
 _HUB_SOURCE = re.compile(r"^([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+?))?/?$")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+_MAX_JSON_BYTES = 2**20
+"""Of a config or a header of tensors; those of real SAEs have a few kilobytes."""
+
+_MAX_EXPANSION, _SLACK_BYTES = 8, 2**20
+"""
+A tensor may be so many times larger than the bytes that a file really holds of it, plus the slack (zeros of a bias).
+Trained weights do not compress to a half; a gigabyte of zeros is a megabyte of zip, and no byte of a file with holes.
+"""
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,8 @@ def _read_config(source: str, path: Path, sae_format: str) -> dict[str, Any]:
             raise SaeError(f"SAE {source}: {path.name} is missing beside the weights; {ACCEPTED}")
         return {}
     try:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise ValueError(f"{size} bytes, at most {_MAX_JSON_BYTES} are read")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise SaeError(f"SAE {source}: {path} is not JSON ({error})") from error
@@ -185,6 +198,10 @@ class Weights:
         return values
 
     def _read_npz(self, name: str) -> NDArray[Any]:
+        with zipfile.ZipFile(self._path) as members:
+            member = members.getinfo(f"{name}.npy")
+        held = min(member.compress_size, _bytes_held(self._path, member.header_offset, member.compress_size))
+        _refuse_expansion(member.file_size, held)
         with np.load(self._path, allow_pickle=False) as archive:
             values: NDArray[Any] = archive[name]
         if not np.issubdtype(values.dtype, np.floating):
@@ -200,6 +217,7 @@ class Weights:
         if stop - start != prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
             raise ValueError(f"{stop - start} bytes for shape {shape} of {dtype}")
         offset = self._start + start
+        _refuse_expansion(stop - start, _bytes_held(self._path, offset, stop - start))
         values = np.fromfile(self._path, _DTYPES[dtype], count=prod(shape), offset=offset).reshape(shape)
         # bfloat16 is the upper half of a float32.
         return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
@@ -209,7 +227,7 @@ def _safetensors_headers(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
+        if length > min(size - 8, _MAX_JSON_BYTES):
             raise ValueError(f"header of {length} bytes in a file of {size}")
         headers = json.loads(file.read(length))
     headers.pop("__metadata__", None)
@@ -228,5 +246,30 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 read_header = (
                     np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 )
-                shapes[member.removesuffix(".npy")] = read_header(file)[0]
+                shape, _, dtype = read_header(file)
+                if prod(shape) * dtype.itemsize > archive.getinfo(member).file_size:
+                    raise ValueError(f"{member} claims the shape {shape}")
+                shapes[member.removesuffix(".npy")] = shape
     return shapes
+
+
+def _refuse_expansion(n_bytes: int, held: int) -> None:
+    """ValueError for a tensor that takes far more memory than the file has bytes for it; asked before it is read."""
+    if n_bytes > _MAX_EXPANSION * held + _SLACK_BYTES:
+        raise ValueError(f"it claims {n_bytes} bytes, the file holds {held} for it")
+
+
+def _bytes_held(path: Path, start: int, length: int) -> int:
+    """Of this range of a file, the bytes that are no holes, where the system tells."""
+    if not hasattr(os, "SEEK_DATA"):
+        return length
+    held, at, end = 0, start, start + length
+    with path.open("rb") as file:
+        while at < end:
+            try:
+                data = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # nothing but a hole from here to the end of the file
+                break
+            at = min(os.lseek(file.fileno(), data, os.SEEK_HOLE), end)
+            held += max(at - data, 0)
+    return held

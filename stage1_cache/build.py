@@ -6,6 +6,7 @@ A hit costs seconds. On a miss, what other caches of the same scorer hold is cop
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from scoring import Layout, Packed, adapter_folder, extremes, load_sae, model_fo
 from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
+from stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
 from stage1_cache.fill import fill, token_rows
 from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
 from stage1_cache.score import ReferenceScorer
@@ -50,6 +52,8 @@ class CacheReport:
     split: str
     cache: Cache
     drops: DropReport
+    self_checks: tuple[SelfCheckFacts, ...]
+    """One per hookpoint."""
     built_shards: int
     """Shards that this process wrote; 0 is a hit."""
     seconds: float
@@ -61,6 +65,11 @@ class CacheReport:
     """Pairs that this process copied from other caches of the same scorer instead of scoring them."""
     reuse_problems: tuple[str, ...] = ()
     """Caches and shards that could not be copied from, one line each; their pairs were scored."""
+    foreign_shards: int = 0
+    """
+    Shards of a cache that was finished here that were not computed in this store: left by a stopped pull, an
+    unpacked cache, or a killed writer. Nothing is copied from them into other caches.
+    """
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
     trained_on: int = 0
@@ -219,7 +228,7 @@ def _build(
     near = None
     try:
         cache = open_cache(store, key)
-        return CacheReport(identity.split, cache, drops, 0, time.monotonic() - started, 0, 0)
+        return CacheReport(identity.split, cache, drops, self_checks(cache), 0, time.monotonic() - started, 0, 0)
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
@@ -239,19 +248,29 @@ def _build(
     checks = _self_checks(identity, lazy, reusable)
     filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer(identity))
     writer.seal({"self_check": checks, "drops": identity.remembered["drops"]})
+    cache = open_cache(store, key)
     return CacheReport(
         split=identity.split,
-        cache=open_cache(store, key),
+        cache=cache,
         drops=drops,
+        self_checks=self_checks(cache),
         built_shards=filled.shards,
         seconds=time.monotonic() - started,
         pairs_scored=filled.scored,
         tokens_scored=filled.tokens,
         layout=filled.layout,
         pairs_reused=filled.reused,
-        reuse_problems=tuple(reusable.problems),
+        reuse_problems=(*reusable.problems, *_not_ours(reusable)),
+        foreign_shards=writer.not_computed_here(),
         nearest=near,
     )
+
+
+def _not_ours(reusable: ReusableRows) -> list[str]:
+    if not reusable.foreign:
+        return []
+    names = ", ".join(key[:12] for key in reusable.foreign[:5]) + (", ..." if len(reusable.foreign) > 5 else "")
+    return [f"shards that were not computed in this store, of {names}: what was pulled is used by its name alone"]
 
 
 def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableRows) -> list[dict[str, Any]]:
@@ -276,9 +295,11 @@ def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableR
 
 
 def _inherited_checks(reusable: ReusableRows, asked: list[bool]) -> list[dict[str, Any]] | None:
-    """The checks that some source's manifest holds, where all that are asked for were made."""
+    """The checks that some source's manifest holds, where all that are asked for were made, here."""
     for source in reusable.sources:
-        found = source.manifest.facts.get("self_check")
-        if isinstance(found, list) and [bool(one.get("checked")) for one in found] == asked:
-            return found
+        if all(source.computed_here):
+            with contextlib.suppress(ValueError):
+                found = parse_self_checks(source.facts)
+                if [one.checked for one in found] == asked:
+                    return [one.model_dump(exclude_unset=True) for one in found]
     return None

@@ -115,7 +115,7 @@ def provenance(
         "versions": {name: version(name) for name in ("fpo", "torch", "transformers", "numpy", "zarr")},
         "host": platform.node(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "pairs": {"reused": copied.sources, "scored": n_pairs - len(copied.positions)},
+        "pairs": {"reused": _largest(copied.sources), "scored": n_pairs - len(copied.positions)},
     }
     if n_pairs > len(copied.positions):
         reference = scorer()
@@ -127,6 +127,13 @@ def provenance(
     return facts
 
 
+def _largest(sources: dict[str, int], most: int = 100) -> dict[str, int]:
+    """The sources of most rows, and how many came from all the others: a record has room for a few."""
+    ranked = sorted(sources.items(), key=lambda item: -item[1])
+    rest = sum(count for _, count in ranked[most:])
+    return dict(ranked[:most]) | ({"others": rest} if rest else {})
+
+
 def inputs(identity: CacheIdentity) -> dict[str, Any]:
     """The names behind the key's digests, as the recipe has them: what `fpo store ls` and `diff` show."""
     recipe = identity.recipe
@@ -134,7 +141,12 @@ def inputs(identity: CacheIdentity) -> dict[str, Any]:
         "reference": recipe.reference.model_dump(include={"model", "revision", "adapter"}),
         "features": [feature.model_dump(include={"sae"}) for feature in recipe.features],
         "data": {
-            **recipe.data.model_dump(exclude={"split", "eval_split"}),
+            **{name: _short(value) for name, value in recipe.data.model_dump(exclude={"split", "eval_split"}).items()},
             "split": identity.split,
         },
     }
+
+
+def _short(value: Any, most: int = 4096) -> Any:
+    """A chat template may be written out in the recipe: a record has room for its beginning."""
+    return f"{value[:most]}..." if isinstance(value, str) and len(value) > most else value

@@ -14,7 +14,8 @@ from store.files import sha256_hex
 from store.local import Store, finished_shards
 from store.manifest import (
     MANIFEST,
-    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
     RECIPE,
     REPAIR,
     SHARDS,
@@ -27,7 +28,7 @@ from store.manifest import (
 from store.objects import Objects, RemoteObjects
 from store.pairs import Pairs
 from store.remote import RemoteStore, open_store
-from store.shards import load_shard
+from store.shards import fetch_parsed, load_shard
 from store.streaming import Shelf, StreamingFolder
 from store.use import Use
 
@@ -62,13 +63,15 @@ class Cache:
         self._use = use
         self.folder = folder
         self.key = key
-        self.recipe: dict[str, Any] = parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))
+        self.recipe: dict[str, Any]
         """What the key was made from: format, scorer, pairs."""
+        _, self.recipe = fetch_parsed(
+            folder, RECIPE, MAX_RECIPE_BYTES, lambda data: parse_recipe(data, key, folder.where(RECIPE))
+        )
         self._facts = recipe_facts(self.recipe)
-        manifest = self._read_manifest()
-        self.digest = sha256_hex(manifest)
+        data, self.manifest = self._read_manifest()
+        self.digest = sha256_hex(data)
         """sha256 of manifest.json, the output address: names these bytes, as the key names their recipe."""
-        self.manifest: Manifest = parse_manifest(manifest, key, self._facts, folder.where(MANIFEST))
         self._check_sizes()
 
     @cached_property
@@ -97,9 +100,12 @@ class Cache:
         """
         self.folder.expect([shard_name(sid) for sid in sids])
 
-    def _read_manifest(self) -> bytes:
+    def _read_manifest(self) -> tuple[bytes, Manifest]:
+        def parse(data: bytes) -> Manifest:
+            return parse_manifest(data, self.key, self._facts, self.folder.where(MANIFEST))
+
         try:
-            return self.folder.read(MANIFEST, MAX_JSON_BYTES)
+            return fetch_parsed(self.folder, MANIFEST, MAX_MANIFEST_BYTES, parse)
         except CacheMissing:
             pass
         raise incomplete(self.folder, len(self._facts.pairs.shard_pairs))

@@ -12,7 +12,7 @@ from typing import Any
 
 from store.key import cache_key
 from store.local import Store, Summary
-from store.manifest import MAX_JSON_BYTES, RECIPE, parse_recipe
+from store.manifest import MAX_RECIPE_BYTES, RECIPE, parse_recipe
 from store.remote import RemoteStore, open_store
 
 ABSENT = "-"
@@ -123,7 +123,7 @@ def _summary(store: Store | RemoteStore, name: str) -> Summary:
 
 def _recipe(store: Store | RemoteStore, key: str) -> dict[str, Any]:
     folder = store.folder(key)
-    return parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))
+    return parse_recipe(folder.read(RECIPE, MAX_RECIPE_BYTES), key, folder.where(RECIPE))
 
 
 def _short(value: str, width: int = 48) -> str:

@@ -20,11 +20,11 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 
 from store.archive import pack, unpack
-from store.invariants import Bounds, Invalid, check_pairs
+from store.invariants import Bounds, Invalid, check_counts, check_pairs
 from store.key import FORMAT_VERSION, canonical_json
 from store.pairs import Features, Pairs, TopLogits
 
-MAX_RAW_BYTES = 2**30
+MAX_RAW_BYTES = 2**27
 """All arrays of one shard together, uncompressed: bounds what a hostile shard makes a reader allocate."""
 
 MAX_FILE_BYTES = MAX_RAW_BYTES + 2**24
@@ -100,10 +100,7 @@ def decode_shard(data: bytes, key: str, sid: int, bounds: Bounds) -> Pairs:
     """
     members = unpack(data)
     specs = schema(len(bounds.features), bounds.top_logits > 0)
-    shapes = {path: _shape(path, spec, members) for path, spec in specs.items()}
-    raw = sum(math.prod(shape) * np.dtype(specs[path].dtype).itemsize for path, shape in shapes.items())
-    if raw > MAX_RAW_BYTES:
-        raise Invalid(f"its arrays claim {raw} bytes, a shard holds at most {MAX_RAW_BYTES}")
+    shapes = array_shapes(members, bounds)
     n_pairs, n_tokens = shapes["pair_id"][0], shapes["input_ids"][0]
     groups = _group_members(bounds, key, sid, n_pairs, n_tokens)
     for name, expected in groups.items():
@@ -117,6 +114,26 @@ def decode_shard(data: bytes, key: str, sid: int, bounds: Bounds) -> Pairs:
     pairs = _pairs_of({path: _decode(path, spec, shapes[path], members) for path, spec in specs.items()}, bounds)
     check_pairs(pairs, bounds)
     return pairs
+
+
+def array_shapes(members: dict[str, memoryview], bounds: Bounds) -> dict[str, tuple[int, ...]]:
+    """
+    Array path -> the shape that its metadata in a shard claims, held against every limit.
+
+    Raises Invalid for metadata that is not ours, and for more than so many pairs and tokens can have.
+    """
+    specs = schema(len(bounds.features), bounds.top_logits > 0)
+    shapes = {path: _shape(path, spec, members) for path, spec in specs.items()}
+    n_pairs, n_tokens = shapes["pair_id"][0], shapes["input_ids"][0]
+    check_counts(n_pairs, n_tokens)
+    for path, shape in shapes.items():
+        most = [_most(path, axis, n_pairs, n_tokens, bounds) for axis in specs[path].dimensions]
+        if any(claimed > limit for claimed, limit in zip(shape, most, strict=True)):
+            raise Invalid(f"{path} claims the shape {list(shape)} for {n_pairs} pairs with {n_tokens} tokens")
+    raw = sum(math.prod(shape) * np.dtype(specs[path].dtype).itemsize for path, shape in shapes.items())
+    if raw > MAX_RAW_BYTES:
+        raise Invalid(f"its arrays claim {raw} bytes, a shard holds at most {MAX_RAW_BYTES}")
+    return shapes
 
 
 def _arrays_of(pairs: Pairs) -> dict[str, NDArray[Any]]:
@@ -151,6 +168,15 @@ def _group_members(bounds: Bounds, key: str, sid: int, n_pairs: int, n_tokens: i
         name: canonical_json({"attributes": attributes, "node_type": "group", "zarr_format": 3})
         for name, attributes in groups.items()
     }
+
+
+def _most(path: str, axis: str, n_pairs: int, n_tokens: int, bounds: Bounds) -> int:
+    """The largest extent of an array's axis that so many pairs and tokens can have."""
+    if axis != "entry":
+        sizes = {"pair": n_pairs, "byte": 16, "token": n_tokens, "scored_token": n_tokens, "side": 2}
+        return {**sizes, "boundary": 3 * n_pairs + 1, "rank": bounds.top_logits}[axis]
+    d_sae, top_k = bounds.features[int(path.split("/")[1])]
+    return 2 * n_pairs * min(top_k or d_sae, d_sae)
 
 
 def _array_metadata(spec: ArraySpec, shape: tuple[int, ...]) -> bytes:
@@ -198,7 +224,7 @@ def _decode(path: str, spec: ArraySpec, shape: tuple[int, ...], members: dict[st
     nbytes = math.prod(shape) * dtype.itemsize
     # Asked before anything is allocated: a frame of 32 kB may announce a gigabyte.
     if nbytes and _zstd_content_size(members[_chunk_name(path, spec)]) != nbytes:
-        raise Invalid(f"{path} does not hold the {nbytes} bytes of its shape")
+        raise Invalid(f"{path} does not hold the {nbytes} bytes of its shape in one frame")
     array = np.empty(shape, dtype)
     if nbytes:
         try:
@@ -209,7 +235,10 @@ def _decode(path: str, spec: ArraySpec, shape: tuple[int, ...], members: dict[st
 
 
 def _zstd_content_size(frame: memoryview) -> int:
-    """The size that a zstd frame with a checksum and no dictionary announces, else -1 (RFC 8878, 3.1.1.1)."""
+    """
+    The size that a zstd frame with a checksum and no dictionary announces (RFC 8878, 3.1.1), else -1; also where the
+    frame is not all that is there: a decompressor would unpack what lies behind it, or keep silent about it.
+    """
     if len(frame) < 9 or bytes(frame[:4]) != b"\x28\xb5\x2f\xfd":
         return -1
     descriptor = frame[4]
@@ -218,6 +247,18 @@ def _zstd_content_size(frame: memoryview) -> int:
         return -1
     width = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
     start = 5 if single_segment else 6
-    if width == 0:
+    if width == 0 or _blocks_end(frame, start + width) + 4 != len(frame):
         return -1
     return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+def _blocks_end(frame: memoryview, at: int) -> int:
+    """Where the last block of a frame ends whose first begins `at`; -1 where there is none."""
+    while at + 3 <= len(frame):
+        header = int.from_bytes(frame[at : at + 3], "little")
+        is_last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        # A raw block and a compressed one have their size, a repeated byte is one.
+        at += 3 + (1 if kind == 1 else size)
+        if is_last:
+            return at
+    return -1

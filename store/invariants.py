@@ -22,6 +22,12 @@ SUM_RTOL, SUM_ATOL = 1e-5, 1e-3
 """`ref_logps` against the sum of the stored `token_logps`: float32 rounding of each is 6e-8 relative."""
 
 
+MAX_SHARD_PAIRS = 2**16
+MAX_SHARD_TOKENS = 2**20
+MAX_PAIR_TOKENS = 2**22
+"""Of one shard; a pair that is longer than MAX_SHARD_TOKENS has a shard alone (see `plan`)."""
+
+
 class Invalid(ValueError):
     """Says in one clause why bytes or arrays are not a shard; whoever knows the file adds its name."""
 
@@ -38,9 +44,20 @@ class Bounds:
     """m; 0: no top logits."""
 
 
+def check_counts(n_pairs: int, n_tokens: int) -> None:
+    """Raises Invalid for more pairs or tokens than a shard holds: asked before anything is allocated for them."""
+    most = MAX_SHARD_TOKENS if n_pairs != 1 else MAX_PAIR_TOKENS
+    if n_pairs > MAX_SHARD_PAIRS or n_tokens > most:
+        raise Invalid(
+            f"{n_pairs} pairs with {n_tokens} tokens, a shard holds at most {MAX_SHARD_PAIRS} pairs and "
+            f"{MAX_SHARD_TOKENS} tokens, or one pair of at most {MAX_PAIR_TOKENS}"
+        )
+
+
 def check_pairs(pairs: Pairs, bounds: Bounds) -> None:
     """Raises Invalid with the array, the place and the value, at the first thing that does not hold."""
     P = len(pairs.pair_id)
+    check_counts(P, len(pairs.input_ids))
     _array("pair_id", pairs.pair_id, np.uint64, (P,))
     _array("pair_digest", pairs.pair_digest, np.uint8, (P, 16))
     _array("input_ids", pairs.input_ids, np.uint32, (len(pairs.input_ids),))

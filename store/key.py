@@ -78,9 +78,22 @@ def checked_json(body: dict[str, Any]) -> bytes:
     return _spelled({**body, "check": hashlib.sha256(_spelled(body)).hexdigest()})
 
 
-def parse_checked_json(data: bytes) -> dict[str, Any]:
-    """What `checked_json` was given. Raises ValueError for any other bytes."""
-    body = json.loads(data)
+def parse_json(data: bytes, most_values: int) -> Any:
+    """
+    A stranger's JSON. Raises ValueError for what is none, and for more than `most_values` values in it: counted
+    before anything is built of them, since an empty list of two bytes becomes an object of sixty.
+    """
+    if sum(data.count(sign) for sign in (b",", b"[", b"{")) > most_values:
+        raise ValueError(f"it holds more than {most_values} values")
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_checked_json(data: bytes, most_values: int = 2**20) -> dict[str, Any]:
+    """What `checked_json` was given. Raises ValueError for any other bytes, and above `most_values`."""
+    body = parse_json(data, most_values)
     if not isinstance(body, dict) or "check" not in body:
         raise ValueError("it is no JSON object with a checksum")
     check = body.pop("check")

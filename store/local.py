@@ -16,7 +16,9 @@ from store.describe import INPUTS, data_label, feature_labels, reference_label
 from store.files import Folder
 from store.manifest import (
     MANIFEST,
-    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
+    MAX_RECORD_BYTES,
     RECIPE,
     RECORDS,
     SHARDS,
@@ -186,12 +188,12 @@ class Store:
         used = last_use(self.use_file(key))
         recipe: dict[str, Any] = {}
         try:
-            recipe = parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))
+            recipe = parse_recipe(folder.read(RECIPE, MAX_RECIPE_BYTES), key, folder.where(RECIPE))
             facts = recipe_facts(recipe)
             done = finished_shards(folder, len(facts.pairs.shard_pairs))
             complete = MANIFEST in folder.names()
             if complete:
-                data = folder.read(MANIFEST, MAX_JSON_BYTES)
+                data = folder.read(MANIFEST, MAX_MANIFEST_BYTES)
                 n_bytes = parse_manifest(data, key, facts, folder.where(MANIFEST)).n_bytes
             else:
                 n_bytes = sum(folder.size(shard_name(sid)) for sid in done)
@@ -233,7 +235,7 @@ def _inputs(folder: Folder, key: str, done: list[int]) -> dict[str, Any]:
     for sid in done[:4]:
         name = record_name(sid)
         try:
-            record = parse_record(folder.read(name, MAX_JSON_BYTES), key, sid, folder.where(name))
+            record = parse_record(folder.read(name, MAX_RECORD_BYTES), key, sid, folder.where(name))
         except CacheError:
             continue
         inputs = record.provenance.get(INPUTS)

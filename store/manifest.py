@@ -7,7 +7,6 @@ spelling with a checksum of themselves inside, so that a changed byte shows with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,22 +14,25 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from errors import CacheDamaged, CacheError
 from store.files import printable, sha256_hex
-from store.invariants import Bounds
-from store.key import FORMAT_VERSION, canonical_json, checked_json, pairs_digest, parse_checked_json
+from store.format import MAX_FILE_BYTES
+from store.invariants import MAX_SHARD_PAIRS, Bounds, Invalid, check_counts
+from store.key import FORMAT_VERSION, canonical_json, checked_json, pairs_digest, parse_checked_json, parse_json
 
 RECIPE = "recipe.json"
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 RECORDS = "records"
 
-MAX_JSON_BYTES = 2**24
-"""
-Largest recipe, record or manifest that is written or read: a manifest takes about 200 bytes per shard. Parsed,
-hostile JSON takes 27 times its size.
-"""
+MAX_RECIPE_BYTES = 2**20
+MAX_RECORD_BYTES = 2**16
+MAX_MANIFEST_BYTES = 2**24
+"""Largest files that are written or read: a manifest takes about 310 bytes per shard."""
 
-MAX_SHARDS = 2**16
-"""Of one cache: 134 million pairs, or 4 TiB uncompressed."""
+MAX_SHARDS = 2**15
+"""Of one cache: 67 million pairs, or 2 TiB uncompressed."""
+
+_MANIFEST_VALUES, _SHARD_VALUES = 2**14, 8
+"""Most values in the JSON of a manifest, and more for each of its shards: hostile JSON takes 30 times its size."""
 
 MAX_HOOKPOINTS = 256
 """Of one cache."""
@@ -60,13 +62,21 @@ class ShardEntry(_Closed):
     """What the manifest and a record say about one shard."""
 
     shard: Count
-    size: Count
+    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
     """Bytes of the shard file."""
     sha256: Sha256
     n_pairs: Count
     n_tokens: Count
     pairs_digest: Sha256
     """What it holds, see `shard_digest`: those of all shards together are the recipe's `pairs.digest`."""
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> ShardEntry:
+        try:
+            check_counts(self.n_pairs, self.n_tokens)
+        except Invalid as error:
+            raise ValueError(f"shard {self.shard}: {error}") from None
+        return self
 
 
 class Record(ShardEntry):
@@ -127,7 +137,9 @@ class _PairsFacts(_Open):
     digest: Sha256
     n_pairs: Count
     seed: int
-    shard_pairs: tuple[Count, ...] = Field(strict=False, max_length=MAX_SHARDS)
+    shard_pairs: tuple[Annotated[int, Field(ge=0, le=MAX_SHARD_PAIRS)], ...] = Field(
+        strict=False, max_length=MAX_SHARDS
+    )
 
 
 Checked = TypeVar("Checked", Record, Manifest)
@@ -162,8 +174,8 @@ def recipe_facts(recipe: dict[str, Any]) -> RecipeFacts:
 
 
 def recipe_bytes(recipe: dict[str, Any]) -> bytes:
-    """Raises ValueError above MAX_JSON_BYTES, as those of record and manifest do: nobody could read it again."""
-    return _bounded(RECIPE, canonical_json(recipe))
+    """Raises ValueError for what nobody could read again, as those of record and manifest do."""
+    return _bounded(RECIPE, canonical_json(recipe), MAX_RECIPE_BYTES)
 
 
 def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
@@ -176,12 +188,12 @@ def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
 
 
 def record_bytes(record: Record) -> bytes:
-    return _bounded("a record", checked_json(record.model_dump()))
+    return _bounded("a record", checked_json(record.model_dump()), MAX_RECORD_BYTES)
 
 
 def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
     """Raises CacheDamaged naming `where`."""
-    record = _parsed(where, lambda: _spelled_so(Record, data), REPAIR_RECORD)
+    record = _parsed(where, lambda: _spelled_so(Record, data, MAX_RECORD_BYTES), REPAIR_RECORD)
     if (record.key, record.shard) != (key, sid):
         raise CacheDamaged(
             f"{where} is the record of shard {record.shard} of cache {record.key[:12]}..., "
@@ -191,12 +203,13 @@ def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    return _bounded(MANIFEST, checked_json(manifest.model_dump()))
+    return _bounded(MANIFEST, checked_json(manifest.model_dump()), MAX_MANIFEST_BYTES)
 
 
 def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Manifest:
     """Raises CacheDamaged naming `where`, also where the manifest does not fit the recipe."""
-    manifest = _parsed(where, lambda: _spelled_so(Manifest, data))
+    most = _MANIFEST_VALUES + _SHARD_VALUES * len(facts.pairs.shard_pairs)
+    manifest = _parsed(where, lambda: _spelled_so(Manifest, data, most))
     if manifest.key != key:
         raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...; {REPAIR}")
     if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
@@ -211,7 +224,7 @@ def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Man
 
 
 def _recipe(data: bytes) -> dict[str, Any]:
-    recipe = json.loads(data)
+    recipe = parse_json(data, MAX_RECIPE_BYTES)
     if not isinstance(recipe, dict) or canonical_json(recipe) != data:
         raise ValueError("it is not canonical JSON")
     if type(recipe.get("format")) is not int or recipe["format"] != FORMAT_VERSION:
@@ -223,17 +236,17 @@ def _recipe(data: bytes) -> dict[str, Any]:
     return recipe
 
 
-def _spelled_so(model: type[Checked], data: bytes) -> Checked:
-    parsed = model.model_validate(parse_checked_json(data))
+def _spelled_so(model: type[Checked], data: bytes, most_values: int) -> Checked:
+    parsed = model.model_validate(parse_checked_json(data, most_values))
     # pydantic takes true and 1.0 for the format 1; another reader may not.
     if checked_json(parsed.model_dump()) != data:
         raise ValueError("it is not spelled as this format writes it")
     return parsed
 
 
-def _bounded(what: str, data: bytes) -> bytes:
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"{what} would have {len(data)} bytes, at most {MAX_JSON_BYTES} are read")
+def _bounded(what: str, data: bytes, limit: int) -> bytes:
+    if len(data) > limit:
+        raise ValueError(f"{what} would have {len(data)} bytes, at most {limit} are read")
     return data
 
 
@@ -242,7 +255,7 @@ def _parsed(where: str, parse: Callable[[], Parsed], repair: str = REPAIR) -> Pa
         return parse()
     except ValidationError as error:
         raise CacheDamaged(f"{where} is damaged: {_first(error)}; {repair}") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise CacheDamaged(f"{where} is damaged: {printable(str(error), 300)}; {repair}") from None
 
 

@@ -18,7 +18,8 @@ from store.hub import HubFolder
 from store.local import URL, Store, Summary, finished_shards
 from store.manifest import (
     MANIFEST,
-    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
     RECIPE,
     parse_manifest,
     parse_recipe,
@@ -111,12 +112,12 @@ class RemoteStore:
         n_bytes = 0
         try:
             created = folder.modified(RECIPE)
-            recipe = parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE))
+            recipe = parse_recipe(folder.read(RECIPE, MAX_RECIPE_BYTES), key, folder.where(RECIPE))
             facts = recipe_facts(recipe)
             total = done = len(facts.pairs.shard_pairs)
             complete = bool(folder.sizes([MANIFEST]))
             if complete:
-                data = folder.read(MANIFEST, MAX_JSON_BYTES)
+                data = folder.read(MANIFEST, MAX_MANIFEST_BYTES)
                 n_bytes = parse_manifest(data, key, facts, folder.where(MANIFEST)).n_bytes
             else:
                 done = len(finished_shards(folder, total))

@@ -5,6 +5,8 @@ Reading one shard with every check, for whoever needs one: the cache, the writer
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from errors import CacheDamaged, CacheMissing
 from store.files import sha256_hex
@@ -14,6 +16,8 @@ from store.key import shard_digest
 from store.manifest import REPAIR, ShardEntry, shard_name
 from store.objects import Objects, RemoteObjects
 from store.pairs import Pairs
+
+Parsed = TypeVar("Parsed")
 
 FETCH_ATTEMPTS = 4
 """A shard whose bytes arrive damaged is fetched again before it counts as damaged."""
@@ -45,6 +49,25 @@ def load_shard(folder: Objects, key: str, entry: ShardEntry, bounds: Bounds) -> 
     return found
 
 
+def fetch_parsed(place: Objects, name: str, limit: int, parse: Callable[[bytes], Parsed]) -> tuple[bytes, Parsed]:
+    """A small file of at most `limit` bytes and what it says; where it arrives damaged it is fetched again."""
+    for _ in _attempts(place):
+        data = place.read(name, limit)
+        try:
+            return data, parse(data)
+        except CacheDamaged as error:
+            found = error
+    raise found
+
+
+def _attempts(place: Objects) -> Iterator[int]:
+    """With a growing pause between them; on this machine a second look sees the same."""
+    for attempt in range(FETCH_ATTEMPTS if isinstance(place, RemoteObjects) else 1):
+        if attempt:
+            time.sleep(_FIRST_PAUSE * 4 ** (attempt - 1))
+        yield attempt
+
+
 def fetch_shard(place: Objects, entry: ShardEntry) -> bytes:
     """
     The bytes of a shard, as its manifest entry describes them: size and sha256 are checked, nothing else.
@@ -52,10 +75,7 @@ def fetch_shard(place: Objects, entry: ShardEntry) -> bytes:
     Raises CacheDamaged, naming the object and both values, where they arrive wrong every time.
     """
     name = shard_name(entry.shard)
-    # On this machine a second look sees the same.
-    for attempt in range(FETCH_ATTEMPTS if isinstance(place, RemoteObjects) else 1):
-        if attempt:
-            time.sleep(_FIRST_PAUSE * 4 ** (attempt - 1))
+    for _ in _attempts(place):
         try:
             data = place.read(name, min(entry.size, MAX_FILE_BYTES))
         except CacheMissing as error:

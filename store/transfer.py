@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
 from store.cache import incomplete
@@ -20,7 +19,9 @@ from store.files import TMP, Folder, sha256_hex
 from store.local import Store
 from store.manifest import (
     MANIFEST,
-    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
+    MAX_RECORD_BYTES,
     RECIPE,
     RECORDS,
     SHARDS,
@@ -35,18 +36,19 @@ from store.manifest import (
     record_name,
     shard_name,
 )
-from store.objects import Objects, RemoteObjects
+from store.objects import Objects
 from store.remote import RemoteStore, open_store
-from store.shards import FETCH_ATTEMPTS, fetch_shard
+from store.shards import fetch_parsed, fetch_shard
 
 THREADS = 8
+MOVING_BYTES = 2**27
+"""Of shards that move at a time, by the largest: a stranger's manifest may list large ones only."""
+
 CLAIM = f"{TMP}/push.json"
 """Says which manifest a push is going to write, so that two pushes of different bytes do not mix. Never read else."""
 
 Progress = Callable[[int, int], None]
 """on_object(done, total): bytes of shards that are known to stand at the target, and of all."""
-
-Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class _Copy:
 
     def __init__(self, source: Objects, target: Objects, key: str, repair: bool) -> None:
         self.source, self.target, self.key, self.repair = source, target, key, repair
-        self.recipe, self.facts = self._read(RECIPE, self._parse_recipe)
+        self.recipe, self.facts = fetch_parsed(self.source, RECIPE, MAX_RECIPE_BYTES, self._parse_recipe)
         self.manifest_data, self.manifest = self._read_manifest()
         self.digest = sha256_hex(self.manifest_data)
         self.moved = self.present = self.n_bytes = 0
@@ -146,7 +148,9 @@ class _Copy:
         entries = self.manifest.shards
         there = self.target.sizes([name(entry.shard) for entry in entries for name in (shard_name, record_name)])
         done, total = 0, self.manifest.n_bytes
-        with ThreadPoolExecutor(max(1, min(threads, len(entries))), thread_name_prefix="fpo-copy") as pool:
+        most = max((entry.size for entry in entries), default=1)
+        at_once = max(1, min(threads, len(entries), MOVING_BYTES // max(most, 1)))
+        with ThreadPoolExecutor(at_once, thread_name_prefix="fpo-copy") as pool:
             jobs = {pool.submit(self._shard, entry, there, complete): entry for entry in entries}
             try:
                 for job in as_completed(jobs):
@@ -185,27 +189,16 @@ class _Copy:
     def _parse_record(self, sid: int, data: bytes) -> Record:
         return parse_record(data, self.key, sid, self.source.where(record_name(sid)))
 
-    def _read(self, name: str, parse: Callable[[bytes], Parsed]) -> tuple[bytes, Parsed]:
-        """A small file and what it says; read again where it arrives damaged."""
-        for _ in range(_attempts(self.source) - 1):
-            data = self.source.read(name, MAX_JSON_BYTES)
-            try:
-                return data, parse(data)
-            except CacheDamaged:
-                continue
-        data = self.source.read(name, MAX_JSON_BYTES)
-        return data, parse(data)
-
     def _read_manifest(self) -> tuple[bytes, Manifest]:
         try:
-            return self._read(MANIFEST, self._parse_manifest)
+            return fetch_parsed(self.source, MANIFEST, MAX_MANIFEST_BYTES, self._parse_manifest)
         except CacheMissing:
             pass
         raise incomplete(self.source, len(self.facts.pairs.shard_pairs))
 
     def _target_is_complete(self) -> bool:
         try:
-            theirs = self.target.read(MANIFEST, MAX_JSON_BYTES)
+            theirs = self.target.read(MANIFEST, MAX_MANIFEST_BYTES)
         except CacheMissing:
             return False
         if theirs != self.manifest_data:
@@ -247,7 +240,7 @@ class _Copy:
         shard, record = shard_name(entry.shard), record_name(entry.shard)
         if self._stands(entry, there, complete):
             return [(False, entry.size), (False, there[record])]
-        note, committed = self._read(record, partial(self._parse_record, entry.shard))
+        note, committed = fetch_parsed(self.source, record, MAX_RECORD_BYTES, partial(self._parse_record, entry.shard))
         if _entry(committed) != entry:
             raise CacheDamaged(f"{self.source.where(record)} does not say what {MANIFEST} says of its shard")
         data = fetch_shard(self.source, entry)
@@ -292,7 +285,7 @@ class _Copy:
         """Raises CacheConflict where the target's record commits another shard, CacheDamaged where it is none."""
         name = record_name(entry.shard)
         where = self.target.where(name)
-        committed = parse_record(self.target.read(name, MAX_JSON_BYTES), self.key, entry.shard, where)
+        committed = parse_record(self.target.read(name, MAX_RECORD_BYTES), self.key, entry.shard, where)
         if _entry(committed) != entry:
             raise CacheConflict(
                 f"{where} commits a shard with the sha256 {committed.sha256[:12]}..., {self.source.where(MANIFEST)} "
@@ -325,7 +318,7 @@ class _Copy:
     def _seal(self) -> bool:
         written = self.target.create(MANIFEST, self.manifest_data)
         self.target.sync("")
-        theirs = self.target.read(MANIFEST, MAX_JSON_BYTES)
+        theirs = self.target.read(MANIFEST, MAX_MANIFEST_BYTES)
         if theirs != self.manifest_data:
             raise self._other_manifest(sha256_hex(theirs))
         return written
@@ -333,7 +326,3 @@ class _Copy:
 
 def _entry(record: Record) -> ShardEntry:
     return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
-
-
-def _attempts(place: Objects) -> int:
-    return FETCH_ATTEMPTS if isinstance(place, RemoteObjects) else 1

@@ -4,20 +4,19 @@ What a cache takes on disk, array by array.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from errors import CacheDamaged, CacheMissing
+from errors import CacheDamaged
 from store.archive import unpack
 from store.cache import Cache
-from store.files import sha256_hex
-from store.format import MAX_FILE_BYTES
+from store.format import array_shapes, schema
 from store.invariants import Invalid
-from store.manifest import REPAIR, shard_name
+from store.manifest import REPAIR, recipe_facts, shard_name
+from store.shards import fetch_shard
 
 OVERHEAD = "metadata and zip"
 
@@ -55,19 +54,13 @@ def disk_usage(cache: Cache, on_shard: Callable[[int, int], None] | None = None)
 
 def _add_shard(cache: Cache, sid: int, stored: dict[str, int], raw: dict[str, int]) -> None:
     name, entry = shard_name(sid), cache.manifest.shards[sid]
+    bounds = recipe_facts(cache.recipe).bounds
     try:
-        data = cache.folder.read(name, MAX_FILE_BYTES)
-        if sha256_hex(data) != entry.sha256:
-            raise Invalid("its sha256 is not what the manifest says")
-        members = unpack(data)
-    except (CacheMissing, Invalid) as error:
+        members = unpack(fetch_shard(cache.folder, entry))
+        shapes = array_shapes(members, bounds)
+    except Invalid as error:
         raise CacheDamaged(f"{cache.folder.where(name)} is damaged: {error}; {REPAIR}") from None
-    for member, content in members.items():
-        if not member.endswith("/zarr.json"):
-            continue
-        metadata, array = json.loads(bytes(content)), member.removesuffix("/zarr.json")
-        if metadata["node_type"] == "array":
-            chunk = array + "/c" + "/0" * len(metadata["shape"])
-            stored[array] = stored.get(array, 0) + len(members.get(chunk, b""))
-            size = math.prod(metadata["shape"]) * np.dtype(metadata["data_type"]).itemsize
-            raw[array] = raw.get(array, 0) + size
+    for array, spec in schema(len(bounds.features), bounds.top_logits > 0).items():
+        chunk = members.get(array + "/c" + "/0" * len(spec.dimensions), b"")
+        stored[array] = stored.get(array, 0) + len(chunk)
+        raw[array] = raw.get(array, 0) + math.prod(shapes[array]) * np.dtype(spec.dtype).itemsize

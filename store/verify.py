@@ -18,7 +18,9 @@ from store.files import TMP, printable
 from store.local import Store
 from store.manifest import (
     MANIFEST,
-    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
+    MAX_RECORD_BYTES,
     RECIPE,
     RECORDS,
     REPAIR,
@@ -140,16 +142,16 @@ def _bytes_pass(folder: Objects, entry: ShardEntry, level: Level) -> bool:
 
 
 def _facts(folder: Objects, key: str) -> RecipeFacts:
-    return recipe_facts(parse_recipe(folder.read(RECIPE, MAX_JSON_BYTES), key, folder.where(RECIPE)))
+    return recipe_facts(parse_recipe(folder.read(RECIPE, MAX_RECIPE_BYTES), key, folder.where(RECIPE)))
 
 
 def _manifest(folder: Objects, key: str, facts: RecipeFacts) -> Manifest:
-    return parse_manifest(folder.read(MANIFEST, MAX_JSON_BYTES), key, facts, folder.where(MANIFEST))
+    return parse_manifest(folder.read(MANIFEST, MAX_MANIFEST_BYTES), key, facts, folder.where(MANIFEST))
 
 
 def _record(folder: Objects, key: str, sid: int) -> ShardEntry:
     name = record_name(sid)
-    record = parse_record(folder.read(name, MAX_JSON_BYTES), key, sid, folder.where(name))
+    record = parse_record(folder.read(name, MAX_RECORD_BYTES), key, sid, folder.where(name))
     return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
 
 

@@ -22,7 +22,9 @@ from store.key import cache_key, pairs_digest
 from store.local import Store, finished_shards
 from store.manifest import (
     MANIFEST,
-    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
+    MAX_RECORD_BYTES,
     RECIPE,
     RECORDS,
     SHARDS,
@@ -39,6 +41,7 @@ from store.manifest import (
     record_name,
     shard_name,
 )
+from store.origin import Origin
 from store.pairs import Pairs
 from store.shards import check_shard, entry_of, load_shard
 
@@ -69,8 +72,9 @@ class CacheWriter:
         self._use = store.use(self.key)
         self.folder = store.folder(self.key)
         self.folder.prepare(SHARDS, RECORDS)
+        self._origin = Origin(store, make_secret=True)
         if not self.folder.create(RECIPE, data):
-            parse_recipe(self.folder.read(RECIPE, MAX_JSON_BYTES), self.key, self.folder.where(RECIPE))
+            parse_recipe(self.folder.read(RECIPE, MAX_RECIPE_BYTES), self.key, self.folder.where(RECIPE))
         self._adopt_unrecorded()
 
     def missing(self) -> list[int]:
@@ -93,11 +97,14 @@ class CacheWriter:
         except Invalid as error:
             raise CacheError(f"shard {sid} is not written to {self.folder.root}: {error}") from None
         entry = entry_of(sid, data, pairs)
+        provenance = provenance | self._origin.mark(self.key, entry)
         while not self.folder.create(shard_name(sid), data):
             standing = self._standing_shard(sid)
             if standing is not None:
-                # Whoever wrote it may not have come to its record yet; we can only say that it was there.
-                entry, provenance = standing, ADOPTED
+                # Whoever wrote it may not have come to its record yet; we can only say that it was there, and
+                # whether it is what we computed, too.
+                provenance = ADOPTED | (self._origin.mark(self.key, entry) if standing == entry else {})
+                entry = standing
                 break
             self._discard(sid)
         self._record(entry, provenance)
@@ -128,10 +135,18 @@ class CacheWriter:
         if self.folder.create(MANIFEST, manifest_bytes(manifest)):
             return manifest
         where = self.folder.where(MANIFEST)
-        theirs = parse_manifest(self.folder.read(MANIFEST, MAX_JSON_BYTES), self.key, self.facts, where)
+        theirs = parse_manifest(self.folder.read(MANIFEST, MAX_MANIFEST_BYTES), self.key, self.facts, where)
         if theirs.shards != entries:
             raise CacheConflict(f"{where} seals other shards than the records do; move {self.folder.root} away")
         return theirs
+
+    def not_computed_here(self) -> int:
+        """
+        How many shards carry no mark of this store (see `origin`): what a stopped pull or an
+        unpacked cache left and this writer finished, or the shard of a killed writer.
+        """
+        entries = tuple(self._recorded(sid) for sid in range(len(self.plan)))
+        return self._origin.computed_here(self.folder, self.key, entries).count(False)
 
     def _check_shards(self, entries: Sequence[ShardEntry]) -> None:
         for entry in entries:
@@ -206,7 +221,7 @@ class CacheWriter:
 
     def _recorded(self, sid: int) -> ShardEntry:
         name = record_name(sid)
-        record = parse_record(self.folder.read(name, MAX_JSON_BYTES), self.key, sid, self.folder.where(name))
+        record = parse_record(self.folder.read(name, MAX_RECORD_BYTES), self.key, sid, self.folder.where(name))
         return ShardEntry(**record.model_dump(exclude={"key", "provenance"}))
 
 

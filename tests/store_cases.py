@@ -20,6 +20,7 @@ from store import (
     scored_lengths,
     shard_digest,
 )
+from store.key import checked_json, parse_checked_json
 from store.manifest import recipe_facts
 from store.pairs import starts_of
 
@@ -132,6 +133,17 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file that a reader may see, by name."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "tmp")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def unmarked(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without the marks in the records, which only their own store can make."""
+
+    def without_mark(data: bytes) -> bytes:
+        body = parse_checked_json(data)
+        body["provenance"].pop("mark", None)
+        return checked_json(body)
+
+    return {name: without_mark(data) if name.startswith("records/") else data for name, data in files.items()}
 
 
 def same(a: Pairs, b: Pairs) -> bool:

@@ -177,6 +177,22 @@ def test_a_file_that_is_no_recipe_is_refused_as_what_it_is(tmp_path: Path) -> No
         load_recipe(path)
 
 
+def test_aliases_are_refused_before_they_multiply(tmp_path: Path) -> None:
+    """Ten lines, each ten times the line above: ten billion values in 500 bytes."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    with pytest.raises(
+        RecipeError, match=r"line 2, column 10: `\*a0` is an alias, which recipes do not have"
+    ) as caught:
+        load_recipe(written(tmp_path, "\n".join(lines)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_of_brackets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        load_recipe(written(tmp_path, "a: " + "[" * 10**5))
+
+
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
     text = yaml.safe_dump(MINIMAL) + "training: {learning_rate: 5e-7, weight_decay: 1E-2}\n"
     assert load_recipe(written(tmp_path, text)).training == {"learning_rate": 5e-7, "weight_decay": 1e-2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +452,29 @@ def test_a_missing_decoder_matters_only_where_it_is_asked_for(tmp_path):
     read_sae(str(tmp_path))
     with pytest.raises(SaeError, match=r"W_dec must have shape \(24, 6\), found no such tensor"):
         read_decoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["compressed", "holes"])
+def test_an_sae_that_is_far_larger_than_its_file_is_refused_before_it_is_read(kind, tmp_path):
+    """Zeros: 256 MiB from 256 kB of zip, or from a file that is one hole."""
+    rows = 2**26 // D_IN
+    if kind == "compressed":
+        tensors = {**random_sae(), "W_enc": np.zeros((D_IN, rows), np.float32)}
+        np.savez_compressed(tmp_path / "params.npz", **tensors)
+        weights, name = Weights("mine", tmp_path / "params.npz"), "W_enc"
+    else:
+        n_bytes = 4 * D_IN * rows
+        header = json.dumps({"w_enc": {"dtype": "F32", "shape": [D_IN, rows], "data_offsets": [0, n_bytes]}}).encode()
+        with (tmp_path / "params.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + n_bytes)
+        weights, name = Weights("mine", tmp_path / "params.safetensors"), "w_enc"
+    tracemalloc.start()
+    with pytest.raises(SaeError, match=rf"{name} in .* claims \d+ bytes, the file holds \d+ for it"):
+        weights.read(name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
 
 
 def test_integer_weights_are_refused(tmp_path):

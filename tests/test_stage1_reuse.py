@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from store_forgery import forge
 from tiny_world import TinyWorld, build_tiny_world
 
 import stage1_cache.build as build_module
 import stage1_cache.score as score_module
 from errors import SelfCheckError
 from stage1_cache import CacheReport, build_caches
-from store import Cache, Pairs, Store, verify
-from store.manifest import parse_record, record_name
+from store import Cache, Pairs, Store, pull, verify
+from store.format import encode_shard
+from store.manifest import parse_record, recipe_facts, record_name
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,23 @@ def test_a_damaged_source_is_not_copied_from_and_is_named(world: TinyWorld, tmp_
     new = built(world, tmp_path, "train")
     assert (new.pairs_reused, new.pairs_scored) == (40 - old.shard_pairs[1], 4 + old.shard_pairs[1])
     assert any("000001.zarr.zip" in problem for problem in new.reuse_problems)
+
+
+def test_numbers_of_a_pulled_cache_do_not_enter_one_that_is_built_here(world: TinyWorld, tmp_path: Path) -> None:
+    """The same scorer, right tokens, log-probs twice what they are: all that the stranger's cache holds is scored."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    old = built(world, theirs, "train[:40]").cache
+    for sid in range(len(old.shard_pairs)):
+        pairs = old.shard(sid)
+        wrong = dataclasses.replace(pairs, token_logps=2 * pairs.token_logps, ref_logps=2 * pairs.ref_logps)
+        data = encode_shard(wrong, old.key, sid, recipe_facts(old.recipe).bounds)
+        forge(theirs / old.key, data, sid)
+    assert verify(theirs, old.key).ok
+    pull(theirs, old.key, ours)
+    new = built(world, ours, "train")
+    assert (new.pairs_reused, new.pairs_scored, new.foreign_shards) == (0, 44, 0)
+    assert any(old.key[:12] in problem for problem in new.reuse_problems)
+    assert new.cache.digest == built(world, tmp_path / "alone", "train").cache.digest
 
 
 def test_a_miss_names_the_nearest_cache_before_anything_is_scored(world: TinyWorld, tmp_path: Path) -> None:

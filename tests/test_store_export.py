@@ -50,6 +50,19 @@ def test_an_export_holds_every_pair_in_the_order_of_the_dataset(world, tmp_path,
     assert calls[-1] == (3 * blocks, 3 * blocks)
 
 
+@pytest.mark.parametrize("block_tokens", [2**28, 1])
+def test_the_largest_id_that_there_is_is_exported(tmp_path, block_tokens):
+    ids = np.array([3, 2**64 - 1], np.uint64)
+    pairs = make_pairs([(1, 2, 3)] * 2, ids=ids)
+    plan = [ids]
+    writer = CacheWriter(tmp_path / "store", make_recipe(pairs, plan), plan)
+    writer.write(0, pairs, {})
+    writer.seal({})
+    export_trl(open_cache(tmp_path / "store", writer.key), tmp_path / "out", block_tokens=block_tokens)
+    found = datasets.load_from_disk(tmp_path / "out")
+    assert list(found["chosen_ids"]) == [pairs.input_ids[n : n + 2].tolist() for n in (1, 7)]
+
+
 def test_dropped_rows_leave_gaps_in_the_ids_and_none_in_the_export(tmp_path):
     ids = np.array([7, 2, 40], np.uint64)
     pairs = make_pairs([(1, 2, 3)] * 3, ids=ids)

@@ -221,8 +221,24 @@ def test_a_frame_that_promises_another_size_is_refused():
     """Two frames in one chunk: the first alone has the right size."""
     changed = members()
     changed["input_ids/c/0"] += zstd.compress(b"more", 1, True)
-    with pytest.raises(Invalid, match="input_ids does not decompress"):
+    with pytest.raises(Invalid, match="input_ids does not hold the"):
         decode_shard(pack(changed), KEY, 3, BOUNDS)
+
+
+@pytest.mark.parametrize("behind", ["an empty frame", "the same again", "a skippable frame"])
+def test_a_chunk_with_something_behind_its_frame_is_refused(behind):
+    """zstd unpacks what it needs and says nothing of the rest, which could hide anything and is a second spelling."""
+    data = encode_shard(make_pairs([(2, 3, 1)]), KEY, 0, BOUNDS)
+    members = {name: bytes(member) for name, member in unpack(data).items()}
+    frame = members["input_ids/c/0"]
+    hidden = {
+        "an empty frame": zstd.compress(b"", 1, True),
+        "the same again": frame,
+        "a skippable frame": b"\x50\x2a\x4d\x18\x04\x00\x00\x00evil",
+    }
+    forged = pack(members | {"input_ids/c/0": frame + hidden[behind]})
+    with pytest.raises(Invalid, match="input_ids does not hold the 24 bytes of its shape in one frame"):
+        decode_shard(forged, KEY, 0, BOUNDS)
 
 
 @pytest.mark.parametrize(("key", "sid"), [("cd" * 32, 3), (KEY, 4)])

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_cases import World, make_pairs, make_recipe, same
+from store_forgery import forge, forge_recipe
 
-from store import CacheWriter, Pairs, ReusableRows, Store, open_cache, verify
+from store import CacheWriter, Pairs, ReusableRows, Store, open_cache, pull, push, rm, verify
+from store.format import encode_shard
+from store.manifest import recipe_facts
 from store.weights import memo_folder
 
 N = 12
@@ -171,6 +177,92 @@ def test_a_source_whose_manifest_is_damaged_is_named_and_left_out(tmp_path):
     reusable = ReusableRows(tmp_path, SCORER)
     assert reusable.held(ALL.pair_digest) == 0
     assert "manifest.json" in reusable.problems[0]
+
+
+def poisoned(store, key) -> None:
+    """Every shard of a cache says other log-probs; checksums and invariants are in order, so verify finds nothing."""
+    cache = open_cache(store, key)
+    for sid in range(len(cache.shard_pairs)):
+        pairs = cache.shard(sid)
+        wrong = dataclasses.replace(pairs, token_logps=pairs.token_logps * 2, ref_logps=pairs.ref_logps * 2)
+        forge(Store(store).path(key), encode_shard(wrong, key, sid, recipe_facts(cache.recipe).bounds), sid)
+    assert verify(store, key).ok
+
+
+@pytest.mark.parametrize("how", ["pulled", "pulled, with its maker's marks", "unpacked"])
+def test_rows_of_a_cache_from_elsewhere_are_not_copied(tmp_path, how):
+    """Right tokens, wrong numbers: they stay under the key that was asked for."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    key = build(theirs, range(N))
+    if how != "pulled, with its maker's marks":
+        poisoned(theirs, key)
+    build(ours, [0, 1])
+    if how == "unpacked":
+        shutil.copytree(theirs / key, ours / key)
+    else:
+        pull(theirs, key, ours)
+    reusable = ReusableRows(ours, SCORER)
+    assert reusable.held(ALL.pair_digest) == 2
+    assert reusable.foreign == [key]
+    (reused,) = reusable.gather([ALL.pair_digest])
+    assert reused.positions.tolist() == [0, 1]
+    assert same(reused.merge(ALL.pair_id, ALL.take(range(2, N))), ALL)
+
+
+def test_what_was_computed_here_may_go_and_come_back(tmp_path):
+    key = build(tmp_path / "here", range(N))
+    push(tmp_path / "here", key, tmp_path / "shelf")
+    rm(tmp_path / "here", key)
+    pull(tmp_path / "shelf", key, tmp_path / "here")
+    assert ReusableRows(tmp_path / "here", SCORER).held(ALL.pair_digest) == N
+
+
+def test_a_cache_that_was_begun_elsewhere_and_finished_here_gives_only_what_was_computed_here(tmp_path):
+    """A pull that was stopped, or a tarball without a manifest: its shards stand there with records of their own."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    key = build(theirs, range(N))
+    poisoned(theirs, key)
+    shutil.copytree(theirs / key, ours / key)
+    for name in ("manifest.json", "shards/000002.zarr.zip", "records/000002.json", "records/000001.json"):
+        (ours / key / name).unlink()
+    pairs = dataset(range(N))
+    order = np.random.default_rng(N).permutation(N)
+    plan = [order[i : i + 3] for i in range(0, N, 3)]
+    writer = CacheWriter(ours, make_recipe(pairs, plan), plan)
+    assert writer.missing() == [2]
+    writer.write(2, pairs.take(plan[2]), {})
+    writer.seal({})
+    assert writer.not_computed_here() == 3
+    reusable = ReusableRows(ours, SCORER)
+    assert reusable.held(ALL.pair_digest) == 3
+    (reused,) = reusable.gather([ALL.pair_digest])
+    assert sorted(reused.positions) == sorted(plan[2])
+    assert same(reused.merge(ALL.pair_id, ALL.take(reused.missing(N))), ALL)
+
+
+def test_looking_for_rows_holds_no_cache_open_and_uses_none(tmp_path):
+    """Or a thousand siblings would take a thousand files, and none would ever count as unused."""
+    keys = [build(tmp_path, [n]) for n in range(N)]
+    for key in keys:
+        os.utime(Store(tmp_path).use_file(key), (0, 0))
+    before = len(os.listdir("/proc/self/fd"))
+    reusable = ReusableRows(tmp_path, SCORER)
+    (reused,) = reusable.gather([ALL.pair_digest])
+    assert len(reused.positions) == N
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert {Store(tmp_path).use_file(key).stat().st_mtime for key in keys} == {0}
+
+
+def test_a_claim_of_millions_of_pairs_beside_an_honest_cache_costs_nothing(tmp_path):
+    """Counts of caches from elsewhere are not believed: nothing is allocated for them."""
+    build(tmp_path, range(N))
+    claims = {"digest": "0" * 64, "n_pairs": 2**31, "seed": 0, "shard_pairs": [2**16] * 2**15}
+    forge_recipe(tmp_path, {"format": 1, "scorer": SCORER, "pairs": claims})
+    tracemalloc.start()
+    assert ReusableRows(tmp_path, SCORER).held(ALL.pair_digest) == N
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
 
 
 def test_a_cache_filled_by_copying_passes_every_check(tmp_path):
