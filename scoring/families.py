@@ -150,6 +150,15 @@ def _refuse_kind(config: PreTrainedConfig, kind: str) -> NoReturn:
     raise ModelError(f"{config.model_type}: {kind}, not a causal language model; use a decoder-only model")
 
 
+def packed_row_limit(model: PreTrainedModel) -> int | None:
+    """
+    How long packed rows may become, for a family that counts places in the row: Llama 4 turns its attention's
+    temperature by them, from `floor_scale` on and so little that bfloat16 would hide it. None for all others.
+    """
+    scales = [module.floor_scale for module in model.modules() if getattr(module, "attn_temperature_tuning", False)]
+    return int(min(scales)) - 1 if scales else None
+
+
 def moving_rope_limit(model: PreTrainedModel) -> tuple[str, int] | None:
     """
     Kind and reach of position encodings that change with the longest sequence of a batch: `dynamic` NTK and `longrope`.
