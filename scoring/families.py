@@ -64,7 +64,8 @@ class FamilyHead:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         with self._answering(hidden[None]):
             logits: Tensor = type(self.model).forward(self.model, input_ids=ids, use_cache=False).logits
-        return logits[0]
+        # A view: indexing would make backward fill a second tensor of this size.
+        return logits.flatten(0, 1)
 
     @contextmanager
     def _answering(self, hidden: Tensor) -> Iterator[None]:
