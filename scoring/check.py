@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from errors import ModelError
-from scoring.families import refuse_moving_rope
+from scoring.families import packed_row_limit, refuse_moving_rope
 from scoring.logps import CHUNK_BYTES
 from scoring.packing import Layout, pack
 
@@ -94,6 +94,9 @@ def _reason_against(
     """Why this layout is not right; None where it is."""
     shortest = ids[bounds[-4] : bounds[-1]], bounds[-4:] - bounds[-4]
     limit = LAYOUT_TOLERANCE[model.dtype]
+    row_limit, width = packed_row_limit(model), pack(ids, bounds, layout).input_ids.shape[1]
+    if layout is Layout.PACKED and row_limit is not None and width > row_limit:
+        return f"rows of {width} tokens, and beyond {row_limit} its attention depends on the place in the row"
     try:
         before = _score(model, layout, *shortest)
         together = _score(model, layout, ids, bounds)

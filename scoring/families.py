@@ -63,7 +63,8 @@ class FamilyHead:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         with self._answering(hidden[None]):
             logits: Tensor = type(self.model).forward(self.model, input_ids=ids, use_cache=False).logits
-        return logits[0]
+        # A view: indexing would make backward fill a second tensor of this size.
+        return logits.flatten(0, 1)
 
     @contextmanager
     def _answering(self, hidden: Tensor) -> Iterator[None]:
@@ -134,6 +135,15 @@ def _without_chance(config: PreTrainedConfig) -> PreTrainedConfig:
         if _RANDOM.search(name) and isinstance(value, float):
             setattr(silent, name, 0.0)
     return silent
+
+
+def packed_row_limit(model: PreTrainedModel) -> int | None:
+    """
+    How long packed rows may become, for a family that counts places in the row: Llama 4 turns its attention's
+    temperature by them, from `floor_scale` on and so little that bfloat16 would hide it. None for all others.
+    """
+    scales = [module.floor_scale for module in model.modules() if getattr(module, "attn_temperature_tuning", False)]
+    return int(min(scales)) - 1 if scales else None
 
 
 def moving_rope_limit(model: PreTrainedModel) -> tuple[str, int] | None:

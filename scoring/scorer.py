@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import ModelError
-from scoring.families import FamilyHead, moving_rope_limit, path_of, refuse_moving_rope, text_decoder
+from scoring.families import FamilyHead, moving_rope_limit, packed_row_limit, path_of, refuse_moving_rope, text_decoder
 from scoring.hookpoints import capture
 from scoring.logps import token_logps
 from scoring.masks import packed_masks
@@ -51,6 +51,7 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
         pass  # resolves every name
 
     decoder_path = path_of(model, text_decoder(model))
+    row_limit = packed_row_limit(model)
     moving_rope = moving_rope_limit(model) is not None
 
     def forward(self: PreTrainedModel, **batch: Any) -> Scores:
@@ -58,6 +59,12 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
         packed = Packed(*(batch[name] for name in Packed._fields))
         if moving_rope:  # such a family asks the device for the longest position itself
             refuse_moving_rope(self, int(packed.position_ids.max()) + 1)
+        width = packed.input_ids.shape[1]
+        if row_limit is not None and packed.layout is Layout.PACKED and width > row_limit:
+            raise ModelError(
+                f"{self.config.model_type}: a packed row of {width} tokens, and beyond {row_limit} its attention "
+                "depends on the place in the row; lower data.max_length"
+            )
         with capture(self, hookpoints) as outputs:
             hidden = _last_hidden(text_decoder(self), packed)
         at = packed.predictors

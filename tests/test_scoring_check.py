@@ -114,6 +114,19 @@ def test_positions_that_depend_on_the_batch_are_refused_beyond_their_reach(case:
         model(**pack(*some_pairs([(30, 40, 20)]))._asdict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_the_place_in_the_row_is_never_packed_beyond_its_reach(dtype: torch.dtype) -> None:
+    """A temperature that moves log-probs by less than bfloat16 rounds them."""
+    model = build("llama4_text").to(dtype)
+    for module in model.modules():
+        if hasattr(module, "floor_scale"):
+            module.floor_scale, module.attn_scale = 48.0, 1e-3
+    assert checked(model) is Layout.ROWS
+    assert checked(model, [(10, 20, 10), (2, 3, 4)]) is Layout.PACKED
+    with pytest.raises(ModelError, match="a packed row of 56 tokens, and beyond 47"):
+        model(**pack(*some_pairs(LONG_AND_SHORT))._asdict())
+
+
 def test_rounding_of_bfloat16_does_not_hide_a_wrong_layout() -> None:
     assert checked(build("mpt").to(torch.bfloat16), [(30, 40, 20), (1, 2, 3)]) is Layout.ROWS
 
