@@ -98,7 +98,7 @@ class ChatTemplate:
         }
         render = self._tokenizer.apply_chat_template
         try:
-            with self._own_date():
+            with self._own_date(arguments["chat_template"]):
                 return (
                     render(prompt, tokenize=False, add_generation_prompt=True, **arguments),
                     render(prompt + chosen, tokenize=False, **arguments),
@@ -115,17 +115,19 @@ class ChatTemplate:
             ) from error
 
     @contextmanager
-    def _own_date(self) -> Iterator[None]:
+    def _own_date(self, text: str | None) -> Iterator[None]:
         """
-        While open, the date that templates get is ours. transformers renders with the templates that it compiled
-        before, whose own names go before those of its environment, where `strftime_now` is the wall clock.
+        While open, the date that templates get is ours, also the one that a row brings. transformers renders with the
+        templates that it compiled before, whose own names go before those of its environment, where `strftime_now` is
+        the wall clock.
         """
-        for template in self._compiled:
+        templates = self._compiled if text is None else [*self._compiled, _compiled(text)]
+        for template in templates:
             template.globals["strftime_now"] = self._strftime_now
         try:
             yield
         finally:
-            for template in self._compiled:
+            for template in templates:
                 template.globals.pop("strftime_now", None)
 
     def _strftime_now(self, form: str) -> str:

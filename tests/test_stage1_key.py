@@ -23,6 +23,7 @@ from recipe import load_recipe
 from scoring import load_tokenizer, model_config, significant_config
 from stage1_cache import build_caches
 from stage1_cache.identity import cache_identities
+from stage1_cache.pairs import read_pairs
 from store import cache_key, canonical_json
 
 
@@ -341,6 +342,31 @@ def test_an_sae_that_changed_after_the_key_was_taken_scores_nothing(
     monkeypatch.setattr(score_module, "load_model", swapped)
     with pytest.raises(ModelError, match=r"features\[0\]\.sae\.weights"):
         build_caches(world.recipe(), world.store)
+
+
+def test_data_that_was_another_while_it_was_read_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`git stash` while the pairs are read, `git stash pop` after it: size and mtime are what they were."""
+    world = build_tiny_world(tmp_path / "world", 4, 2)
+    path = world.root / "pairs" / "train.jsonl"
+    original, times = path.read_bytes(), path.stat()
+
+    def put(data: bytes) -> None:
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def stashed(*arguments: Any) -> Any:
+        put(original.replace(b"w1", b"w2"))
+        return read_pairs(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stage1_cache.identity.read_pairs", stashed)
+        of_another = cache_identities(world.recipe())[0].remembered["pairs"]["digest"]
+    put(original)
+    honest = cache_identities(world.recipe())[0]
+    assert honest.remembered["pairs"]["digest"] != of_another
+    honest.check_tokens()
 
 
 # --- places ---

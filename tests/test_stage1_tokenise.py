@@ -278,6 +278,13 @@ def test_tools_and_template_arguments_reach_the_template():
     assert parts(pairs) == [[B, C], [A, A], [AB]]
 
 
+def test_a_template_that_a_row_brings_gets_the_recipes_date_too():
+    row = messages(["c"], ["a"], ["b"])
+    row["chat_template_kwargs"] = {"chat_template": "{{ 'c' * (strftime_now('%d') | int) }}{{ messages[-1].content }}"}
+    pairs = tokenise(Dataset.from_list([row]), letters(), None, chat_template=CHAT, today="2024-07-03")
+    assert parts(pairs) == [[C] * 3, [A], [B]]
+
+
 def test_template_arguments_that_act_on_tokens_are_refused():
     row = messages(["c"], ["a"], ["b"]) | {"chat_template_kwargs": {"max_length": 3}}
     with pytest.raises(DataError, match="row 0, column 'chat_template_kwargs': 'max_length'"):
