@@ -3,7 +3,8 @@ The run folder: what one training result is, on disk. A run is where run.json is
 
     recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step
     run.json        cache key, manifest digest,  checkpoint-N/   as Trainer writes them, sealed (see checkpoints)
-                    library versions, figures    and the policy as save_pretrained + tokenizer
+                    library versions, figures    evaluation.json held-out metrics; evaluation-N.json of checkpoint N
+    .lock           held while it trains         and the policy as save_pretrained + tokenizer
     base/           the weights below an adapter that was trained on merged ones: adapter_config.json, in the run and
                     in its checkpoints, names them by their absolute path; in a run that was moved, correct it there
 """

@@ -134,7 +134,7 @@ class PairTrainer(Trainer):
         return norm
 
     def _scales_loss(self) -> bool:
-        return getattr(self.accelerator, "scaler", None) is not None
+        return bool(self.accelerator.mixed_precision == "fp16")
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         # Trainer looks whether a run has all its steps after a step, never before the first.
@@ -154,20 +154,25 @@ class PairTrainer(Trainer):
         self.check_finite()
         run = Path(self.args.output_dir)
         folder = run / f"checkpoint-{self.state.global_step}"
+        failure: RunError | None = None
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            advice = f"the run can continue from {newest_name(run) or 'its beginning'} with --resume"
-            with explained_writes(folder, advice):
+            with explained_writes(folder, f"continue with --resume from {newest_name(run) or 'the beginning'}"):
                 super()._save_checkpoint(model, trial)
-                sums = gather_object([self.sums.state()])
-                if self.is_world_process_zero():
-                    seal(folder, sums)
-                    rotate(run, keep)
-        except RunError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        except RunError as error:
+            failure = error
         finally:
             self.args.save_total_limit = keep
+        # Also the point where all ranks have written.
+        ranks = gather_object([(failure is None, self.sums.state())])
+        if not all(written for written, _ in ranks):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise failure or SystemExit(1)  # the rank that failed says why
+        if self.is_world_process_zero():
+            with explained_writes(folder, f"continue with --resume from {newest_name(run) or 'the beginning'}"):
+                seal(folder, [sums for _, sums in ranks])
+            with explained_writes(run, f"continue with --resume from {folder.name}"):
+                rotate(run, keep)
         self._saved_step = self.state.global_step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -175,7 +180,7 @@ class PairTrainer(Trainer):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            mode = (folder / "config.json").stat().st_mode
+            mode = (folder / "training_args.bin").stat().st_mode
             for path in folder.glob("*.safetensors"):
                 path.chmod(mode)
 
