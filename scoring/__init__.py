@@ -4,6 +4,7 @@ What a model says about a pair. One package, because reference and policy must b
     packing     pairs -> rows, positions, mask      models      files of a model, loading
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; sae_formats reads the files
+    routers     load-balancing loss of experts
     features    pooled top k, column sets           self_check  does the SAE fit the hookpoint
 """
 
@@ -29,6 +30,7 @@ from scoring.models import (
     weight_files,
 )
 from scoring.packing import Packed, pack
+from scoring.routers import router_coefficient
 from scoring.sae import Sae, load_sae
 from scoring.scorer import Scores, check_packing, install_scoring, mixed_precision
 
@@ -54,6 +56,7 @@ __all__ = [
     "policy_top",
     "pool_top_features",
     "reference_top",
+    "router_coefficient",
     "sparse_rows",
     "sum_logps",
     "template_text",

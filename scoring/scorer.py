@@ -23,6 +23,7 @@ from errors import ModelError
 from scoring.hookpoints import capture
 from scoring.logps import token_logps
 from scoring.packing import Packed, attention_mask, pack
+from scoring.routers import router_loss
 
 
 class Scores(NamedTuple):
@@ -36,16 +37,23 @@ class Scores(NamedTuple):
     """Their log-probabilities."""
     residuals: tuple[Float[Tensor, "N D"], ...]
     """Output of each hookpoint at the positions that predict the scored tokens, in the model's dtype."""
+    router_loss: Float[Tensor, ""] | None = None
+    """Load-balancing loss over the batch's tokens, not multiplied yet; None where it was not asked for."""
 
 
-def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), top_logits: int = 0) -> None:
+def install_scoring(
+    model: PreTrainedModel, hookpoints: tuple[str, ...] = (), top_logits: int = 0, *, routers: bool = False
+) -> None:
     """
     Make `model(**packed._asdict())` return Scores. `model` is the causal LM itself, not a wrapper around it.
 
     hookpoints  module paths whose outputs are reported
     top_logits  how many most likely tokens to report at each position
+    routers     whether to report the load-balancing loss, where the model's config asks for it
     Raises ModelError for a hookpoint that the model does not have.
     """
+    balance = router_loss(model) if routers else None
+    extras = {} if balance is None else {"output_router_logits": True}
     with capture(model, hookpoints):
         pass  # resolves every name
 
@@ -53,22 +61,24 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
         # PEFT adds arguments of its own, all None.
         packed = Packed(*(batch[name] for name in Packed._fields))
         with capture(self, hookpoints) as outputs:
-            hidden = self.get_decoder()(
+            output = self.get_decoder()(
                 input_ids=packed.input_ids,
                 attention_mask=model_masks(self, packed),
                 position_ids=packed.position_ids,
                 use_cache=False,
-            ).last_hidden_state
+                **extras,
+            )
         at = packed.predictors
         scored = token_logps(
-            hidden.flatten(0, 1)[at],
+            output.last_hidden_state.flatten(0, 1)[at],
             packed.targets,
             self.get_output_embeddings(),
             softcap=getattr(self.config.get_text_config(), "final_logit_softcapping", None),
             top=top_logits,
         )
         residuals = tuple(_output(outputs, name).flatten(0, 1)[at] for name in hookpoints)
-        return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals)
+        balancing = None if balance is None else balance(output.router_logits, packed.pair)
+        return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals, balancing)
 
     model.forward = types.MethodType(forward, model)
 

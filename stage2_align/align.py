@@ -161,7 +161,7 @@ def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = T
     if policy.model is not None:
         _check_vocabulary(recipe, policy.model)
     if policy.lora is None:
-        return _scored(model, meter)
+        return _scored(model, meter, routers=True)
     if adapters:
         base, commit = str((run / BASE_FOLDER).resolve()), None
         if save:
@@ -170,7 +170,7 @@ def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = T
         base, commit = str(folder.resolve()), None
     else:
         base, commit = name, folder.name
-    return _with_adapter(_scored(model, meter), policy.lora, base, commit)
+    return _with_adapter(_scored(model, meter, routers=True), policy.lora, base, commit)
 
 
 def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrainedModel:
@@ -200,8 +200,8 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: 
     temporary.rename(run / BASE_FOLDER)
 
 
-def _scored(model: PreTrainedModel, meter: ObjectiveMeter) -> PreTrainedModel:
-    install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
+def _scored(model: PreTrainedModel, meter: ObjectiveMeter, *, routers: bool = False) -> PreTrainedModel:
+    install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,), routers=routers)
     check_packing(model)
     return model
 
