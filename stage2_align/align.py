@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from errors import ModelError, RecipeError
+from errors import ModelError, RecipeError, RunError
 from recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
 from scoring import adapter_folder, check_packing, install_scoring, load_model, load_tokenizer, model_folder
 from stage2_align.measure import ObjectiveMeter
@@ -183,9 +183,13 @@ def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrained
     dtype = recipe.policy_arithmetic().dtype
     if not (run / "adapter_config.json").is_file():
         return _scored(load_model(model_folder(str(run)), dtype), meter)
-    name, revision = (policy.model, policy.revision) if policy.model else (reference.model, reference.revision)
-    bases = [folder / BASE_FOLDER for folder in (run, run.parent) if (folder / BASE_FOLDER).is_dir()]
-    base = bases[0] if bases else model_folder(name, revision)
+    if reference.adapter and policy.model is None:
+        base = (run.parent if run.name.startswith("checkpoint-") else run) / BASE_FOLDER
+        if not (base / "config.json").is_file():
+            raise RunError(f"{run}: its adapter was trained on the weights in {base}, which are not there")
+    else:
+        name, revision = (policy.model, policy.revision) if policy.model else (reference.model, reference.revision)
+        base = model_folder(name, revision)
     model: Any = _peft().PeftModel.from_pretrained(_scored(load_model(base, dtype), meter), run)
     return model
 

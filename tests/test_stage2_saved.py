@@ -106,6 +106,9 @@ def test_an_adapter_trained_on_an_adapted_reference_opens_as_the_model_that_was_
     assert metrics["eval_logps/chosen"] == pytest.approx(float(sums[:, 0].mean()), rel=1e-5)
     shutil.move(run, tmp_path / "elsewhere")
     assert evaluate_run(recipe, held_out, tmp_path / "elsewhere") == metrics
+    shutil.rmtree(tmp_path / "elsewhere" / "base")
+    with pytest.raises(RunError, match=r"trained on the weights in .*elsewhere/base, which are not there"):
+        evaluate_run(recipe, held_out, tmp_path / "elsewhere")
 
 
 def test_a_base_that_a_failed_start_left_neither_blocks_the_folder_nor_is_taken_for_the_next_ones(
