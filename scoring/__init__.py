@@ -6,7 +6,7 @@ What a model says about a pair. One package, because reference and policy must b
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; sae_formats reads the files
     check       is a model measured rightly         self_check  does the SAE fit the hookpoint
-    features    pooled top k, column sets
+    features    pooled top k, column sets           routers     load-balancing loss of experts
 """
 
 from scoring.check import choose_layout, extremes
@@ -35,6 +35,7 @@ from scoring.models import (
     weight_files,
 )
 from scoring.packing import Layout, Packed, pack
+from scoring.routers import router_coefficient
 from scoring.sae import Sae, load_sae
 from scoring.scorer import Scores, install_scoring, mixed_precision
 
@@ -65,6 +66,7 @@ __all__ = [
     "pool_top_features",
     "positions",
     "reference_top",
+    "router_coefficient",
     "significant_config",
     "sparse_rows",
     "sum_logps",

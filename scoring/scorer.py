@@ -24,6 +24,7 @@ from scoring.hookpoints import capture
 from scoring.logps import token_logps
 from scoring.masks import packed_masks
 from scoring.packing import Layout, Packed
+from scoring.routers import router_loss
 
 
 class Scores(NamedTuple):
@@ -37,16 +38,23 @@ class Scores(NamedTuple):
     """Their log-probabilities."""
     residuals: tuple[Float[Tensor, "N D"], ...]
     """Output of each hookpoint at the positions that predict the scored tokens, in the model's dtype."""
+    router_loss: Float[Tensor, ""] | None = None
+    """Load-balancing loss over the batch's tokens, not multiplied yet; None where it was not asked for."""
 
 
-def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), top_logits: int = 0) -> None:
+def install_scoring(
+    model: PreTrainedModel, hookpoints: tuple[str, ...] = (), top_logits: int = 0, *, routers: bool = False
+) -> None:
     """
     Make `model(**packed._asdict())` return Scores. `model` is the causal LM itself, not a wrapper around it.
 
     hookpoints  module paths whose outputs are reported
     top_logits  how many most likely tokens to report at each position
+    routers     whether to report the load-balancing loss, where the model's config asks for it
     Raises ModelError for a hookpoint that the model does not have.
     """
+    balance = router_loss(model) if routers else None
+    extras = {} if balance is None else {"output_router_logits": True}
     with capture(model, hookpoints):
         pass  # resolves every name
 
@@ -66,11 +74,13 @@ def install_scoring(model: PreTrainedModel, hookpoints: tuple[str, ...] = (), to
                 "depends on the place in the row; lower data.max_length"
             )
         with capture(self, hookpoints) as outputs:
-            hidden = _last_hidden(text_decoder(self), packed)
+            output = _decoder_output(text_decoder(self), packed, extras)
+        hidden: Tensor = output.last_hidden_state
         at = packed.predictors
         scored = token_logps(hidden.flatten(0, 1)[at], packed.targets, FamilyHead(self, decoder_path), top=top_logits)
         residuals = tuple(_output(outputs, name).flatten(0, 1)[at] for name in hookpoints)
-        return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals)
+        balancing = None if balance is None else balance(output.router_logits, packed.pair)
+        return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals, balancing)
 
     model.forward = types.MethodType(forward, model)
 
@@ -98,19 +108,21 @@ def _output(outputs: dict[str, Tensor], hookpoint: str) -> Tensor:
     return found
 
 
-def _last_hidden(decoder: PreTrainedModel, packed: Packed) -> Float[Tensor, "R L D"]:
-    """The decoder's last hidden states: packed rows under their own masks, unshared ones under the family's."""
+def _decoder_output(decoder: PreTrainedModel, packed: Packed, extras: dict[str, bool]) -> Any:
+    """
+    What the decoder says of the rows: packed ones under their own masks, unshared ones under the family's.
+
+    extras  further arguments of the decoder's forward
+    """
     if packed.layout is Layout.ROWS:
         # No mask: what stands behind a token cannot reach it, and nothing is padded before one.
-        output = decoder(input_ids=packed.input_ids, use_cache=False)
-    else:
-        with packed_masks(packed):
-            output = decoder(
-                input_ids=packed.input_ids,
-                # A mask of ones: without one the family would take the restarts of the positions for new sequences.
-                attention_mask=torch.ones_like(packed.input_ids),
-                position_ids=packed.position_ids,
-                use_cache=False,
-            )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+        return decoder(input_ids=packed.input_ids, use_cache=False, **extras)
+    with packed_masks(packed):
+        return decoder(
+            input_ids=packed.input_ids,
+            # A mask of ones: without one the family would take the restarts of the positions for new sequences.
+            attention_mask=torch.ones_like(packed.input_ids),
+            position_ids=packed.position_ids,
+            use_cache=False,
+            **extras,
+        )

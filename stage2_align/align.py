@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from errors import FpoError, ModelError, RecipeError, RunInterrupted
+from errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
 from interrupts import StopRequest
 from progress import say
 from recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
@@ -207,7 +207,7 @@ def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = T
     if policy.model is not None:
         _check_vocabulary(recipe, policy.model)
     if policy.lora is None:
-        return _scored(model, meter)
+        return _scored(model, meter, routers=True)
     if adapters:
         base, commit = str((run / BASE_FOLDER).resolve()), None
         if save:
@@ -216,7 +216,7 @@ def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = T
         base, commit = str(folder.resolve()), None
     else:
         base, commit = name, folder.name
-    return _with_adapter(_scored(model, meter), policy.lora, base, commit)
+    return _with_adapter(_scored(model, meter, routers=True), policy.lora, base, commit)
 
 
 def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrainedModel:
@@ -228,8 +228,12 @@ def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrained
     dtype = recipe.policy_arithmetic().dtype
     if not (run / "adapter_config.json").is_file():
         return _scored(load_model(model_folder(str(run)), dtype), meter)
-    bases = [folder / BASE_FOLDER for folder in (run, run.parent) if (folder / BASE_FOLDER).is_dir()]
-    base = bases[0] if bases else _start(recipe)[1]
+    if recipe.reference.adapter and recipe.policy.model is None:
+        base = (run.parent if run.name.startswith("checkpoint-") else run) / BASE_FOLDER
+        if not (base / "config.json").is_file():
+            raise RunError(f"{run}: its adapter was trained on the weights in {base}, which are not there")
+    else:
+        base = _start(recipe)[1]
     model: Any = _peft().PeftModel.from_pretrained(_scored(load_model(base, dtype), meter), run)
     return model
 
@@ -255,8 +259,8 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: 
     temporary.rename(run / BASE_FOLDER)
 
 
-def _scored(model: PreTrainedModel, meter: ObjectiveMeter) -> PreTrainedModel:
-    install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,))
+def _scored(model: PreTrainedModel, meter: ObjectiveMeter, *, routers: bool = False) -> PreTrainedModel:
+    install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,), routers=routers)
     return model
 
 

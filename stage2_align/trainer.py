@@ -29,7 +29,7 @@ from transformers import (
 
 from errors import RunError
 from interrupts import StopRequest
-from scoring import Packed
+from scoring import Packed, router_coefficient
 from stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
 from stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
 from stage2_align.finite import FiniteWatch
@@ -78,6 +78,7 @@ class PairTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.stream = stream
         self.meter = meter.to(args.device)
+        self.router_coefficient = router_coefficient(model)
         # The loss is a mean over pairs; Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
@@ -96,8 +97,14 @@ class PairTrainer(Trainer):
         scores = model(**{name: inputs[name] for name in Packed._fields})
         measurement = self.meter.measure(scores, inputs)
         weight = inputs["weight"]
-        self.sums.add(batch_metrics(measurement, inputs), (weight > 0).sum())
-        loss = (measurement.value.losses * weight).sum()
+        pairs = (weight > 0).sum()
+        loss, sums = (measurement.value.losses * weight).sum(), batch_metrics(measurement, inputs)
+        if scores.router_loss is not None:
+            # A mean over the batch's tokens, so it counts as often as the batch has pairs, as in TRL.
+            loss = loss + self.router_coefficient * scores.router_loss * weight.sum()
+            sums["aux_loss"] = scores.router_loss.detach() * pairs
+            sums["loss"] = sums["loss"] + self.router_coefficient * sums["aux_loss"]
+        self.sums.add(sums, pairs)
         return (loss, measurement) if return_outputs else loss
 
     @property

@@ -7,15 +7,13 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from run_processes import run_process, run_two_processes
 from safetensors.torch import load_file, save_file
 from tiny_world import TinyWorld, build_tiny_world
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,13 +74,6 @@ def test_a_run_folder_holds_recipe_metrics_and_a_policy_that_transformers_opens(
     assert AutoTokenizer.from_pretrained(tmp_path / "run")("w1 w2").input_ids == [1, 5, 6]
 
 
-def run_process(recipe: Path, store: Path, run: Path, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
-    """fpo align in a process of its own."""
-    command = [sys.executable, "-m", "cli", "align", recipe, "--store", store, "--output", run, *flags]
-    settings = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
 def test_a_run_killed_anywhere_and_resumed_has_the_losses_of_one_never_interrupted(
     world: TinyWorld, tmp_path: Path
 ) -> None:
@@ -127,18 +118,6 @@ def test_accumulated_steps_see_the_same_pairs_and_give_the_same_losses(world: Ti
     align(in_parts, cached(world, in_parts), tmp_path / "in_parts")
     assert losses(tmp_path / "in_parts") == pytest.approx(losses(tmp_path / "at_once"), rel=2e-3)
     assert losses(tmp_path / "in_parts")[:2] == pytest.approx(losses(tmp_path / "at_once")[:2], rel=1e-5)
-
-
-def run_two_processes(recipe: Path, store: Path, run: Path, **environment: str) -> None:
-    """fpo align in two gloo processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
-    ranks = [run_process(recipe, store, run, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in (0, 1)]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors.decode()[-2000:]
 
 
 def test_a_step_is_the_same_for_any_number_of_processes_and_of_forwards(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from run_processes import run_two_processes
 from safetensors.torch import load_file, save_file
 from tiny_world import TinyWorld, build_tiny_world
 from torch import Tensor
@@ -104,6 +106,9 @@ def test_an_adapter_trained_on_an_adapted_reference_opens_as_the_model_that_was_
     assert metrics["eval_logps/chosen"] == pytest.approx(float(sums[:, 0].mean()), rel=1e-5)
     shutil.move(run, tmp_path / "elsewhere")
     assert evaluate_run(recipe, held_out, tmp_path / "elsewhere") == metrics
+    shutil.rmtree(tmp_path / "elsewhere" / "base")
+    with pytest.raises(RunError, match=r"trained on the weights in .*elsewhere/base, which are not there"):
+        evaluate_run(recipe, held_out, tmp_path / "elsewhere")
 
 
 def test_a_base_that_a_failed_start_left_neither_blocks_the_folder_nor_is_taken_for_the_next_ones(
@@ -194,3 +199,32 @@ def test_a_run_is_complete_only_after_its_weights_were_read_back(
     assert not read_run(tmp_path / "run")["complete"]
     assert align(recipe, cache, tmp_path / "run", resume=True).steps == 2
     assert read_run(tmp_path / "run")["complete"]
+
+
+def test_fsdp_with_sharded_checkpoints_ends_with_whole_weights(tmp_path: Path) -> None:
+    """accelerate's defaults for FSDP2, in two gloo processes; held to one process."""
+    world = build_tiny_world(tmp_path / "world", 16, 2)
+    sgd = {"optim": "sgd", "learning_rate": 3e-2, "save_steps": 1, "num_train_epochs": 1, "max_grad_norm": 0.0}
+    one = world.recipe(training={**sgd, "per_device_train_batch_size": 8})
+    build_caches(one, world.store)
+    align(one, find_cache(one, world.store), tmp_path / "one")
+    two = world.recipe_file(training={**sgd, "per_device_train_batch_size": 4})
+    sharded = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    run = tmp_path / "two"
+    program = [sys.executable, str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+    run_two_processes(two, world.store, run, program=program, **sharded)
+    assert (run / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
+    assert not (run / "checkpoint-1" / "model.safetensors").exists()
+    assert read_run(run)["complete"]
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    before = load_file(world.root / "model" / "model.safetensors")
+    assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
+    found = load_file(run / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 2e-6, name

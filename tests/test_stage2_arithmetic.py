@@ -1,0 +1,163 @@
+"""
+Reference and policy are measured with the same arithmetic: before the first step the logratios of a mixed-precision run
+are 0, parity looks at the model as it trains, and evaluation computes as training did.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_world import TinyWorld, build_tiny_world
+
+from errors import ParityError, RecipeError
+from recipe import Recipe
+from scoring import Packed, pack
+from stage1_cache import build_caches, find_cache
+from stage2_align import align, evaluate_run
+from stage2_align.align import load_policy
+from stage2_align.measure import ObjectiveMeter
+from stage2_align.parity import OFFSET_TOLERANCE, check_parity, random_pairs
+from stage2_align.run import METRICS_FILE, read_run
+from stage2_align.stream import PairStream
+from stage2_align.trainer import read_metrics
+
+MIXED = {"autocast": "bfloat16"}
+STILL = {"bf16": True, "learning_rate": 0.0, "max_steps": 3, "save_strategy": "no"}
+DPO = {"name": "dpo", "beta": 1.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def run(recipe: Recipe, world: TinyWorld, folder: Path) -> list[dict[str, float]]:
+    build_caches(recipe, world.store)
+    align(recipe, find_cache(recipe, world.store), folder)
+    return read_metrics(folder / METRICS_FILE)
+
+
+def test_a_mixed_precision_run_starts_at_log_2_where_its_reference_was_scored_so(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    """And evaluates so; from a float32 reference, the rounding of bfloat16 stands in every logratio."""
+    same = world.recipe(reference=MIXED, training=STILL, objective=DPO)
+    rows = run(same, world, tmp_path / "same")
+    assert [row["loss"] for row in rows] == pytest.approx([math.log(2)] * 3, abs=1e-5)
+    assert read_run(tmp_path / "same")["parity"] < 1e-5
+    metrics = evaluate_run(same, find_cache(same, world.store, held_out=True), tmp_path / "same")
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+    other = world.recipe(policy={"same_arithmetic": False}, training=STILL, objective=DPO)
+    rows = run(other, world, tmp_path / "other")
+    assert max(abs(row["loss"] - math.log(2)) for row in rows) > 1e-3
+    assert read_run(tmp_path / "other")["parity"] > 1e-3
+
+
+def test_what_the_feature_term_sees_is_the_same_too(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe(reference=MIXED, training=STILL)
+    for row in run(recipe, world, tmp_path / "run"):
+        assert row["features/distance_rejected"] < 1e-9
+
+
+def test_log_probs_under_autocast_are_float32(world: TinyWorld, tmp_path: Path) -> None:
+    """Logits are rounded to bfloat16 on the way, their log-softmax is not."""
+    recipe = world.recipe(reference=MIXED, training=STILL, objective=DPO)
+    build_caches(recipe, world.store)
+    stored = torch.from_numpy(find_cache(recipe, world.store).shard(0).token_logps)
+    assert (stored.bfloat16().float() != stored).float().mean() > 0.9
+
+
+def test_a_launcher_cannot_bring_in_another_arithmetic(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = world.recipe(training={"max_steps": 1})
+    build_caches(recipe, world.store)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(RecipeError, match="this start runs in mixed precision bf16, the recipe says no; set training"):
+        align(recipe, find_cache(recipe, world.store), tmp_path / "run")
+
+
+def parity_of(world: TinyWorld, recipe: Recipe, model: Any, per_device: int = 4) -> float:
+    build_caches(recipe, world.store)
+    stream = PairStream(find_cache(recipe, world.store), 0, seed=3, per_device=per_device)
+    arithmetic = (recipe.policy_arithmetic(), recipe.reference.arithmetic)
+    return check_parity(model, ObjectiveMeter.of(recipe), stream, arithmetic, torch.device("cpu"))
+
+
+def test_parity_refuses_an_offset_in_one_direction_that_is_small_in_size(world: TinyWorld, tmp_path: Path) -> None:
+    """Logits 0.02 % larger: each log-prob is off by less than float32's tolerance, but most of them downwards."""
+    recipe = world.recipe()
+    model = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path)
+    assert parity_of(world, recipe, model) < 1e-5
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.0002)
+    with pytest.raises(ParityError, match=r"token log-probs are off by -\S+ nats on average, in one direction"):
+        parity_of(world, recipe, model)
+    pairs = random_pairs(PairStream(find_cache(recipe, world.store), 0, seed=3, per_device=4), 32)
+    with torch.no_grad():
+        apart = model(**pack(pairs.input_ids, pairs.splits)._asdict()).token_logps - torch.from_numpy(pairs.token_logps)
+    assert float(apart.abs().mean()) < 1e-3
+    assert float(apart.mean()) < -OFFSET_TOLERANCE["float32"]
+
+
+def test_parity_takes_random_pairs_in_batches_of_trainings_size(world: TinyWorld, tmp_path: Path) -> None:
+    recipe = world.recipe()
+    model = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path)
+    sizes: list[int] = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, **batch: Any) -> Any:
+            sizes.append(len(Packed(**batch).lengths) // 2)
+            return model(**batch)
+
+    parity_of(world, recipe, Watched(), per_device=3)
+    assert (max(sizes), sum(sizes)) == (3, 32)
+    cache = find_cache(recipe, world.store)
+    drawn = [random_pairs(PairStream(cache, 0, seed=s, per_device=3), 8).pair_id.tolist() for s in (3, 3, 4)]
+    first = cache.shard(0).pair_id[:8].tolist()
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert not set(drawn[0]) <= set(first)
+
+
+def test_parity_finds_a_changed_row_anywhere_in_the_cache(world: TinyWorld, tmp_path: Path) -> None:
+    """One completion of the last shard, as a stranger's cache might hold it; no row before it is touched."""
+    recipe = world.recipe()
+    model = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path)
+    build_caches(recipe, world.store)
+    stream = PairStream(find_cache(recipe, world.store), 0, seed=3, per_device=4)
+    rows = stream.rows
+    last = int(find_cache(recipe, world.store).shard(2).pair_id[0])
+    assert last in random_pairs(stream, 32).pair_id
+
+    def poisoned(numbers: np.ndarray) -> Any:
+        pairs = rows(numbers)
+        at = int(np.flatnonzero(pairs.pair_id == last)[0])
+        start, end = pairs.completion_splits[2 * at : 2 * at + 2]
+        pairs.token_logps[start:end] += 1.0
+        return pairs
+
+    stream.rows = poisoned  # type: ignore[method-assign]
+    arithmetic = (recipe.policy_arithmetic(), recipe.reference.arithmetic)
+    with pytest.raises(ParityError, match=f"pair {last}, chosen"):
+        check_parity(model, ObjectiveMeter.of(recipe), stream, arithmetic, torch.device("cpu"))
+
+
+def test_other_weights_are_refused_when_training_begins_and_the_folder_stays_free(tmp_path: Path) -> None:
+    world = build_tiny_world(tmp_path / "world", 12, 2)
+    recipe = world.recipe(training={"max_steps": 1})
+    build_caches(recipe, world.store)
+    cache = find_cache(recipe, world.store)
+    weights = world.root / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    save_file({name: tensor * 1.1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ParityError, match="token log-probs differ by"):
+        align(recipe, cache, tmp_path / "run")
+    weights.write_bytes(kept)
+    assert align(recipe, cache, tmp_path / "run").steps == 1
