@@ -72,15 +72,9 @@ def cache_command(
     quiet_libraries()
     from stage1_cache import build_caches
 
-    root = store_root(store or loaded.cache.store)
-    try:
-        reports = build_caches(loaded, root, batch_tokens, _say_why if is_first_rank() else None)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; finished shards stay, go on with: {_command('cache', recipe, store, overrides)}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+    reports = build_caches(
+        loaded, store_root(store or loaded.cache.store), batch_tokens, _say_why if is_first_rank() else None
+    )
     if not is_first_rank():
         return
     if as_json:
@@ -278,11 +272,10 @@ def _print_cache(report: Any) -> None:
         print(f"  {'self-check':<12}{_check_line(check)}")
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
-        reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
-        print(
-            f"  built       {counted(report.built_shards, 'shard')} in {report.seconds:.1f} s: {reused}"
-            f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
-        )
+        copied = f"{counted(report.pairs_reused, 'pair')} copied from other caches" if report.pairs_reused else ""
+        scored = f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
+        done = ", ".join(filter(None, [copied, scored if report.pairs_scored else ""]))
+        print(f"  built       {counted(report.built_shards, 'shard')} in {report.seconds:.1f} s: {done}")
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
 

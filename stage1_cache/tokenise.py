@@ -182,7 +182,9 @@ class _Builder:
 
     def result(self) -> TokenisedPairs:
         if not self.report.kept:
-            raise DataError("no pair is left to score: " + "\n".join(self.report.lines()))
+            advice = "; raise data.max_length" if "prompt_fills_max_length" in self.report.dropped else ""
+            total, *reasons = self.report.lines()
+            raise DataError("\n".join([f"no pair is left to score: {total}{advice}", *reasons]))
         return TokenisedPairs(
             pair_id=np.frombuffer(self.pair_id, np.uint64),
             input_ids=np.frombuffer(self.input_ids, np.uint32),
