@@ -367,9 +367,22 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_PAGE = (
+    "Paths are relative to the folder in which a command is given, not to the recipe. `--set` overrides a field for",
+    "one command, with its value in YAML: `--set objective.alpha=1`, `--set features.0.top_k=all`. An objective of",
+    "another name has other fields, so it is set as a whole: `--set 'objective={name: dpo, beta: 0.1}'`.",
+)
+_TRAINING_PAGE = (
+    "Arguments of `transformers.TrainingArguments` by their own names, such as `learning_rate`, `num_train_epochs`,",
+    "`lr_scheduler_type`, `warmup_steps`, `gradient_checkpointing`, `bf16`, `save_steps` and `report_to`.",
+    "`learning_rate` is 1e-6 and `report_to` none unless given. Of TRL's `DPOConfig`, `beta` belongs to `objective`",
+    "and `max_length` to `data`. These are refused, because the pipeline sets them itself:",
+)
+
+
 def reference_page() -> str:
     """docs/recipe.md: every section and field with type, default and documentation, from the definitions above."""
-    lines = ["# The recipe", "", "<!-- written by `make docs` from recipe.py -->", "", Recipe.__doc__ or ""]
+    lines = ["# The recipe", "", "<!-- written by `make docs` from recipe.py -->", "", Recipe.__doc__ or "", "", *_PAGE]
     sections: list[tuple[str, type[Section]]] = [
         ("", Recipe),
         ("reference", Reference),
@@ -388,6 +401,8 @@ def reference_page() -> str:
             shape = "section" if name == "" and field != "training" else _type_name(info.annotation)
             default = "required" if info.is_required() else "" if name == "" else f"`{json.dumps(info.default)}`"
             lines.append(f"| `{field}` | {shape} | {default} | {info.description} |")
+    lines += ["", "## training", "", *_TRAINING_PAGE, "", "| argument | not set here |", "|---|---|"]
+    lines += [f"| `{name}` | {instead} |" for name, instead in OWNED_ARGUMENTS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -211,6 +211,15 @@ def test_what_is_counted_is_singular_where_it_is_one() -> None:
     assert [counted(number, "shard") for number in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
 
 
+def test_what_the_documents_point_to_is_there() -> None:
+    """Links lead to files, and processes are started by the command: `-m cli` would import a user's own modules."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert "-m cli" not in text, page.name
+
+
 def test_looking_at_a_store_imports_no_torch(world: TinyWorld) -> None:
     code = "import sys, cli; sys.argv = ['fpo', 'store', 'ls']\ntry: cli.main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'"
