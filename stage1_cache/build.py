@@ -6,6 +6,7 @@ A hit costs seconds. On a miss, what other caches of the same scorer hold is cop
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -139,7 +140,8 @@ class _LazyScorer:
 
     @cached_property
     def scorer(self) -> ReferenceScorer:
-        say(f"loading the reference {self.recipe.reference.model} ...")
+        if os.environ.get("RANK", "0") == "0":
+            say(f"loading the reference {self.recipe.reference.model} ...")
         return reference_scorer(self.recipe, self.batch_tokens)
 
     def self_checks(self, identity: CacheIdentity) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tiny_world import TinyWorld, build_tiny_world
 
 import cli
-from cli_store import counted
+from cli_store import _byte_bar, counted
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +209,19 @@ def test_version_and_short_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_counted_is_singular_where_it_is_one() -> None:
     assert [counted(number, "shard") for number in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
+
+
+def test_transfers_are_counted_in_mebibytes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun mebibytes count as whole ones: 3.5 MiB are 4."""
+    monkeypatch.setattr("progress.LINE_SECONDS", 0.0)
+    with _byte_bar("push") as advance:
+        advance(2**20, 7 * 2**19)
+        advance(7 * 2**19, 7 * 2**19)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("push: 1/4 MiB, ")
+    assert last.startswith("push: 4/4 MiB, ")
 
 
 def test_what_the_documents_point_to_is_there() -> None:
