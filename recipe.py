@@ -267,7 +267,7 @@ class Recipe(Section):
     """The frozen model."""
 
     features: Annotated[tuple[Feature, ...], Field(strict=False)] = ()
-    """Hookpoints to record; objectives without a feature term need none."""
+    """Hookpoints to record; part of the key, so keep them for an objective that needs none: one cache serves all."""
 
     data: Data
     """The pairs."""

@@ -132,7 +132,8 @@ def _refuse_loss(
     both sides happen to share would be the prompt.
     """
     rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // _SAMPLE)))
-    others = [name for name in dataset.column_names if name not in read.values() and name not in columns]
+    known = {*read.values(), *columns}
+    others = [name for name, feature in dataset.features.items() if name not in known and not _is_media(feature)]
     kept = ["\0".join(_texts(prompt)) for prompt in _prompts(rows, read)]
     lost = {name: values for name in others if _lacks(values := list(rows[name]), kept)}
     bare = answers_only and "prompt" not in read and "prompt" not in columns
@@ -149,6 +150,12 @@ def _refuse_loss(
             "prompt (messages: with the role system), or leave it out with data.columns: "
             f"{_flow({**columns, **dict.fromkeys(parts)})}"
         )
+
+
+def _is_media(feature: Any) -> bool:
+    """Pictures, sound and the like, which would be decoded: they hold no text, alone or in lists."""
+    single = getattr(feature, "feature", feature)
+    return hasattr(single, "decode_example") and type(single).__name__ != "Json"
 
 
 def _prompts(rows: Dataset, read: Mapping[str, str]) -> Iterator[Any]:

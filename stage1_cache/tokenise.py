@@ -92,7 +92,10 @@ def tokenise(
     if conversational := is_conversational(dataset[0]):
         chat_template = _template(tokenizer, chat_template)
     elif tokenizer.eos_token is None:
-        raise DataError("the tokenizer has no end token (eos_token), with which completions of text must end")
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), with which completions of text "
+            "must end; set one in its tokenizer_config.json, or another data.tokenizer"
+        )
 
     pairs = _Builder(max_length, tokenizer.bos_token_id)
     if columns is not None:
@@ -233,7 +236,8 @@ def _template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str |
     if tokenizer.chat_template is None:
         raise DataError(
             f"the pairs are messages and the tokenizer {tokenizer.name_or_path!r} has no chat template; "
-            "set a chat template (a Jinja file), use an instruction-tuned tokenizer, or pairs of plain text"
+            "set data.chat_template (a Jinja file or its text), data.tokenizer to an instruction-tuned model's, or use "
+            "pairs of plain text"
         )
     return None
 

@@ -310,7 +310,9 @@ DATA = [
 ]
 
 TOKENIZERS = [
-    _refused("messages and no chat template", lambda b: b.messages(None), "has no chat template", "chat template (a J"),
+    _refused(
+        "messages and no chat template", lambda b: b.messages(None), "has no chat template", "set data.chat_template"
+    ),
     _refused(
         "the template file is missing",
         lambda b: b.messages("chatml.jinja"),
@@ -333,7 +335,8 @@ TOKENIZERS = [
     _refused(
         "no end token",
         lambda b: b.cache(b.tokenizer(lambda t: setattr(t, "eos_token", None))),
-        "the tokenizer has no end token (eos_token)",
+        "has no end token (eos_token)",
+        "another data.tokenizer",
     ),
     _works(
         "no pad token",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
 
 from errors import DataError
 from stage1_cache import pairs
@@ -166,6 +166,13 @@ def test_columns_that_can_be_no_prompt_stop_nobody(tmp_path, row):
     assert dataset.column_names == ["chosen", "rejected"]
     assert columns.prompt is None
     assert set(columns.unused) == set(row)
+
+
+def test_pictures_beside_the_pairs_are_left_alone(tmp_path):
+    """Under another name than image they are no input of the pairs; these would not even open."""
+    rows = Dataset.from_list([{**TEXT, "scan": {"bytes": b"no picture", "path": None}}] * 2)
+    rows.cast_column("scan", Image()).to_parquet(tmp_path / "pairs.parquet")
+    assert read_pairs(str(tmp_path / "pairs.parquet"), "train").columns == ("prompt", ("scan",))
 
 
 def test_a_question_that_both_sides_repeat_is_not_lost(tmp_path):
