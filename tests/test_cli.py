@@ -233,6 +233,16 @@ def test_what_the_documents_point_to_is_there() -> None:
         assert "-m cli" not in text, page.name
 
 
+def test_a_users_own_modules_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """The command, unlike `python -m cli`, does not look for modules in the folder where it is given."""
+    for name in ("cli.py", "errors.py", "recipe.py", "progress.py", "store.py"):
+        (tmp_path / name).write_text("raise SystemExit('not ours')")
+    command = [Path(sys.executable).with_name("fpo"), "store", "ls", "--store", tmp_path / "none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("no caches in")
+
+
 def test_looking_at_a_store_imports_no_torch(world: TinyWorld) -> None:
     code = "import sys, cli; sys.argv = ['fpo', 'store', 'ls']\ntry: cli.main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'"
