@@ -86,14 +86,14 @@ class Data(Section):
     source: str
     """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""
 
-    columns: dict[str, str | None] = {}
-    """Our column names to the dataset's: `{prompt: question}`; `{system: null}` leaves a column out."""
-
     subset: str | None = None
     """Configuration name of a hub dataset; null is its default."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub dataset; null is the default branch."""
+
+    columns: dict[str, str | None] = {}
+    """Our column names to the dataset's: `{prompt: question}`; `{system: null}` leaves a column out."""
 
     split: str = "train"
     """Split to train on; slices such as `train[:90%]` are understood."""
@@ -105,7 +105,7 @@ class Data(Section):
     """Hub id or folder of the tokenizer; null takes the reference's."""
 
     chat_template: str | None = None
-    """Chat template that replaces the tokenizer's: path of a file, or the Jinja text itself; null keeps it."""
+    """Chat template, a Jinja file or its text, that replaces the tokenizer's; null keeps it."""
 
     max_length: PositiveInt | None = 1024
     """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""

@@ -128,7 +128,9 @@ class CacheIdentity:
         name, revision = tokenizer_source(self.recipe)
         dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
         tokenizer = load_tokenizer(name, revision)
-        return tokenise(dataset, tokenizer, data.max_length, chat_template=data.chat_template, columns=columns)
+        tokens = tokenise(dataset, tokenizer, data.max_length, chat_template=data.chat_template)
+        tokens.drops.of_columns(*columns)
+        return tokens
 
     @cached_property
     def digests(self) -> np.ndarray:

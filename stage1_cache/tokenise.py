@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from errors import DataError, ModelError
 from progress import progress_bar
 from scoring import template_text
-from stage1_cache.columns import ColumnUse, is_conversational
+from stage1_cache.columns import is_conversational
 from stage1_cache.drops import DropReport
 from stage1_cache.texts import extract_prompt, rendered, with_end_token
 
@@ -76,16 +76,14 @@ def tokenise(
     max_length: int | None,
     *,
     chat_template: str | None = None,
-    columns: ColumnUse | None = None,
     batch_size: int = 256,
 ) -> TokenisedPairs:
     """
     Token ids of the pairs of `read_pairs`, in the dataset's order.
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
-    path of one, in place of the tokenizer's own. `columns`: for the report, which of the dataset's were read.
-    Raises `DataError` without a chat template for messages or an end token for text, where the template refuses a
-    row, and where no pair is left.
+    path of one, in place of the tokenizer's own. Raises `DataError` without a chat template for messages or
+    an end token for text, where the template refuses a row, and where no pair is left.
     """
     if len(dataset) == 0:
         raise DataError("no pairs to tokenise: the dataset has 0 rows; ask for a split that has some")
@@ -98,8 +96,6 @@ def tokenise(
         )
 
     pairs = _Builder(max_length, tokenizer.bos_token_id)
-    if columns is not None:
-        pairs.report.prompt_column, pairs.report.unused_columns = columns.prompt, list(columns.unused)
     with progress_bar(len(dataset), "pairs", "tokenise") as progress:
         for batch in _batches(dataset, batch_size):
             kept: list[tuple[int, list[str]]] = []
