@@ -438,6 +438,15 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", own[number].start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError):  # 2026-99-99, !!int five
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"`{node.value}` is no {kind}; for text, write it in quotes", node.start_mark
+            ) from None
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
@@ -485,14 +494,19 @@ def _position(name: str, items: list[Any], override: str) -> int:
     return int(name)
 
 
+_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+
+
 def _explanations(error: ValidationError, raw: dict[str, Any]) -> list[str]:
     """One line per field that is wrong."""
     lines: dict[str, str] = {}
     for item in error.errors():
         # The alternatives of a union stand in the location as parts of their own, and each has its own complaint:
         # for text it is the one about names that helps, for the rest the one about types.
-        parts = [part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
-        location = [part for part in parts if part not in OBJECTIVES]
+        *outer, last = item["loc"] or ("",)
+        unknown = item["type"] == "extra_forbidden"  # the last part is what the user wrote, whatever it looks like
+        parts = [p for p in (outer if unknown else [*outer, last]) if isinstance(p, int) or _NAME.fullmatch(p)]
+        location = [part for part in parts if part not in OBJECTIVES] + ([last] if unknown else [])
         field = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in location))
         if field not in lines or (item["type"] == "literal_error" and isinstance(item["input"], str)):
             lines[field] = _explain(item, field, location, raw)

@@ -537,6 +537,8 @@ RECIPES = [
         "not UTF-8 (recipe)", lambda b: ["cache", b.recipe_text(b"# caf\xe9\n")], "recipe.yaml: line 1: not UTF-8"
     ),
     _refused("an unknown section", lambda b: b.cache("dta.source=x"), "dta: no such field; nearest is data"),
+    _refused("a section with a capital", lambda b: b.cache("Data.source=x"), "Data: no such field; nearest is data"),
+    _refused("a date that is none", lambda b: b.cache("data.source=2026-99-99"), "is no timestamp", "in quotes"),
     _refused("flat", lambda b: ["cache", b.recipe_text("model: a\nsource: b\n")], "model: no such field", "reference"),
     _refused("features as a mapping", lambda b: b.cache("features={sae: a, hookpoint: b}"), "features: must be a list"),
     _refused("--set without a value", lambda b: b.cache("objective.beta"), "write it as section.field=value"),
