@@ -282,7 +282,7 @@ class Recipe(Section):
     """The loss."""
 
     training: dict[str, Any] = {}
-    """Arguments of `transformers.TrainingArguments`, by their own names. Batch sizes count pairs."""
+    """`transformers.TrainingArguments` by their own names. Batch sizes count pairs; `learning_rate`: 1e-6 if unset."""
 
     @model_validator(mode="after")
     def _combine(self) -> Recipe:
@@ -372,12 +372,6 @@ _PAGE = (
     "one command, with its value in YAML: `--set objective.alpha=1`, `--set features.0.top_k=all`. An objective of",
     "another name has other fields, so it is set as a whole: `--set 'objective={name: dpo, beta: 0.1}'`.",
 )
-_TRAINING_PAGE = (
-    "Arguments of `transformers.TrainingArguments` by their own names, such as `learning_rate`, `num_train_epochs`,",
-    "`lr_scheduler_type`, `warmup_steps`, `gradient_checkpointing`, `bf16`, `save_steps` and `report_to`.",
-    "`learning_rate` is 1e-6 and `report_to` none unless given. Of TRL's `DPOConfig`, `beta` belongs to `objective`",
-    "and `max_length` to `data`. These are refused, because the pipeline sets them itself:",
-)
 
 
 def reference_page() -> str:
@@ -401,8 +395,6 @@ def reference_page() -> str:
             shape = "section" if name == "" and field != "training" else _type_name(info.annotation)
             default = "required" if info.is_required() else "" if name == "" else f"`{json.dumps(info.default)}`"
             lines.append(f"| `{field}` | {shape} | {default} | {info.description} |")
-    lines += ["", "## training", "", *_TRAINING_PAGE, "", "| argument | not set here |", "|---|---|"]
-    lines += [f"| `{name}` | {instead} |" for name, instead in OWNED_ARGUMENTS.items()]
     return "\n".join(lines) + "\n"
 
 
