@@ -134,8 +134,11 @@ class CacheIdentity:
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """(P, 16) digest of every pair, in dataset order."""
-        return pair_digests(self.tokens.input_ids, self.tokens.splits)
+        """(P, 16) digest of every pair, in dataset order; the report of the drops then counts those that repeat."""
+        digests = pair_digests(self.tokens.input_ids, self.tokens.splits)
+        for repeat in _repeats(digests):
+            self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
+        return digests
 
     def check_tokens(self) -> None:
         """RecipeError for a sequence longer than the reference has positions, or a token that it does not know."""
@@ -171,8 +174,6 @@ class CacheIdentity:
         return [(sae_facts(feature.sae, feature.hookpoint), feature) for feature in self.recipe.features]
 
     def _pairs_and_drops(self) -> dict[str, Any]:
-        for repeat in _repeats(self.digests):
-            self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
         return {
             "pairs": {
                 "digest": pairs_digest(self.digests),
