@@ -6,17 +6,14 @@ chat_template_kwargs where given. What does not fit is refused here, with its fi
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import datasets
 from datasets import (
     Dataset,
     DatasetDict,
@@ -163,9 +160,7 @@ def _from_disk(path: Path, split: str) -> Dataset:
     facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats]
     name = "fpo-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     try:
-        return cast(
-            Dataset, load_dataset(formats.pop(), name=name, data_files=files, split=split, cache_dir=_cache_folder())
-        )
+        return cast(Dataset, load_dataset(formats.pop(), name=name, data_files=files, split=split))
     except Exception as error:
         for group in files.values():
             for file in group:
@@ -173,23 +168,6 @@ def _from_disk(path: Path, split: str) -> Dataset:
         if "corresponds to no data" in str(error):
             raise _no_rows(path, split) from error
         raise DataError(f"{path}, split {split!r}: {_innermost(error)}") from error
-
-
-@functools.cache
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Gone when this process ends."""
-    return tempfile.TemporaryDirectory(prefix="fpo-datasets-")
-
-
-def _cache_folder() -> str:
-    """Where `datasets` keeps what it read: its own folder, or a temporary one where that cannot be written."""
-    own = Path(datasets.config.HF_DATASETS_CACHE)
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=own):
-            return str(own)
-    except OSError:
-        return _temporary_folder().name
 
 
 def _from_saved(folder: Path, split: str) -> Dataset:

@@ -725,17 +725,6 @@ def test_a_mistake_ends_in_one_clear_line(
         assert one_clear_line(err)
 
 
-def test_a_home_that_cannot_be_written_stops_nobody(
-    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HOME", "/proc/nohome")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nohome/.cache/huggingface/datasets")
-    monkeypatch.setattr("sys.argv", ["fpo", *Bench(world, tmp_path).pairs(MANY)])
-    assert exit_code(cli.main) == 0
-    assert "8 of 8 pairs kept" in capfd.readouterr().out
-
-
 def one_clear_line(err: str) -> bool:
     """Whether there is one `error: ` line, with details indented under it, and before it only what was being done."""
     before, _, error = err.partition("error: ")
