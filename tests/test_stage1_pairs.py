@@ -158,6 +158,7 @@ def test_a_prompt_under_another_name_is_never_silently_lost(tmp_path, row, lost,
         {"source": "helpful base", "id": "a{n}", "prompt_id": "0f{n}", "score": 0.5, "label": "good one"},
         {"model": "some model", "timestamp": "2024-01-01 10:00:0{n}", "url": "https://a.b/{n}", "turns": 3},
         {"question": "", "system": None},
+        {"ratings": [{"model": "a b c", "stars": 4}]},
     ],
 )
 def test_columns_that_can_be_no_prompt_stop_nobody(tmp_path, row):
@@ -298,6 +299,13 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
         lines(TEXT).encode() + b'{"prompt": "p", "chosen": "\xe9", "rejected": "b"}\n'
     )
     assert "not UTF-8" in refusal(tmp_path / "pairs.jsonl")
+
+
+def test_other_columns_that_are_not_utf8_are_refused_by_name(tmp_path):
+    (tmp_path / "pairs.jsonl").write_bytes(b'{"chosen": "a", "rejected": "b", "note": "\xe9"}\n')
+    assert refusal(tmp_path / "pairs.jsonl").endswith(
+        "column 'note': not UTF-8 (unexpected end of data); convert the file"
+    )
 
 
 def test_empty_files_and_empty_slices_are_refused(tmp_path):
