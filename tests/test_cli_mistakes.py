@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -59,6 +61,12 @@ class Bench:
     def align(self, *overrides: str) -> list[str]:
         output = ["--output", str(self.folder / "run")]
         return ["align", self.recipe(), *output, *sets(["training.max_steps=2", *overrides])]
+
+    def aligned(self, *overrides: str) -> Path:
+        """A run of two steps, both saved."""
+        with mock.patch.object(sys, "argv", ["fpo", *self.align("training.save_steps=1", *overrides)]):
+            assert exit_code(cli.main) == 0
+        return self.folder / "run"
 
     def pairs(self, content: str | bytes | list[Any], name: str = "pairs.jsonl", **data: Any) -> list[str]:
         """`fpo cache` on a data file of rows, or with just this content."""
@@ -605,6 +613,15 @@ RUNS = [
         "policy.lora.target_modules",
         "q_prj",
     ),
+    _refused(
+        "a checkpoint that is cut off",
+        lambda b: (
+            cut(b.aligned("training.lr_scheduler_type=constant") / "checkpoint-2" / "optimizer.pt"),
+            [*b.align("training.lr_scheduler_type=constant", "training.max_steps=4"), "--resume"],
+        )[1],
+        "checkpoint-2",
+        "optimizer.pt",
+    ),
     _refused("a flipped bit", lambda b: with_damage(b, "shards/000000.zarr.zip", flip), "000000.zarr.zip"),
     _refused("a missing shard", lambda b: with_damage(b, "shards/000000.zarr.zip", Path.unlink), "000000.zarr.zip"),
     _refused("an edited manifest", lambda b: with_damage(b, "manifest.json", flip), "manifest.json"),
@@ -636,6 +653,7 @@ WAITING = frozenset(
         "fp16 on a CPU",
         "the output holds a log of the scheduler",
         "evaluate what is no run",
+        "a checkpoint that is cut off",
     }
 )
 
@@ -723,6 +741,24 @@ def test_a_mistake_ends_in_one_clear_line(
     if mistake.exit_code:
         assert out == ""
         assert one_clear_line(err)
+
+
+def test_a_disk_that_fills_up_while_a_run_is_saved_is_one_clear_line(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the disk: Python sees the same failed write."""
+    monkeypatch.setattr("sys.argv", ["fpo", *Bench(world, tmp_path).align()])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code = exit_code(cli.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    out, err = capfd.readouterr()
+    assert (code, out) == (1, "")
+    assert one_clear_line(err)
+    assert "File too large" in err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def one_clear_line(err: str) -> bool:
