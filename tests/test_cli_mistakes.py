@@ -577,9 +577,16 @@ TRAINING = [
     _refused("no steps", lambda b: b.align("training.max_steps=0"), "max_steps"),
     _refused("no epochs", lambda b: b.align("training.max_steps=-1", "training.num_train_epochs=0"), "epochs"),
     _refused(
-        "bf16 without a device for it", lambda b: b.align("training.bf16=true", "training.use_cpu=false"), "bf16", "cpu"
+        "bf16 over a float32 reference", lambda b: b.align("training.bf16=true"), "reference.autocast", "bfloat16"
     ),
-    _refused("fp16 on a CPU", lambda b: b.align("training.fp16=true"), "fp16"),
+    _refused("fp16 over a float32 reference", lambda b: b.align("training.fp16=true"), "reference.autocast", "float16"),
+    _refused(
+        "bf16 without a device for it",
+        lambda b: b.align("training.bf16=true", "training.use_cpu=false", "policy.same_arithmetic=false"),
+        "bf16",
+        "cpu",
+    ),
+    _refused("fp16 on a CPU", lambda b: b.align("training.fp16=true", "policy.same_arithmetic=false"), "fp16", "GPU"),
     _works(
         "a batch above the data", lambda b: b.align("training.per_device_train_batch_size=99"), "trained     2 steps"
     ),
@@ -650,6 +657,9 @@ WAITING = frozenset(
         "the loss becomes NaN",
         "no steps",
         "no epochs",
+        "bf16 over a float32 reference",
+        "fp16 over a float32 reference",
+        "bf16 without a device for it",
         "fp16 on a CPU",
         "the output holds a log of the scheduler",
         "evaluate what is no run",
