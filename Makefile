@@ -28,6 +28,7 @@ demo: $(VENV)/installed  ## from nothing to an aligned policy and its evaluation
 	@echo "world   demo-world/       model, SAE and pairs"
 	@echo "caches  $(FPO_STORE)"
 	@echo "run     runs/demo/        policy, metrics.jsonl, recipe.yaml, evaluation.json"
+	@echo "fpo     source .venv/bin/activate    (then the command is there)"
 	@echo "next    make align RECIPE=recipes/demo-dpo.yaml     (another objective, from the same cache)"
 
 cache: $(VENV)/installed  ## stage 1: the recipe's pairs through the reference, once (RECIPE=...)

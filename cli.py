@@ -303,13 +303,15 @@ def _print_cache(report: Any) -> None:
         )
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
-        reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
         if report.layout is not None:
             print(f"  layout      {report.layout}")
-        print(
-            f"  built       {counted(report.built_shards, 'shard')} in {report.seconds:.1f} s: {reused}"
-            f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
-        )
+        copied = f"{counted(report.pairs_reused, 'pair')} copied from other caches" if report.pairs_reused else ""
+        scored = f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
+        done = ", ".join(filter(None, [copied, scored if report.pairs_scored else ""]))
+        total = counted(len(cache.shard_pairs), "shard")
+        # Other processes, or an earlier start, did the rest.
+        built = total if report.built_shards == len(cache.shard_pairs) else f"{report.built_shards:,} of {total} here"
+        print(f"  built       {built} in {report.seconds:.1f} s: {done}")
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
 

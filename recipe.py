@@ -135,14 +135,14 @@ class Data(Section):
     source: Place
     """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""
 
-    columns: dict[str, str | None] = {}
-    """Our column names to the dataset's: `{prompt: question}`; `{system: null}` leaves a column out."""
-
     subset: str | None = None
     """Configuration name of a hub dataset; null is its default."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub dataset; null is the default branch."""
+
+    columns: dict[str, str | None] = {}
+    """Our column names to the dataset's: `{prompt: question}`; `{system: null}` leaves a column out."""
 
     split: str = "train"
     """Split to train on; slices such as `train[:90%]` are understood."""
@@ -154,7 +154,7 @@ class Data(Section):
     """Hub id or folder of the tokenizer; null takes the reference's."""
 
     chat_template: Place | None = None
-    """Chat template that replaces the tokenizer's: path of a file, or the Jinja text itself; null keeps it."""
+    """Chat template, a Jinja file or its text, that replaces the tokenizer's; null keeps it."""
 
     today: IsoDate | None = None
     """Date (`2026-11-24`) that a chat template gets which asks for it, such as Llama 3.2's; those refuse null."""
@@ -379,7 +379,7 @@ class Recipe(Section):
     """The frozen model."""
 
     features: Annotated[tuple[Feature, ...], Field(strict=False)] = ()
-    """Hookpoints to record; objectives without a feature term need none."""
+    """Hookpoints to record; part of the key, so keep them for an objective that needs none: one cache serves all."""
 
     data: Data
     """The pairs."""
@@ -394,7 +394,7 @@ class Recipe(Section):
     """The loss."""
 
     training: dict[str, Any] = {}
-    """Arguments of `transformers.TrainingArguments`, by their own names. Batch sizes count pairs."""
+    """`transformers.TrainingArguments` by their own names. Batch sizes count pairs; `learning_rate`: 1e-6 if unset."""
 
     @model_validator(mode="after")
     def _combine(self) -> Recipe:
@@ -531,9 +531,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
+_PAGE = (
+    "Paths are relative to the folder in which a command is given, not to the recipe. `--set` overrides a field for",
+    "one command, with its value in YAML: `--set objective.alpha=1`, `--set features.0.top_k=all`. An objective of",
+    "another name has other fields, so it is set as a whole: `--set 'objective={name: dpo, beta: 0.1}'`.",
+)
+
+
 def reference_page() -> str:
     """docs/recipe.md: every section and field with type, default and documentation, from the definitions above."""
-    lines = ["# The recipe", "", "<!-- written by `make docs` from recipe.py -->", "", Recipe.__doc__ or ""]
+    lines = ["# The recipe", "", "<!-- written by `make docs` from recipe.py -->", "", Recipe.__doc__ or "", "", *_PAGE]
     sections: list[tuple[str, type[Section]]] = [
         ("", Recipe),
         ("reference", Reference),
@@ -601,6 +608,15 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", own[number].start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError):  # 2026-99-99, !!int five
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"`{node.value}` is no {kind}; for text, write it in quotes", node.start_mark
+            ) from None
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
@@ -650,14 +666,19 @@ def _position(name: str, items: list[Any], override: str) -> int:
     return int(name)
 
 
+_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+
+
 def _explanations(error: ValidationError, raw: dict[str, Any]) -> list[str]:
     """One line per field that is wrong."""
     lines: dict[str, str] = {}
     for item in error.errors():
         # The alternatives of a union stand in the location as parts of their own, and each has its own complaint:
         # for text it is the one about names that helps, for the rest the one about types.
-        parts = [part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
-        location = [part for part in parts if part not in OBJECTIVES]
+        *outer, last = item["loc"] or ("",)
+        unknown = item["type"] == "extra_forbidden"  # the last part is what the user wrote, whatever it looks like
+        parts = [p for p in (outer if unknown else [*outer, last]) if isinstance(p, int) or _NAME.fullmatch(p)]
+        location = [part for part in parts if part not in OBJECTIVES] + ([last] if unknown else [])
         field = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(part) for part in location))
         if field not in lines or (item["type"] == "literal_error" and isinstance(item["input"], str)):
             lines[field] = _explain(item, field, location, raw)

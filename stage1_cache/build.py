@@ -7,6 +7,7 @@ A hit costs seconds. On a miss, what other caches of the same scorer hold is cop
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -163,7 +164,8 @@ class _LazyScorer:
 
     @cached_property
     def _loaded(self) -> ReferenceScorer:
-        say(f"loading the reference {self.recipe.reference.model} ...")
+        if os.environ.get("RANK", "0") == "0":
+            say(f"loading the reference {self.recipe.reference.model} ...")
         return reference_scorer(self.recipe, self.batch_tokens, self.named)
 
     @cached_property

@@ -132,9 +132,10 @@ def _refuse_loss(
     both sides happen to share would be the prompt.
     """
     rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // _SAMPLE)))
-    others = [name for name in dataset.column_names if name not in read.values() and name not in columns]
+    known = {*read.values(), *columns}
+    others = [name for name, feature in dataset.features.items() if name not in known and not _is_media(feature)]
     kept = ["\0".join(_texts(prompt)) for prompt in _prompts(rows, read)]
-    lost = {name: values for name in others if _lacks(values := list(rows[name]), kept)}
+    lost = {name: values for name in others if _lacks(values := _decoded(rows, name, source), kept)}
     bare = answers_only and "prompt" not in read and "prompt" not in columns
     if bare and (prompts := [name for name, values in lost.items() if _could_be_prompt(name, values)]):
         likely = min(prompts, key=lambda name: (name.lower() in _PART_NAMES, name.lower() not in _PROMPT_NAMES))
@@ -149,6 +150,19 @@ def _refuse_loss(
             "prompt (messages: with the role system), or leave it out with data.columns: "
             f"{_flow({**columns, **dict.fromkeys(parts)})}"
         )
+
+
+def _is_media(feature: Any) -> bool:
+    """Pictures, sound and the like, which would be decoded: they hold no text, alone or in lists."""
+    single = getattr(feature, "feature", feature)
+    return hasattr(single, "decode_example") and type(single).__name__ != "Json"
+
+
+def _decoded(rows: Dataset, name: str, source: str) -> list[Any]:
+    try:
+        return list(rows[name])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}, column {name!r}: not UTF-8 ({error.reason}); convert the file") from error
 
 
 def _prompts(rows: Dataset, read: Mapping[str, str]) -> Iterator[Any]:
@@ -182,12 +196,17 @@ def _could_be_prompt(name: str, values: list[Any]) -> bool:
     known = name.lower()
     if known in (*_PROMPT_NAMES, *_PART_NAMES) or difflib.get_close_matches(known, ["prompt"], cutoff=0.8):
         return True
-    if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values):
+    if any(isinstance(value, list) and value and _is_message(value[0]) for value in values):
         return True
     said = [value for value in values if isinstance(value, str) and value.strip()]
     running = [value for value in said if not value.isascii() or re.search(r"[^\W\d_]\s+[^\W\d_]", value)]
     different = len(set(running))
     return 2 * len(running) > len(said) and (different == len(said) or different > max(4, len(said) / 10))
+
+
+def _is_message(value: Any) -> bool:
+    """A message as we read it, or as ShareGPT writes it."""
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
 def _opens_with_answer(row: dict[str, Any]) -> bool:

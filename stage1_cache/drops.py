@@ -5,6 +5,7 @@ columns. Nothing is lost in silence: `kept` plus the counts of `dropped` is `rea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,6 +74,10 @@ class DropReport:
     def note(self, what: str, row: int) -> None:
         assert what in NOTED
         self.noted.setdefault(what, Finding()).add(row)
+
+    def of_columns(self, prompt: str | None, unused: Iterable[str]) -> None:
+        """Say which column the prompts are read from, if any, and which nothing is read from."""
+        self.prompt_column, self.unused_columns = prompt, list(unused)
 
     def as_dict(self) -> dict[str, Any]:
         """The report in JSON types."""

@@ -113,19 +113,23 @@ class CacheIdentity:
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
         dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
-        return tokenise(
+        tokens = tokenise(
             dataset,
             load_tokenizer(name, revision),
             data.max_length,
             chat_template=data.chat_template,
-            columns=columns,
             today=data.today,
         )
+        tokens.drops.of_columns(*columns)
+        return tokens
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """(P, 16) digest of every pair, in dataset order."""
-        return pair_digests(self.tokens.input_ids, self.tokens.splits)
+        """(P, 16) digest of every pair, in dataset order; the report of the drops then counts those that repeat."""
+        digests = pair_digests(self.tokens.input_ids, self.tokens.splits)
+        for repeat in _repeats(digests):
+            self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
+        return digests
 
     def check_tokens(self) -> None:
         """
@@ -177,8 +181,6 @@ class CacheIdentity:
         return pairs_digest(shard_digest(self.tokens.pair_id[rows], self.digests[rows]) for rows in self.plan())
 
     def _pairs_and_drops(self) -> dict[str, Any]:
-        for repeat in _repeats(self.digests):
-            self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
         return {
             "pairs": {
                 "digest": self._pairs_digest(),

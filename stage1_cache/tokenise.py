@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from errors import DataError, ModelError
 from progress import progress_bar
 from scoring import template_text
-from stage1_cache.columns import ColumnUse, is_conversational
+from stage1_cache.columns import is_conversational
 from stage1_cache.drops import DropReport
 from stage1_cache.texts import ChatTemplate, extract_prompt, with_end_token
 
@@ -76,7 +76,6 @@ def tokenise(
     max_length: int | None,
     *,
     chat_template: str | None = None,
-    columns: ColumnUse | None = None,
     today: str | None = None,
     batch_size: int = 256,
 ) -> TokenisedPairs:
@@ -85,20 +84,20 @@ def tokenise(
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
     path of one, in place of the tokenizer's own; `today`: the ISO date that a template gets which asks for it.
-    `columns`: for the report, which of the dataset's were read. Raises `DataError` without a chat template for
-    messages or an end token for text, for a template that is no Jinja, where the template refuses a row, and where
-    no pair is left; `RecipeError` for one that lacks its date.
+    Raises `DataError` without a chat template for messages or an end token for text, for a template that is no
+    Jinja, where the template refuses a row, and where no pair is left; `RecipeError` for one that lacks its date.
     """
     if len(dataset) == 0:
         raise DataError("no pairs to tokenise: the dataset has 0 rows; ask for a split that has some")
     if conversational := is_conversational(dataset[0]):
         template = ChatTemplate(tokenizer, _template(tokenizer, chat_template), today)
     elif tokenizer.eos_token is None:
-        raise DataError("the tokenizer has no end token (eos_token), with which completions of text must end")
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), with which completions of text "
+            "must end; set one in its tokenizer_config.json, or another data.tokenizer"
+        )
 
     pairs = _Builder(max_length, tokenizer.bos_token_id)
-    if columns is not None:
-        pairs.report.prompt_column, pairs.report.unused_columns = columns.prompt, list(columns.unused)
     with progress_bar(len(dataset), "pairs", "tokenise") as progress:
         for batch in _batches(dataset, batch_size):
             kept: list[tuple[int, list[str]]] = []
@@ -185,7 +184,9 @@ class _Builder:
 
     def result(self) -> TokenisedPairs:
         if not self.report.kept:
-            raise DataError("no pair is left to score: " + "\n".join(self.report.lines()))
+            advice = "; raise data.max_length" if "prompt_fills_max_length" in self.report.dropped else ""
+            total, *reasons = self.report.lines()
+            raise DataError("\n".join([f"no pair is left to score: {total}{advice}", *reasons]))
         return TokenisedPairs(
             pair_id=np.frombuffer(self.pair_id, np.uint64),
             input_ids=np.frombuffer(self.input_ids, np.uint32),
@@ -234,7 +235,8 @@ def _template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str |
     if tokenizer.chat_template is None:
         raise DataError(
             f"the pairs are messages and the tokenizer {tokenizer.name_or_path!r} has no chat template; "
-            "set a chat template (a Jinja file), use an instruction-tuned tokenizer, or pairs of plain text"
+            "set data.chat_template (a Jinja file or its text), data.tokenizer to an instruction-tuned model's, or use "
+            "pairs of plain text"
         )
     return None
 

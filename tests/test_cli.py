@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tiny_world import TinyWorld, build_tiny_world
 
 import cli
-from cli_store import counted
+from cli_store import _byte_bar, counted
 from errors import RunError
 
 ROOT = Path(__file__).parents[1]
@@ -228,6 +228,38 @@ def test_version_and_short_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_counted_is_singular_where_it_is_one() -> None:
     assert [counted(number, "shard") for number in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
+
+
+def test_transfers_are_counted_in_mebibytes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun mebibytes count as whole ones: 3.5 MiB are 4."""
+    monkeypatch.setattr("progress.LINE_SECONDS", 0.0)
+    with _byte_bar("push") as advance:
+        advance(2**20, 7 * 2**19)
+        advance(7 * 2**19, 7 * 2**19)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("push: 1/4 MiB, ")
+    assert last.startswith("push: 4/4 MiB, ")
+
+
+def test_what_the_documents_point_to_is_there() -> None:
+    """Links lead to files, and processes are started by the command: `-m cli` would import a user's own modules."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert "-m cli" not in text, page.name
+
+
+def test_a_users_own_modules_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """The command, unlike `python -m cli`, does not look for modules in the folder where it is given."""
+    for name in ("cli.py", "errors.py", "recipe.py", "progress.py", "store.py"):
+        (tmp_path / name).write_text("raise SystemExit('not ours')")
+    command = [Path(sys.executable).with_name("fpo"), "store", "ls", "--store", tmp_path / "none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("no caches in")
 
 
 def test_looking_at_a_store_imports_no_torch(world: TinyWorld) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -296,6 +297,20 @@ def test_another_column_for_the_prompt_makes_other_tokens_and_is_asked_anew(worl
     assert key(**here) != plain
     assert key(**here, columns={"prompt": "question"}) == plain
     assert key(**here) != plain
+
+
+def test_without_a_terminal_lines_say_where_stage_1_stands(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a line for every step instead of one a minute: three shards of 16, 16 and 8 pairs."""
+    monkeypatch.setattr("progress.LINE_SECONDS", 0.0)
+    build_caches(world.recipe(data={"eval_split": None}), tmp_path)
+    said = capsys.readouterr().err
+    rate = r"[\d,.e+]+"
+    assert re.search(rf"^tokenise: 40/40 pairs, {rate} pairs/s$", said, re.MULTILINE)
+    assert f"loading the reference {world.root / 'model'} ...\n" in said
+    assert re.search(rf"^cache train: 16/40 pairs, ({rate} tokens/s, )?{rate} pairs/s, eta \d+ s$", said, re.MULTILINE)
+    assert re.search(rf"^cache train: 40/40 pairs, {rate} tokens/s, {rate} pairs/s$", said, re.MULTILINE)
 
 
 def test_repeated_and_shared_pairs_are_counted(world: TinyWorld, tmp_path: Path) -> None:

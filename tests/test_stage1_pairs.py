@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
 
 from errors import DataError
 from stage1_cache import pairs
@@ -159,6 +159,7 @@ def test_a_prompt_under_another_name_is_never_silently_lost(tmp_path, row, lost,
         {"source": "helpful base", "id": "a{n}", "prompt_id": "0f{n}", "score": 0.5, "label": "good one"},
         {"model": "some model", "timestamp": "2024-01-01 10:00:0{n}", "url": "https://a.b/{n}", "turns": 3},
         {"question": "", "system": None},
+        {"ratings": [{"model": "a b c", "stars": 4}]},
     ],
 )
 def test_columns_that_can_be_no_prompt_stop_nobody(tmp_path, row):
@@ -167,6 +168,13 @@ def test_columns_that_can_be_no_prompt_stop_nobody(tmp_path, row):
     assert dataset.column_names == ["chosen", "rejected"]
     assert columns.prompt is None
     assert set(columns.unused) == set(row)
+
+
+def test_pictures_beside_the_pairs_are_left_alone(tmp_path):
+    """Under another name than image they are no input of the pairs; these would not even open."""
+    rows = Dataset.from_list([{**TEXT, "scan": {"bytes": b"no picture", "path": None}}] * 2)
+    rows.cast_column("scan", Image()).to_parquet(tmp_path / "pairs.parquet")
+    assert read_pairs(str(tmp_path / "pairs.parquet"), "train").columns == ("prompt", ("scan",))
 
 
 def test_a_question_that_both_sides_repeat_is_not_lost(tmp_path):
@@ -292,6 +300,13 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
         lines(TEXT).encode() + b'{"prompt": "p", "chosen": "\xe9", "rejected": "b"}\n'
     )
     assert "not UTF-8" in refusal(tmp_path / "pairs.jsonl")
+
+
+def test_other_columns_that_are_not_utf8_are_refused_by_name(tmp_path):
+    (tmp_path / "pairs.jsonl").write_bytes(b'{"chosen": "a", "rejected": "b", "note": "\xe9"}\n')
+    assert refusal(tmp_path / "pairs.jsonl").endswith(
+        "column 'note': not UTF-8 (unexpected end of data); convert the file"
+    )
 
 
 def test_empty_files_and_empty_slices_are_refused(tmp_path):

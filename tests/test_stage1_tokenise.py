@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from errors import DataError, ModelError
 from scoring import template_text
-from stage1_cache.columns import ColumnUse
 from stage1_cache.drops import EXAMPLES, DropReport
 from stage1_cache.pairs import read_pairs
 from stage1_cache.texts import extract_prompt
@@ -187,10 +186,11 @@ def test_a_side_that_says_nothing_is_noted():
 def test_the_report_says_where_the_prompts_come_from():
     """<s> c and <s> c c are 5 tokens in two prompts."""
     rows = Dataset.from_list([text("c", "a", "b"), text("cc", "a", "b")])
-    report = tokenise(rows, letters(), None, columns=ColumnUse("question", ("id", "source"))).drops
+    report = tokenise(rows, letters(), None).drops
+    report.of_columns("question", ["id", "source"])
     assert report.prompt_line() == "column question, 2.5 tokens on average; columns not used: id, source"
     assert DropReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
-    report = tokenise(rows.remove_columns("prompt"), letters(), None, columns=ColumnUse(None, ())).drops
+    report = tokenise(rows.remove_columns("prompt"), letters(), None).drops
     assert report.prompt_line() == "implicit (what chosen and rejected share), 1.0 tokens on average"
 
 
