@@ -238,8 +238,7 @@ def store_export(
 def store_rm(key: Key, store: StoreOption = None) -> None:
     """Remove a cache that nobody uses."""
     removed = rm(store_root(store), key)
-    tags = f", tags: {', '.join(removed.tags)}" if removed.tags else ""
-    print(f"removed {removed.key[:12]} ({size(removed.n_bytes)}{tags})")
+    print(f"removed {removed.key[:12]} ({size(removed.n_bytes)})")
 
 
 @store_app.command("gc")

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from store_cases import World, tree
 from store_killed_writer import CALLS
 
 from errors import CacheError, CacheIncomplete, CacheMissing
-from store import Store, open_cache, verify
+from store import Store, gc, open_cache, verify
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 NOBODY = 65534
@@ -228,7 +229,7 @@ def as_nobody(script, *args):
         pytest.skip("needs the right to change users")
     here = Path(__file__).parent
     # Python itself may lie where only root reads: import first, then become the other user.
-    head = f"import os, sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+    head = f"import logging, os, sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
     head += "from store_cases import World; from store import *; from errors import CacheError; args = sys.argv[1:]\n"
     head += f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     command = [sys.executable, "-c", head + script, *map(str, args)]
@@ -293,6 +294,69 @@ for summary in Store(args[0]).summaries():
         + ("or choose another store with --store or FPO_STORE")
     )
     assert sorted(listed) == sorted([f"{key[:8]} True False", f"{closed_key[:8]} False True"])
+
+
+USE = """
+os.umask(0o077)
+open_cache(args[0], args[1])
+print("open")
+"""
+
+
+def days_since_use(world, key):
+    return (time.time() - world.store.use_file(key).stat().st_mtime) / 86400
+
+
+def unused(world, key, days=400):
+    os.utime(world.store.use_file(key), (time.time() - days * 86400,) * 2)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o2775, 0o1777])
+def test_what_another_user_reads_is_noted_and_kept(public, mode):
+    """Whoever may read the store may note that they do, whatever the umask of its owner."""
+    before = os.umask(0o077)
+    try:
+        (public / "store").mkdir()
+        (public / "store").chmod(mode)
+        world = World(public / "store")
+        key = world.fill().key
+    finally:
+        os.umask(before)
+    for path in [world.store.path(key), *world.store.path(key).rglob("*")]:
+        path.chmod(0o755)
+    unused(world, key)
+    assert as_nobody(USE, public / "store", key) == ["open"]
+    assert days_since_use(world, key) < 1
+    assert gc(world.store, unused_days=30, dry_run=False).items == []
+
+
+def test_a_note_that_shuts_readers_out_says_nothing_of_disuse(public):
+    """Made before by other rules: the reader is told, gc keeps the cache and counts from then on."""
+    world = World(public / "store")
+    key = world.fill().key
+    world.store.use_file(key).chmod(0o644)
+    unused(world, key)
+    said = as_nobody("logging.basicConfig(stream=sys.stdout)" + USE, public / "store", key)
+    assert len(said) == 2
+    assert f"cannot note in {public}/store/.state/uses that cache {key[:12]} is used (Permission denied)" in said[0]
+    assert days_since_use(world, key) > 399
+    (note,) = gc(world.store, unused_days=30, dry_run=False).notes
+    assert f"{key[:12]} stays" in note
+    assert verify(world.store, key).ok
+    unused(world, key)
+    assert as_nobody(USE, public / "store", key) == ["open"]
+    assert days_since_use(world, key) < 1
+    unused(world, key)
+    assert [item.removed for item in gc(world.store, unused_days=30, dry_run=False).items] == [True]
+
+
+def test_a_store_that_is_closed_to_others_needs_no_account_of_them(tmp_path):
+    world = World(tmp_path / "store")
+    world.store.root.mkdir(mode=0o700)
+    key = world.fill().key
+    assert stat.S_IMODE(world.store.use_file(key).stat().st_mode) == 0o600
+    unused(world, key)
+    assert [item.removed for item in gc(world.store, unused_days=30, dry_run=False).items] == [True]
 
 
 def test_files_are_as_public_as_the_umask_says(tmp_path):
