@@ -7,8 +7,10 @@ half of it is left under its key, and the next collection finishes the work. Wha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,14 +119,14 @@ def remove_cache(store: Store, key: str) -> Removed:
 
 
 def bytes_in(path: Path) -> int:
-    """Of all files below; links are not followed."""
-    if not path.is_dir() or path.is_symlink():
-        return path.lstat().st_size if os.path.lexists(path) else 0
+    """Of all files below; links are not followed. Raises CacheError."""
     total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                continue
+    with explained("read", path), contextlib.suppress(FileNotFoundError):
+        facts = path.lstat()
+        if not stat.S_ISDIR(facts.st_mode):
+            return facts.st_size
+        for folder, _, names in os.walk(path):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
     return total

@@ -4,6 +4,7 @@ finishes when the cause is gone. Real kernels where the tests may mount and chan
 """
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ from store_cases import World, tree
 from store_killed_writer import CALLS
 
 from errors import CacheError, CacheIncomplete, CacheMissing
-from store import Store, gc, open_cache, verify
+from store import Store, gc, open_cache, rm, tag, untag, verify
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 NOBODY = 65534
@@ -125,8 +126,8 @@ def test_a_read_only_disk_serves_complete_caches_and_refuses_to_finish_others(tm
         assert_finishes(started, whole)
 
 
-def failing_call(monkeypatch, number, code):
-    """The number-th system call of the writer fails; returns the list that counts them."""
+def failing_call(monkeypatch, number, code, names=CALLS):
+    """The number-th of these system calls fails; returns the list that counts them."""
     made = []
 
     def wrap(name, real):
@@ -138,7 +139,7 @@ def failing_call(monkeypatch, number, code):
 
         monkeypatch.setattr(os, name, call)
 
-    for name in CALLS:
+    for name in names:
         wrap(name, getattr(os, name))
     return made
 
@@ -161,6 +162,104 @@ def test_whichever_call_fails_nothing_is_lost_and_the_next_run_finishes(tmp_path
         assert message is None or os.strerror(code) in message
         assert_finishes(world, whole)
     print(f"{errno.errorcode[code]}: at {len(numbers)} of {len(calls)} calls, {refused} refused")
+
+
+UPKEEP = {
+    "rm": lambda world: rm(world.store, world.key),
+    "gc": lambda world: gc(world.store, unused_days=0, dry_run=False).problems,
+    "tag": lambda world: tag(world.store, world.key, "new"),
+    "untag": lambda world: untag(world.store, "old"),
+    "ls": lambda world: world.store.summaries(),
+    "open": lambda world: open_cache(world.store, world.key),
+}
+FAULTS = ["EIO", "ENOSPC", "EDQUOT", "EPERM", "ESTALE", "EINTR", "ENOLCK"]
+
+
+def upkeep_world(folder):
+    """A cache to remove, one that its tag keeps, and one whose tag may go."""
+    world = World(folder)
+    world.key = world.fill().key
+    for seed, name in ((8, "old"), (9, "kept")):
+        other = World(folder)
+        other.recipe["pairs"]["seed"] = seed
+        tag(world.store, other.fill().key, name)
+    return world
+
+
+def failing_upkeep(monkeypatch, number, code):
+    """The number-th call fails by which tags, notes, locks and files are reached; returns the list that counts them."""
+    made = failing_call(monkeypatch, number, code, [*CALLS, "lstat", "stat", "listdir", "utime", "rmdir", "replace"])
+    real = fcntl.flock
+
+    def flock(*args):
+        made.append("flock")
+        if len(made) == number:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    return made
+
+
+def refusals(command, world):
+    """What a user is told, one string per line."""
+    try:
+        said = command(world)
+    except CacheError as error:
+        return [str(error)]
+    return said if isinstance(said, list) and all(isinstance(line, str) for line in said) else []
+
+
+@pytest.mark.parametrize("command", UPKEEP)
+@pytest.mark.parametrize(
+    ("fault", "step"), [("EIO", 9), *(pytest.param(f, 3, marks=pytest.mark.campaign) for f in FAULTS)]
+)
+def test_whichever_call_of_upkeep_fails_it_is_one_line_and_no_traceback(tmp_path, command, fault, step):
+    code = getattr(errno, fault)
+    whole = upkeep_world(tmp_path / "whole")
+
+    def copied(name):
+        world = World(shutil.copytree(whole.store.root, tmp_path / name))
+        world.key = whole.key
+        return world
+
+    with pytest.MonkeyPatch.context() as count:
+        world = copied("count")
+        calls = failing_upkeep(count, 0, code)
+        UPKEEP[command](world)
+    refused = 0
+    for number in range(1 + code % step, len(calls) + 1, step):
+        world = copied(f"{number}")
+        with pytest.MonkeyPatch.context() as broken:
+            failing_upkeep(broken, number, code)
+            said = refusals(UPKEEP[command], world)
+        refused += bool(said)
+        assert all("\n" not in line for line in said)
+        assert "kept" in world.store.tags()
+        keys = world.store.keys()
+        assert all(verify(world.store, key).ok for key in keys)
+        assert gc(world.store, dry_run=False).problems == []
+    print(f"{fault} in {command}: {len(calls)} calls, {refused} refused")
+
+
+def test_gc_goes_on_after_a_cache_that_it_cannot_look_at(tmp_path, monkeypatch):
+    world, other = World(tmp_path), World(tmp_path)
+    other.recipe["pairs"]["seed"] = 8
+    keys = sorted([world.fill().key, other.fill().key])
+    real = os.lstat
+
+    def lstat(path, **kwargs):
+        if str(path).endswith(f"uses/{keys[0]}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    found = gc(world.store, unused_days=0, dry_run=False)
+    assert [(item.key, item.removed) for item in found.items] == [(keys[1], True)]
+    assert found.problems == [
+        f"cannot read {tmp_path}/.state/uses/{keys[0]}: Input/output error; "
+        "the disk reports a failure: check it, then run the same command again"
+    ]
 
 
 @pytest.mark.parametrize("name", ["open", "lstat", "listdir"])
