@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cli_store import AsJson, StoreOption, size, store_app, store_root
+from cli_store import AsJson, StoreOption, counted, size, store_app, store_root, with_numbers
 from errors import CacheIncomplete, CacheMissing, FpoError
 from recipe import Recipe, load_recipe
-from store import Cache, Nearest
+from store import Cache, Nearest, printable
 
 app = typer.Typer(
     help="Offline preference optimisation with sparse features: run the reference once, cache it, train from it.",
@@ -55,6 +55,8 @@ def cache_command(
         loaded, store_root(store or loaded.cache.store), batch_tokens, _say_why if is_first_rank() else None
     )
     if not is_first_rank():
+        for report in reports:
+            print(f"rank {os.environ['RANK']}: {report.split}: {_built(report)}", file=sys.stderr)
         return
     if as_json:
         print(json.dumps([_cache_facts(report) for report in reports], indent=2))
@@ -147,7 +149,7 @@ def main() -> None:
     try:
         app()
     except FpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(printable(line, 10_000) for line in f"error: {error}".split("\n")), file=sys.stderr)
         sys.exit(1)
 
 
@@ -204,6 +206,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "bytes": cache.manifest.n_bytes,
         "bytes_per_pair": cache.manifest.n_bytes / max(cache.n_pairs, 1),
         "built_shards": report.built_shards,
+        "shards_by_others": report.shards_by_others,
         "shards": len(cache.shard_pairs),
         "seconds": report.seconds,
         "pairs_reused": report.pairs_reused,
@@ -228,21 +231,28 @@ def _print_cache(report: Any) -> None:
     )
     for check in cache.manifest.facts["self_check"]:
         print(f"  {'self-check':<12}{_check_line(check)}")
-    if report.built_shards:
+    if report.built_shards or report.shards_by_others:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
         print(
-            f"  built       {report.built_shards} shards in {report.seconds:.1f} s: {reused}"
+            f"  built       {_built(report)} in {report.seconds:.1f} s: {reused}"
             f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
         )
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
 
 
+def _built(report: Any) -> str:
+    """18 shards, or 6 of 18 shards here, 12 by other processes"""
+    total = counted(len(report.cache.shard_pairs), "shard")
+    own = total if report.built_shards == len(report.cache.shard_pairs) else f"{report.built_shards:,} of {total} here"
+    return f"{own}, {report.shards_by_others:,} by other processes" if report.shards_by_others else own
+
+
 def _check_line(check: dict[str, Any]) -> str:
     if not check["checked"]:
         return f"{check['hookpoint']}: off"
-    advertised = f" (advertised {check['advertised_l0']})" if check["advertised_l0"] else ""
+    advertised = f" (advertised {with_numbers(check['advertised_l0'])})" if check["advertised_l0"] else ""
     return f"{check['hookpoint']}: L0 {check['l0']}{advertised}, FVU {check['fvu']} on {check['tokens']} tokens"
 
 

@@ -49,7 +49,7 @@ class CacheReport:
     cache: Cache
     drops: DropReport
     built_shards: int
-    """Shards that this process wrote; 0 is a hit."""
+    """Shards that this process wrote; where it is 0 and so is `shards_by_others`, the cache was there."""
     seconds: float
     pairs_scored: int
     tokens_scored: int
@@ -59,6 +59,8 @@ class CacheReport:
     """Caches and shards that could not be copied from, one line each; their pairs were scored."""
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
+    shards_by_others: int = 0
+    """Shards that other processes wrote meanwhile."""
 
 
 def build_caches(
@@ -212,6 +214,7 @@ def _build(
         pairs_reused=filled.reused,
         reuse_problems=tuple(reusable.problems),
         nearest=near,
+        shards_by_others=filled.by_others,
     )
 
 

@@ -55,14 +55,14 @@ class Use:
         try:
             # A file that is made now would tell of a use that was none.
             if counts or path.exists():
-                descriptor = _locked(path, shared=True)
+                descriptor = locked(path, shared=True)
             if counts and descriptor is not None:
                 _let_readers_write(path, descriptor)
                 os.utime(descriptor)
         except OSError as error:
             if counts:
                 _tell(path, error)
-        self.end = weakref.finalize(self, _close, descriptor)
+        self.end = weakref.finalize(self, unlocked, descriptor)
         """Call it to say that the use is over; otherwise that is so when the object goes."""
 
     def __reduce__(self) -> tuple[type[Use], tuple[Path, bool]]:
@@ -80,7 +80,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
     refuse_links(path, _store_of(path))
     with explained("lock", path):
         try:
-            descriptor = _locked(path, shared=False)
+            descriptor = locked(path, shared=False)
         except BlockingIOError:
             raise CacheInUse(
                 f"{what} is in use{_by_whom(path)}; wait for them, or end them, and run this again"
@@ -95,7 +95,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _close(descriptor)
+        unlocked(descriptor)
 
 
 def is_used(path: Path) -> bool:
@@ -111,7 +111,7 @@ def is_used(path: Path) -> bool:
     except OSError:
         return False
     finally:
-        _close(descriptor)
+        unlocked(descriptor)
     return False
 
 
@@ -137,7 +137,7 @@ def begin_account(path: Path) -> None:
     """Let everybody who may read the store note uses here, and count from now. Raises CacheError."""
     refuse_links(path, _store_of(path))
     with explained("write", path):
-        descriptor = _locked(path, shared=True)
+        descriptor = locked(path, shared=True)
         try:
             wanted = stat.S_IMODE(os.stat(_store_of(path)).st_mode)
             for folder in (path.parent, path.parent.parent):
@@ -146,7 +146,7 @@ def begin_account(path: Path) -> None:
             _let_readers_write(path, descriptor)
             os.utime(descriptor)
         finally:
-            _close(descriptor)
+            unlocked(descriptor)
 
 
 def moment(seconds: float) -> datetime:
@@ -192,9 +192,10 @@ def _let_readers_write(path: Path, descriptor: int) -> None:
         os.fchmod(descriptor, stat.S_IMODE(facts.st_mode) | mode)
 
 
-def _locked(path: Path, shared: bool) -> int:
+def locked(path: Path, shared: bool) -> int:
     """
-    An open descriptor that holds the lock. A shared one waits (removing takes milliseconds), the other does not.
+    An open descriptor that holds the lock on a file two folders below a store's root, which is made where it is
+    missing. A shared lock waits (removing takes milliseconds), the other does not. `unlocked` ends it.
 
     Raises OSError, BlockingIOError where somebody else holds it.
     """
@@ -211,10 +212,10 @@ def _locked(path: Path, shared: bool) -> int:
             if _is_at(path, descriptor):
                 return descriptor
         except BaseException:
-            _close(descriptor)
+            unlocked(descriptor)
             raise
         # Whoever removed the cache meanwhile removed this file too: the lock is on a file that is no more.
-        _close(descriptor)
+        unlocked(descriptor)
 
 
 def _make(path: Path) -> None:
@@ -228,7 +229,7 @@ def _make(path: Path) -> None:
         os.utime(descriptor, (0, 0))
         move_without_replacing(temporary, path)
     finally:
-        _close(descriptor)
+        unlocked(descriptor)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
@@ -255,12 +256,13 @@ def _open(path: Path) -> int:
             raise
         descriptor = os.open(path, os.O_RDONLY | flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        _close(descriptor)
+        unlocked(descriptor)
         raise CacheDamaged(f"{path} is no plain file; remove it")
     return descriptor
 
 
-def _close(descriptor: int | None) -> None:
+def unlocked(descriptor: int | None) -> None:
+    """Let go of what `locked` gave."""
     if descriptor is not None:
         with contextlib.suppress(OSError):
             os.close(descriptor)
