@@ -51,9 +51,10 @@ class ReferenceScorer:
         batch_tokens  packed tokens per forward; changes speed and memory only
         Raises ModelError where the model cannot be loaded or packed.
         """
-        # Under torchrun each rank has its own GPU.
-        local = os.environ.get("LOCAL_RANK", "0")
-        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        # Under torchrun each rank has its own GPU, under srun each task, which may see its own alone.
+        local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        gpus = torch.cuda.device_count()
+        self.device = torch.device(f"cuda:{local % gpus}" if gpus else "cpu")
         self.model = load_model(folder, dtype, adapters).to(self.device).requires_grad_(False)
         self.saes = [(hookpoint, sae.to(self.device), top_k) for hookpoint, sae, top_k in saes]
         self.batch_tokens = batch_tokens
