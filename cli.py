@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cli_store import AsJson, StoreOption, counted, size, store_app, store_root, with_numbers
+from cli_store import AsJson, StoreOption, size, store_app, store_root, with_numbers
 from errors import CacheIncomplete, CacheMissing, FpoError
 from recipe import Recipe, load_recipe
-from store import Cache, Nearest, printable
+from store import Cache, Nearest, counted, printable
 
 app = typer.Typer(
     help="Offline preference optimisation with sparse features: run the reference once, cache it, train from it.",
@@ -227,7 +227,7 @@ def _print_cache(report: Any) -> None:
         print(f"  {'pairs' if number == 0 else '':<12}{line.strip()}")
     print(
         f"  size        {size(n_bytes)}, {n_bytes / max(cache.n_pairs, 1):,.0f} bytes per pair, "
-        f"{len(cache.shard_pairs)} shards"
+        f"{counted(len(cache.shard_pairs), 'shard')}"
     )
     for check in cache.manifest.facts["self_check"]:
         print(f"  {'self-check':<12}{_check_line(check)}")

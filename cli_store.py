@@ -22,6 +22,7 @@ from store import (
     Store,
     Summary,
     TransferReport,
+    counted,
     default_store,
     diff,
     disk_usage,
@@ -113,8 +114,8 @@ def store_show(
         return
     print(f"key         {cache.key}\nmanifest    {cache.digest}")
     print(
-        f"pairs       {cache.n_pairs:,} in {len(cache.shard_pairs)} shards, {cache.manifest.n_tokens:,} tokens, "
-        f"{size(cache.manifest.n_bytes)}"
+        f"pairs       {cache.n_pairs:,} in {counted(len(cache.shard_pairs), 'shard')}, "
+        f"{cache.manifest.n_tokens:,} tokens, {size(cache.manifest.n_bytes)}"
     )
     for name, label in _made_from(opened, cache.key):
         print(f"{name:<12}{label}")
@@ -202,7 +203,7 @@ def store_verify(
     if as_json:
         print(json.dumps(facts, indent=2))
     elif report.ok:
-        print(f"{report.key[:12]}: {report.shards} shards, {report.pairs:,} pairs: {_PASSED[level]}")
+        print(f"{report.key[:12]}: {counted(report.shards, 'shard')}, {report.pairs:,} pairs: {_PASSED[level]}")
         if "recompute" in facts:
             found = facts["recompute"]
             print(
@@ -211,7 +212,7 @@ def store_verify(
             )
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
-        raise FpoError(f"{report.key[:12]}: {len(report.problems)} problems\n{lines}")
+        raise FpoError(f"{report.key[:12]}: {counted(len(report.problems), 'problem')}\n{lines}")
 
 
 _PASSED = {
@@ -316,15 +317,10 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} TiB"
 
 
-def counted(count: int, what: str) -> str:
-    """1 shard, 2,000 shards"""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def _recomputed(root: str, key: str, count: int, recipe: Path, seed: int) -> dict[str, Any]:
     from stage1_cache import recompute
 
-    return vars(recompute(load_recipe(recipe), open_cache(root, key), count, seed))
+    return vars(recompute(load_recipe(recipe), open_cache(root, key, counts=False), count, seed))
 
 
 def _summary_facts(summary: Summary) -> dict[str, Any]:
@@ -349,8 +345,9 @@ def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
         print(json.dumps(vars(report), indent=2))
         return
     print(
-        f"{verb} {report.key[:12]} to {report.target}: {report.moved} objects moved ({size(report.n_bytes)}), "
-        f"{report.present} there already, {report.seconds:.1f} s; manifest {report.manifest_digest[:12]}"
+        f"{verb} {report.key[:12]} to {report.target}: {counted(report.moved, 'object')} moved "
+        f"({size(report.n_bytes)}), {report.present} there already, {report.seconds:.1f} s; "
+        f"manifest {report.manifest_digest[:12]}"
     )
     for name in report.repaired:
         print(f"repaired {name}")

@@ -21,7 +21,7 @@ from scoring import Packed, adapter_folder, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
-from stage1_cache.fill import fill, token_rows
+from stage1_cache.fill import fill, inputs, token_rows
 from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
@@ -199,6 +199,7 @@ def _build(
     identity.check_tokens()
     plan = identity.plan()
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
+    Store(store).note_names(key, inputs(identity))
     reusable = ReusableRows(store, identity.scorer)
     checks = _self_checks(identity, lazy, reusable)
     filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer)

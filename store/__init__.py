@@ -17,6 +17,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
 from store.cache import Cache, open_cache
 from store.claims import Claim
 from store.collect import Collection, Garbage, gc
+from store.describe import counted
 from store.difference import Difference, DiffReport, Nearest, diff, differences, nearest
 from store.export import ExportReport, export_trl
 from store.files import printable
@@ -64,6 +65,7 @@ __all__ = [
     "TransferReport",
     "cache_key",
     "canonical_json",
+    "counted",
     "default_store",
     "diff",
     "differences",

@@ -17,7 +17,7 @@ from typing import Literal
 
 from errors import CacheError, CacheInUse
 from store.files import TMP, Folder, explained
-from store.local import USES, Store
+from store.local import NAMES, USES, Store
 from store.manage import REMOVED, bytes_in, remove_cache
 from store.manifest import MANIFEST, RECIPE, RECORDS
 from store.tags import TAGS, read_tag, remove_tag
@@ -110,7 +110,7 @@ class _Collector:
         self._attempt(self._graves)
         for name in sorted(set(tags) - {name for name, key in tags.items() if key in set(keys)}):
             self._attempt(partial(self._dangling, name, tags[name]))
-        for place in (TAGS, USES):
+        for place in (TAGS, USES, NAMES):
             self._attempt(partial(self._unfinished_notes, place))
         if not self.collection.dry_run:
             self._attempt(self._forget_uses)
@@ -234,7 +234,8 @@ class _Collector:
                 with contextlib.suppress(CacheInUse), alone(self.store.use_file(name), f"cache {name[:12]}"):
                     # Looked at again: a writer says that it uses a cache before it makes the folder.
                     if not os.path.lexists(self.store.path(name)):
-                        self.folder.remove(f"{USES}/{name}")
+                        for place in (USES, NAMES):
+                            self.folder.remove(f"{place}/{name}")
 
 
 def _newest(folder: Path) -> float:

@@ -19,6 +19,11 @@ _LONGEST = 300
 """Characters of a label: a path fits, a page does not."""
 
 
+def counted(count: int, what: str) -> str:
+    """1 shard, 2,000 shards"""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def reference_label(recipe: dict[str, Any], inputs: dict[str, Any]) -> str:
     """google/gemma-2-2b-it@main + my-adapter [3fa9c1d2], as far as it is known; the digits are the weights' digest."""
     given = _dict(inputs.get("reference"))

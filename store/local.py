@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import CacheError, CacheMissing
-from store.describe import INPUTS, data_label, feature_labels, reference_label
-from store.files import Folder
+from store.describe import INPUTS, counted, data_label, feature_labels, reference_label
+from store.files import Folder, explained, make_durable_dirs, refuse_links, replace_file
+from store.key import checked_json, parse_checked_json
 from store.manifest import (
     MANIFEST,
     MAX_JSON_BYTES,
@@ -35,6 +36,9 @@ STATE = ".state"
 """What the store keeps about its caches besides them: who uses them, and what is being removed."""
 
 USES = f"{STATE}/uses"
+NAMES = f"{STATE}/names"
+"""What unfinished caches are made from, in words: no record of theirs may say it yet."""
+_MAX_NAMES_BYTES = 2**16
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -74,7 +78,7 @@ class Summary:
     def state(self) -> str:
         if self.problem:
             return "damaged"
-        return "complete" if self.complete else f"{self.shards_done} of {self.shards_total} shards"
+        return "complete" if self.complete else f"{self.shards_done} of {counted(self.shards_total, 'shard')}"
 
     @property
     def reference(self) -> str:
@@ -220,8 +224,22 @@ class Store:
             None,
             used,
             tags,
-            _inputs(folder, key, done),
+            _inputs(folder, key, done) or self._names(key),
         )
+
+    def note_names(self, key: str, inputs: dict[str, Any]) -> None:
+        """Write down what a cache that is begun is made from (see `describe`), for `ls`. Raises CacheError."""
+        folder = self.root / NAMES
+        refuse_links(folder, self.root)
+        with explained("write", folder / key):
+            make_durable_dirs(folder, like=self.root)
+            replace_file(folder / key, checked_json(inputs))
+
+    def _names(self, key: str) -> dict[str, Any]:
+        try:
+            return parse_checked_json(Folder(self.root).read(f"{NAMES}/{key}", _MAX_NAMES_BYTES))
+        except (CacheError, ValueError, RecursionError):
+            return {}
 
 
 def finished_shards(folder: Objects, n_shards: int) -> list[int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from errors import CacheError, CacheMissing
 from store.files import Folder, explained, make_durable_dirs, refuse_links
-from store.local import STATE, Store, Summary
+from store.local import NAMES, STATE, USES, Store, Summary
 from store.tags import check_tag_name, remove_tag, write_tag
 from store.use import alone
 
@@ -113,7 +113,8 @@ def remove_cache(store: Store, key: str) -> Removed:
     with explained("make", store.root / REMOVED):
         make_durable_dirs(store.root / REMOVED, like=store.root)
     folder.move_away(store.root / grave)
-    place.remove(str(store.use_file(key).relative_to(store.root)))
+    for note in (f"{USES}/{key}", f"{NAMES}/{key}"):
+        place.remove(note)
     place.delete(grave)
     return Removed(key, n_bytes)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
 from store.claims import Claims
+from store.describe import counted
 from store.files import sha256_hex
 from store.format import MAX_FILE_BYTES, encode_shard
 from store.invariants import Invalid
@@ -128,9 +129,10 @@ class CacheWriter:
         Raises CacheIncomplete where shards are missing, CacheDamaged where one is not what its record says.
         """
         if missing := [sid for sid in self.missing() if not self.stands(sid)]:
+            total = len(self.plan)
             raise CacheIncomplete(
-                f"cache {self.key[:12]} is not complete: {len(self.plan) - len(missing)} of {len(self.plan)} "
-                f"shards are done, missing {_few(np.array(missing))}; write them before sealing"
+                f"cache {self.key[:12]} is not complete: {total - len(missing)} of {counted(total, 'shard')} "
+                f"{'is' if total == 1 else 'are'} done, missing {_few(np.array(missing))}; write them before sealing"
             )
         entries = tuple(self._recorded(sid) for sid in range(len(self.plan)))
         self._check_shards(entries)

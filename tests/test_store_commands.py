@@ -152,6 +152,19 @@ def test_rm_says_what_would_go_and_asks(world):
     assert f"removed {world.key[:12]}" in said
 
 
+def test_a_build_that_failed_before_its_first_shard_is_listed_by_its_names(world, fpo):
+    other = World(world.store.root)
+    other.recipe["pairs"]["seed"] = 8
+    begun = other.writer().key
+    world.store.note_names(begun, NAMES)
+    said = fpo("store", "ls", "--store", world.store.root)
+    line = said.index(begun[:12])
+    assert "0 of 3 shards" in said[line:]
+    assert said.count("org/model") == said.count("org/pairs train") == 2
+    fpo("store", "rm", begun, "--yes", "--store", world.store.root)
+    assert os.listdir(world.store.root / ".state/names") == []
+
+
 def test_gc_stays_a_dry_run_without_yes(world, fpo):
     note = world.store.use_file(world.key)
     os.utime(note, (time.time() - 400 * 86400,) * 2)
