@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cli_store import AsJson, StoreOption, counted, quiet_libraries, size, store_app, store_root
+from cli_store import AsJson, StoreOption, quiet_libraries, size, store_app, store_root
 from errors import CacheIncomplete, CacheMissing, FpoError, RunInterrupted
 from interrupts import exit_code, interruptible
 from progress import say
 from recipe import Recipe, load_recipe
-from store import Cache, Nearest
+from store import Cache, Nearest, counted, printable
 
 app = typer.Typer(
     help="Offline preference optimisation with sparse features: run the reference once, cache it, train from it.",
@@ -78,6 +78,8 @@ def cache_command(
     with interruptible(f"finished shards are kept; continue with: {again}"):
         reports = build_caches(loaded, root, batch_tokens, _say_why if is_first_rank() else None)
     if not is_first_rank():
+        for report in reports:
+            print(f"rank {os.environ['RANK']}: {report.split}: {_built(report)}", file=sys.stderr)
         return
     if as_json:
         print(json.dumps([_cache_facts(report) for report in reports], indent=2))
@@ -185,7 +187,7 @@ def main() -> None:
     try:
         app()
     except FpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(printable(line, 10_000) for line in f"error: {error}".split("\n")), file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if os.environ.get("FPO_DEBUG"):
@@ -268,6 +270,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "bytes": cache.manifest.n_bytes,
         "bytes_per_pair": cache.manifest.n_bytes / max(cache.n_pairs, 1),
         "built_shards": report.built_shards,
+        "shards_by_others": report.shards_by_others,
         "shards": len(cache.shard_pairs),
         "seconds": report.seconds,
         "pairs_reused": report.pairs_reused,
@@ -301,19 +304,23 @@ def _print_cache(report: Any) -> None:
             f"  note        {report.foreign_shards} of {len(cache.shard_pairs)} shards were there already and not "
             "computed in this store (a stopped pull, a killed writer); no other cache will copy from them"
         )
-    if report.built_shards:
+    if report.built_shards or report.shards_by_others:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         if report.layout is not None:
             print(f"  layout      {report.layout}")
         copied = f"{counted(report.pairs_reused, 'pair')} copied from other caches" if report.pairs_reused else ""
         scored = f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
         done = ", ".join(filter(None, [copied, scored if report.pairs_scored else ""]))
-        total = counted(len(cache.shard_pairs), "shard")
-        # Other processes, or an earlier start, did the rest.
-        built = total if report.built_shards == len(cache.shard_pairs) else f"{report.built_shards:,} of {total} here"
-        print(f"  built       {built} in {report.seconds:.1f} s: {done}")
+        print(f"  built       {_built(report)} in {report.seconds:.1f} s{': ' if done else ''}{done}")
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
+
+
+def _built(report: Any) -> str:
+    """18 shards, or 6 of 18 shards here, 12 by other processes"""
+    total = counted(len(report.cache.shard_pairs), "shard")
+    own = total if report.built_shards == len(report.cache.shard_pairs) else f"{report.built_shards:,} of {total} here"
+    return f"{own}, {report.shards_by_others:,} by other processes" if report.shards_by_others else own
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,17 +20,23 @@ from errors import FpoError
 from progress import Progress, progress_bar
 from recipe import load_recipe
 from store import (
+    RemoteStore,
+    Store,
     Summary,
     TransferReport,
+    counted,
     default_store,
     diff,
     disk_usage,
     export_trl,
     gc,
+    is_url,
     open_cache,
     open_store,
+    printable,
     pull,
     push,
+    removable,
     rm,
     tag,
     untag,
@@ -67,25 +75,37 @@ def store_root(option: str | None) -> str:
     return option or str(default_store())
 
 
+def existing_root(option: str | None) -> str:
+    """`store_root`; a folder that was named and is not there is an error, not an empty store."""
+    root = store_root(option)
+    named = option or os.environ.get("FPO_STORE")
+    if named and not is_url(root) and not Path(root).expanduser().exists():
+        raise FpoError(f"there is no folder {root}; check --store and FPO_STORE, or make one with: fpo cache RECIPE")
+    return root
+
+
 @store_app.command("ls")
 def store_ls(store: StoreOption = None, as_json: AsJson = False) -> None:
     """List the caches: size, pairs, what they were made from, age, last use, complete or how far."""
-    summaries = open_store(store_root(store)).summaries()
+    opened = open_store(existing_root(store))
+    summaries = opened.summaries()
     if as_json:
         print(json.dumps([_summary_facts(summary) for summary in summaries], indent=2))
         return
-    if not summaries:
+    if summaries:
+        print(f"{'KEY':<14}{'PAIRS':>10}{'SIZE':>11}  {'STATE':<16}{'CREATED':<12}{'USED':<12}TAGS")
+    else:
         print(f"no caches in {store_root(store)}")
-        return
-    print(f"{'KEY':<14}{'PAIRS':>10}{'SIZE':>11}  {'STATE':<16}{'CREATED':<12}{'USED':<12}TAGS")
     for summary in summaries:
         print(
             f"{summary.key[:12]:<14}{summary.n_pairs:>10,}{size(summary.n_bytes):>11}  {summary.state:<16}"
             f"{_age(summary.created):<12}{_age(summary.used):<12}{', '.join(summary.tags) or '-'}"
         )
-        for label in (summary.reference, *summary.features, summary.data):
-            if label:
-                print(f"{'':<14}{label}")
+        _print_names(summary)
+    here = {summary.key for summary in summaries}
+    for name, key in opened.tags().items() if isinstance(opened, Store) else ():
+        if key not in here:
+            print(f"the tag {name} names {key[:12]}, which is not here; pull it, or: fpo store untag {name}")
 
 
 @store_app.command("show")
@@ -96,7 +116,8 @@ def store_show(
     as_json: AsJson = False,
 ) -> None:
     """What a complete cache was made from, its self-check and drop report, and with --usage where its bytes go."""
-    cache = open_cache(store_root(store), key)
+    opened = open_store(store_root(store))
+    cache = open_cache(opened, key)
     facts: dict[str, Any] = {
         "key": cache.key,
         "manifest_digest": cache.digest,
@@ -114,10 +135,12 @@ def store_show(
         f"pairs       {cache.n_pairs:,} in {counted(len(cache.shard_pairs), 'shard')}, "
         f"{cache.manifest.n_tokens:,} tokens, {size(cache.manifest.n_bytes)}"
     )
+    for name, label in _made_from(opened, cache.key):
+        print(f"{name:<12}{label}")
     for section in ("scorer", "pairs"):
         print(f"{section}\n{_indented(cache.recipe[section])}")
     for name, fact in cache.manifest.facts.items():
-        print(f"{name}\n{_indented(fact)}")
+        print(f"{printable(name)}\n{_indented(with_numbers(fact))}")
     if usage:
         print(f"{'ARRAY':<32}{'ON DISK':>12}{'IN MEMORY':>12}")
         for array in facts["usage"]:
@@ -255,11 +278,22 @@ def store_export(
 
 
 @store_app.command("rm")
-def store_rm(key: Key, store: StoreOption = None) -> None:
-    """Remove a cache that nobody uses."""
-    removed = rm(store_root(store), key)
-    tags = f", tags: {', '.join(removed.tags)}" if removed.tags else ""
-    print(f"removed {removed.key[:12]} ({size(removed.n_bytes)}{tags})")
+def store_rm(
+    key: Key,
+    store: StoreOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """Remove a cache that nobody uses; says what would go, and asks. Tagged ones stay until fpo store untag."""
+    opened = Store(existing_root(store))
+    doomed = removable(opened, key)
+    print(f"{doomed.key[:12]}  {doomed.n_pairs:,} pairs, {size(doomed.n_bytes)}, {doomed.state}")
+    _print_names(doomed)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise FpoError(f"nothing is removed without a yes; to remove it: fpo store rm {doomed.key[:12]} --yes")
+        typer.confirm("remove it?", abort=True)
+    removed = rm(opened, doomed.key)
+    print(f"removed {removed.key[:12]} ({size(removed.n_bytes)})")
 
 
 @store_app.command("gc")
@@ -273,16 +307,23 @@ def store_gc(
     as_json: AsJson = False,
 ) -> None:
     """Collect what killed processes left and caches nobody uses; tagged ones and those in use stay."""
-    found = gc(store_root(store), unused_days, unfinished_days, dry_run=not yes)
+    found = gc(existing_root(store), unused_days, unfinished_days, dry_run=not yes)
     if as_json:
         items = [{**vars(item), "path": str(item.path)} for item in found.items]
-        print(json.dumps({"dry_run": found.dry_run, "bytes": found.n_bytes, "items": items}, indent=2))
-        return
-    for item in found.items:
-        kept = ", in use, kept" if item.in_use else ""
-        print(f"{size(item.n_bytes):>11}  {item.key[:12] if item.key else item.path.name}: {item.reason}{kept}")
-    verb = "would be freed; add --yes to remove" if found.dry_run else "freed"
-    print(f"{size(found.n_bytes):>11}  {verb}")
+        facts = {"dry_run": found.dry_run, "bytes": found.n_bytes, "items": items}
+        print(json.dumps({**facts, "notes": found.notes, "problems": found.problems}, indent=2))
+    else:
+        for item in found.items:
+            kept = ", in use, kept" if item.in_use else ""
+            name = item.key[:12] if item.key else printable(item.path.name)
+            print(f"{size(item.n_bytes):>11}  {name}: {item.reason}{kept}")
+        for note in found.notes:
+            print(f"{'':>11}  {note}")
+        verb = "would be freed; add --yes to remove" if found.dry_run else "freed"
+        print(f"{size(found.n_bytes):>11}  {verb}")
+    if found.problems:
+        lines = "\n".join(f"  {problem}" for problem in found.problems)
+        raise FpoError(f"{counted(len(found.problems), 'thing')} could not be looked at or removed\n{lines}")
 
 
 def size(n_bytes: int) -> str:
@@ -295,16 +336,11 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} TiB"
 
 
-def counted(count: int, what: str) -> str:
-    """1 shard, 2,000 shards"""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def _recomputed(root: str, key: str, count: int, recipe: Path, seed: int) -> dict[str, Any]:
     quiet_libraries()
     from stage1_cache import recompute
 
-    return vars(recompute(load_recipe(recipe), open_cache(root, key), count, seed))
+    return vars(recompute(load_recipe(recipe), open_cache(root, key, counts=False), count, seed))
 
 
 def _summary_facts(summary: Summary) -> dict[str, Any]:
@@ -335,6 +371,35 @@ def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
     )
     for name in report.repaired:
         print(f"repaired {name}")
+
+
+def _print_names(summary: Summary) -> None:
+    for label in (summary.reference, *summary.features, summary.data):
+        if label:
+            print(f"{'':<14}{label}")
+
+
+def _made_from(store: Store | RemoteStore, key: str) -> list[tuple[str, str]]:
+    """The names behind the digests, as `ls` shows them."""
+    if not isinstance(store, Store):
+        return []
+    summary = store.summary(key)
+    named = [("reference", summary.reference), *(("feature", label) for label in summary.features)]
+    return [(name, label) for name, label in [*named, ("data", summary.data)] if label]
+
+
+def with_numbers(value: Any) -> Any:
+    """Facts are spelled as text, so that their bytes never change; people read numbers."""
+    if isinstance(value, dict):
+        return {name: with_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(f"{float(value):.3g}")
+    return value
+
+
+_NUMBER = re.compile(r"-?[0-9]{1,20}\.[0-9]{1,20}(e[+-]?[0-9]{1,3})?")
 
 
 def _indented(value: Any) -> str:

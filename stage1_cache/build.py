@@ -25,7 +25,7 @@ from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
 from stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
-from stage1_cache.fill import fill, token_rows
+from stage1_cache.fill import fill, inputs, token_rows
 from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
@@ -56,7 +56,7 @@ class CacheReport:
     self_checks: tuple[SelfCheckFacts, ...]
     """One per hookpoint."""
     built_shards: int
-    """Shards that this process wrote; 0 is a hit."""
+    """Shards that this process wrote; where it is 0 and so is `shards_by_others`, the cache was there."""
     seconds: float
     pairs_scored: int
     tokens_scored: int
@@ -75,6 +75,8 @@ class CacheReport:
     """On a miss, the cache that came closest and the fields that differ."""
     trained_on: int = 0
     """Of the held-out pairs: how many stand in the training split too."""
+    shards_by_others: int = 0
+    """Shards that other processes wrote meanwhile."""
 
 
 def build_caches(
@@ -246,6 +248,7 @@ def _build(
     identity.check_tokens()
     plan = identity.plan()
     writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
+    Store(store).note_names(key, inputs(identity))
     reusable = ReusableRows(store, identity.scorer)
     checks = _self_checks(identity, lazy, reusable)
     filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer(identity))
@@ -265,6 +268,7 @@ def _build(
         reuse_problems=(*reusable.problems, *_not_ours(reusable)),
         foreign_shards=writer.not_computed_here(),
         nearest=near,
+        shards_by_others=filled.by_others,
     )
 
 

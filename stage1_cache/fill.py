@@ -1,8 +1,9 @@
 """
 Filling a cache: copy the pairs that another cache of the same scorer holds, score the rest, write shard by shard.
 
-Every process takes the shards that have no record yet, whatever the others do: ranks of torchrun, an array of
-jobs, or the command started twice need no communication, and any number of them may resume.
+Every process takes the shards that have no record yet and that no other one computes (see `store.claims`): ranks of
+torchrun, an array of jobs, or the command started twice share the work without communication, any number of them may
+be killed, and any number may resume.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import os
 import platform
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +24,10 @@ import torch
 from progress import progress_bar
 from stage1_cache.identity import CacheIdentity
 from stage1_cache.score import ReferenceScorer
-from store import CacheWriter, Pairs, ReusableRows, Reused, own_share_first
+from store import CacheWriter, Claim, Pairs, ReusableRows, Reused, own_share_first
+
+_PAUSE_SECONDS = 0.2
+"""Between two looks at shards that others compute, when nothing else is left."""
 
 
 @dataclass
@@ -29,6 +35,8 @@ class Filled:
     """What this process did; others may have done the rest."""
 
     shards: int = 0
+    by_others: int = 0
+    """Shards that were missing when it began and that other processes wrote."""
     reused: int = 0
     """Pairs that were copied."""
     scored: int = 0
@@ -52,32 +60,75 @@ def fill(
     plan    the pairs (positions in `identity.tokens`) of every shard
     scorer  gives the reference, and loads it the first time; not called where every missing pair can be copied
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    pending = own_share_first(writer.missing(), rank, world)
+    pending = own_share_first(writer.missing(), *own_place())
     done = sum(len(rows) for rows in plan) - sum(len(plan[sid]) for sid in pending)
     filled = Filled()
     total = len(identity.tokens)
     with progress_bar(total, "pairs", f"cache {identity.split}", initial=done, smoothing=0.05) as progress:
 
-        def advance(n_pairs: int, n_tokens: int) -> None:
+        def advance(claim: Claim, n_pairs: int, n_tokens: int) -> None:
+            claim.renew()
             filled.scored, filled.tokens = filled.scored + n_pairs, filled.tokens + n_tokens
             progress.update(n_pairs)
             progress.set_postfix_str(f"{filled.tokens / max(progress.elapsed, 1e-9):,.0f} tokens/s")
 
+        claims, copies = writer.claims(), dict[int, Reused]()
         while pending:
-            gathered = reusable.gather([identity.digests[plan[sid]] for sid in pending])
-            for sid, copied in zip(pending, gathered, strict=False):
-                if sid not in writer.missing():
-                    continue  # another process finished it meanwhile
-                progress.update(len(copied.positions))
-                shard = _completed(identity, plan[sid], copied, scorer, advance)
-                facts = provenance(identity, copied, len(shard), scorer)
-                writer.write(sid, shard, facts)
-                filled.layout = facts.get("layout", filled.layout)
-                filled.shards, filled.reused = filled.shards + 1, filled.reused + len(copied.positions)
-            unwritten = set(writer.missing())
-            pending = [sid for sid in pending[len(gathered) :] if sid in unwritten]
+            waiting = []
+            for place, sid in enumerate(pending):
+                claim = None if writer.stands(sid) else claims.take(sid)
+                # Asked again under the claim: its last holder may have written the shard just before.
+                if writer.stands(sid):
+                    progress.update(len(plan[sid]))
+                    filled.by_others += 1
+                elif claim is None:
+                    waiting.append(sid)
+                else:
+                    if sid not in copies:
+                        copies = _gathered(identity, plan, reusable, [*pending[place:], *waiting])
+                    copied = copies.pop(sid)
+                    progress.update(len(copied.positions))
+                    shard = _completed(identity, plan[sid], copied, scorer, partial(advance, claim))
+                    facts = provenance(identity, copied, len(shard), scorer)
+                    writer.write(sid, shard, facts)
+                    filled.layout = facts.get("layout", filled.layout)
+                    filled.shards, filled.reused = filled.shards + 1, filled.reused + len(copied.positions)
+                if claim is not None:
+                    claim.end()
+            if waiting == pending:
+                time.sleep(_PAUSE_SECONDS)
+            pending = waiting
     return filled
+
+
+def own_place() -> tuple[int, int]:
+    """
+    Which of how many processes this is, so that each begins with a share of its own: as torchrun says, else SLURM of
+    the tasks of a step and the jobs of an array. Where nobody says, host and process id decide where to begin.
+    """
+
+    def number(name: str, otherwise: int) -> int:
+        text = os.environ.get(name, "")
+        return int(text) if text.isdigit() else otherwise
+
+    if "RANK" in os.environ:
+        return number("RANK", 0), number("WORLD_SIZE", 1)
+    task, tasks = number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1)
+    step = max(number("SLURM_ARRAY_TASK_STEP", 1), 1)
+    job = (number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)) // step
+    jobs = number("SLURM_ARRAY_TASK_COUNT", 1)
+    if tasks * jobs > 1 and 0 <= task < tasks and 0 <= job < jobs:
+        return job * tasks + task, tasks * jobs
+    many = 2**16
+    return zlib.crc32(f"{platform.node()} {os.getpid()}".encode()) % many, many
+
+
+def _gathered(
+    identity: CacheIdentity, plan: list[np.ndarray], reusable: ReusableRows, order: list[int]
+) -> dict[int, Reused]:
+    """What can be copied into the first of these shards and as many more as fit into memory."""
+    gathered = reusable.gather([identity.digests[plan[sid]] for sid in order])
+    return dict(zip(order, gathered, strict=False))
 
 
 def _completed(

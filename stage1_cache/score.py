@@ -56,9 +56,10 @@ class ReferenceScorer:
         batch_tokens  packed tokens per forward; changes speed and memory only
         Raises ModelError where the model cannot be loaded. `check` it on the data before it scores.
         """
-        # Under torchrun each rank has its own GPU.
-        local = os.environ.get("LOCAL_RANK", "0")
-        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        # Under torchrun each rank has its own GPU, under srun each task, which may see its own alone.
+        local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        gpus = torch.cuda.device_count()
+        self.device = torch.device(f"cuda:{local % gpus}" if gpus else "cpu")
         model = load_model(folder, arithmetic.dtype, adapters).requires_grad_(False)
         # Quantised weights are put where they belong as they load, and some formats refuse to move.
         self.model = model if is_quantised(model) else model.to(self.device)

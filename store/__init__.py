@@ -8,18 +8,22 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
     tags, use, describe, manage, collect      names, last use and locks, labels; tag, rm; gc
     difference, usage                         why two caches are not one; bytes by array
-    reuse    rows that other caches hold      export   for other trainers
+    claims   who computes which shard         reuse    rows that other caches hold
+    export   for other trainers
     objects, bucket, hub, remote              caches behind a URL
     transfer, streaming                       push and pull; reading with less disk than the cache
 """
 
 from store.cache import Cache, open_cache
+from store.claims import Claim
 from store.collect import Collection, Garbage, gc
+from store.describe import counted
 from store.difference import Difference, DiffReport, Nearest, diff, differences, nearest
 from store.export import ExportReport, export_trl
+from store.files import printable
 from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest, shard_digest
 from store.local import Store, Summary, default_store
-from store.manage import Removed, Tagged, rm, tag, untag
+from store.manage import Removed, Tagged, removable, rm, tag, untag
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards
@@ -37,6 +41,7 @@ __all__ = [
     "ArrayUsage",
     "Cache",
     "CacheWriter",
+    "Claim",
     "Collection",
     "DiffReport",
     "Difference",
@@ -60,6 +65,7 @@ __all__ = [
     "TransferReport",
     "cache_key",
     "canonical_json",
+    "counted",
     "default_store",
     "diff",
     "differences",
@@ -78,9 +84,11 @@ __all__ = [
     "pairs_digest",
     "permutation",
     "plan_shards",
+    "printable",
     "pull",
     "push",
     "remember",
+    "removable",
     "rm",
     "scored_lengths",
     "shard_digest",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import CacheDamaged, CacheIncomplete, CacheMissing
+from store.describe import counted
 from store.files import sha256_hex
 from store.local import Store, finished_shards
 from store.manifest import (
@@ -33,12 +34,15 @@ from store.streaming import Shelf, StreamingFolder
 from store.use import Use
 
 
-def open_cache(store: Store | RemoteStore | Path | str, name: str, shelf: Shelf | None = None) -> Cache:
+def open_cache(
+    store: Store | RemoteStore | Path | str, name: str, shelf: Shelf | None = None, counts: bool = True
+) -> Cache:
     """
     The complete cache whose key starts with `name`, or whose tag it is, in a folder or at a URL (see `open_store`).
     As long as it is open, nobody removes it from a folder. Shards of a URL pass through `shelf`, a bounded folder
     on this machine (default: `Shelf()`).
 
+    counts: whether this is a use by which a folder's last use is told, or only a look.
     Raises CacheMissing, CacheIncomplete (how far it is and what to run) or CacheDamaged.
     """
     store = open_store(store)
@@ -48,7 +52,7 @@ def open_cache(store: Store | RemoteStore | Path | str, name: str, shelf: Shelf 
         cache.folder = StreamingFolder(cache.folder, cache.manifest.shards, shelf or Shelf())
         return cache
     # Taken before the first look, so that what is found cannot be removed any more.
-    use = store.use(key)
+    use = store.use(key, counts)
     return Cache(store.folder(key), key, use)
 
 
@@ -129,7 +133,7 @@ def incomplete(folder: Objects, n_shards: int) -> CacheIncomplete:
     place = f"cache {folder.where('')}"
     if isinstance(folder, RemoteObjects):
         return CacheIncomplete(f"{place} is not complete: it has no {MANIFEST}; push it again from where it was built")
-    done = len(finished_shards(folder, n_shards))
-    return CacheIncomplete(
-        f"{place} is not complete: {done} of {n_shards} shards are done; finish it with: fpo cache RECIPE"
+    done = (
+        f"{len(finished_shards(folder, n_shards))} of {counted(n_shards, 'shard')} {'is' if n_shards == 1 else 'are'}"
     )
+    return CacheIncomplete(f"{place} is not complete: {done} done; finish it with: fpo cache RECIPE")

@@ -9,18 +9,19 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from errors import CacheInUse
-from store.files import TMP
-from store.local import STATE, Store
-from store.manage import REMOVED, bytes_in, delete, remove_cache
-from store.manifest import MANIFEST, RECIPE
-from store.tags import TAGS
-from store.use import alone, is_used, last_use
+from errors import CacheError, CacheInUse
+from store.files import TMP, Folder, explained
+from store.local import NAMES, USES, Store
+from store.manage import REMOVED, bytes_in, remove_cache
+from store.manifest import MANIFEST, RECIPE, RECORDS
+from store.tags import TAGS, read_tag, remove_tag
+from store.use import alone, begin_account, is_used, last_use, tells_of_all
 
 UNFINISHED_DAYS = 14.0
 """How long an unfinished cache that nobody works on is kept by default: its shards are somebody's GPU hours."""
@@ -35,7 +36,7 @@ _FULL_KEY = re.compile(r"[0-9a-f]{64}")
 class Garbage:
     """Something that may go."""
 
-    kind: Literal["unused", "unfinished", "temporary"]
+    kind: Literal["unused", "unfinished", "temporary", "tag"]
     path: Path
     n_bytes: int
     reason: str
@@ -43,7 +44,7 @@ class Garbage:
     key: str | None = None
     """Of the cache, where it is one or belongs to one."""
     in_use: bool = False
-    """Somebody works with it: it stays."""
+    """Somebody works with it, or used or tagged it since it was looked at: it stays."""
     removed: bool = False
 
 
@@ -53,6 +54,10 @@ class Collection:
 
     dry_run: bool
     items: list[Garbage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Caches that stay because nobody can tell yet whether they are used, one line each."""
+    problems: list[str] = field(default_factory=list)
+    """What could not be looked at or removed, one line each; the rest was."""
 
     @property
     def n_bytes(self) -> int:
@@ -68,113 +73,173 @@ def gc(
     on_item: Callable[[Garbage], None] | None = None,
 ) -> Collection:
     """
-    Collect what killed processes left, unfinished caches that nobody worked on for `unfinished_days` and
-    complete caches that nobody opened for `unused_days`; None keeps them all. Damaged caches and those with
-    a tag are kept in any case: remove them by name.
+    Collect what killed processes left, tags of caches that are no more, unfinished caches that nobody worked on for
+    `unfinished_days` and complete caches that nobody opened for `unused_days`; None keeps them all. Damaged caches
+    and those with a tag are kept in any case: remove them by name. So is, for now, a cache whose uses some of its
+    readers could not note: silence is no disuse, it is counted from this collection on.
 
     on_item(item) is called for each thing found, after it is removed unless this is a dry run.
-    Raises CacheError where the store cannot be written.
+    Raises CacheError where the store cannot be listed; what fails later is in `problems`.
     """
     store = store if isinstance(store, Store) else Store(store)
-    collection = Collection(dry_run)
-    for item in [*_caches(store, unused_days, unfinished_days), *_leftovers(store)]:
-        use_file = None if item.key is None else store.use_file(item.key)
-        item.in_use = use_file is not None and is_used(use_file)
-        if not dry_run and not item.in_use:
-            _collect(store, item)
-        collection.items.append(item)
-        if on_item is not None:
-            on_item(item)
-    if not dry_run:
-        _forget_uses(store)
-    return collection
+    return _Collector(store, unused_days, unfinished_days, Collection(dry_run), on_item).run()
 
 
-def _caches(store: Store, unused_days: float | None, unfinished_days: float | None) -> Iterator[Garbage]:
-    tagged = set(store.tags().values())
-    for key in (name for name in _names(store.root) if _FULL_KEY.fullmatch(name)):
-        folder = store.folder(key)
-        inside = folder.names()
-        age = _age_days(store, key)
-        complete = MANIFEST in inside
-        limit = unused_days if complete else unfinished_days
-        if key in tagged or limit is None or age < limit:
-            yield from _temporaries(folder.root / TMP, key)
-            continue
-        state = f"unused for {age:.0f} days"
-        if RECIPE in inside:
-            summary = store.summary(key)
-            if summary.problem is not None:
-                continue
+class _Collector:
+    """One collection: looks at a thing, removes it if it still may go, and goes on with the next."""
+
+    def __init__(
+        self,
+        store: Store,
+        unused_days: float | None,
+        unfinished_days: float | None,
+        collection: Collection,
+        on_item: Callable[[Garbage], None] | None,
+    ) -> None:
+        self.store, self.folder = store, Folder(store.root)
+        self.limits = {True: unused_days, False: unfinished_days}
+        """By whether the cache is complete."""
+        self.collection, self.on_item = collection, on_item
+
+    def run(self) -> Collection:
+        tags = self.store.tags()
+        tagged = set(tags.values())
+        keys = [name for name in self.folder.names() if _FULL_KEY.fullmatch(name)]
+        for key in keys:
+            self._attempt(partial(self._cache, key, tagged))
+        self._attempt(self._graves)
+        for name in sorted(set(tags) - {name for name, key in tags.items() if key in set(keys)}):
+            self._attempt(partial(self._dangling, name, tags[name]))
+        for place in (TAGS, USES, NAMES):
+            self._attempt(partial(self._unfinished_notes, place))
+        if not self.collection.dry_run:
+            self._attempt(self._forget_uses)
+        return self.collection
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except CacheError as error:
+            self.collection.problems.append(str(error))
+
+    def _found(self, item: Garbage, remove: Callable[[], None]) -> None:
+        if item.key is not None:
+            item.in_use = is_used(self.store.use_file(item.key))
+        try:
+            if not self.collection.dry_run and not item.in_use:
+                remove()
+                item.removed = not item.in_use
+        except CacheInUse:
+            item.in_use = True
+        except CacheError as error:
+            self.collection.problems.append(str(error))
+        self.collection.items.append(item)
+        if self.on_item is not None:
+            self.on_item(item)
+
+    def _cache(self, key: str, tagged: set[str]) -> None:
+        folder = self.store.folder(key)
+        days = self._days_beyond(key, tagged)
+        if days is None:
+            self._temporaries(f"{key}/{TMP}", "left by a writer that was killed", key)
+            return
+        state = f"unused for {days:.0f} days"
+        if RECIPE in folder.names():
+            summary = self.store.look(key)
+            if summary is None or summary.problem is not None:
+                return
             state = f"{summary.state}, {state}"
-        kind: Literal["unused", "unfinished"] = "unused" if complete else "unfinished"
-        yield Garbage(kind, folder.root, bytes_in(folder.root), state, key)
+        kind: Literal["unused", "unfinished"] = "unused" if MANIFEST in folder.names() else "unfinished"
+        item = Garbage(kind, folder.root, bytes_in(folder.root), state, key)
+        self._found(item, partial(self._remove_cache, item, key))
 
-
-def _leftovers(store: Store) -> Iterator[Garbage]:
-    """What killed removals and taggings left."""
-    removed = store.root / STATE / REMOVED
-    for name in _names(removed):
-        yield Garbage("temporary", removed / name, bytes_in(removed / name), "left by a removal that was killed")
-    for name in (name for name in _names(store.root / TAGS) if name.startswith(".")):
-        yield from _temporary(store.root / TAGS / name, None)
-
-
-def _temporaries(folder: Path, key: str) -> Iterator[Garbage]:
-    for name in _names(folder):
-        yield from _temporary(folder / name, key)
-
-
-def _temporary(path: Path, key: str | None) -> Iterator[Garbage]:
-    try:
-        facts = path.lstat()
-    except FileNotFoundError:  # its writer lives and is done with it
-        return
-    if time.time() - facts.st_mtime >= _TEMPORARY_AGE:
-        yield Garbage("temporary", path, facts.st_size, "left by a writer that was killed", key)
-
-
-def _collect(store: Store, item: Garbage) -> None:
-    if item.key is None:
-        delete(item.path)
-        item.removed = True
-        return
-    seen = last_use(store.use_file(item.key))
-    try:
-        with alone(store.use_file(item.key), f"cache {item.key[:12]}"):
-            if last_use(store.use_file(item.key)) != seen and seen is not None:
-                item.in_use = True  # since it was looked at, somebody used it
-            elif item.kind == "temporary":
-                delete(item.path)
-                item.removed = True
+    def _remove_cache(self, item: Garbage, key: str) -> None:
+        with alone(self.store.use_file(key), f"cache {key[:12]}"):
+            # Looked at again: since the first look somebody may have used, finished or tagged it.
+            if self._days_beyond(key, set(self.store.tags().values())) is None:
+                item.in_use = True
             else:
-                remove_cache(store, item.key)
-                item.removed = True
-    except CacheInUse:
-        item.in_use = True
+                remove_cache(self.store, key)
+
+    def _days_beyond(self, key: str, tagged: set[str]) -> float | None:
+        """For how long nobody used a cache; None where it stays: tagged, used lately, or nobody can tell."""
+        complete = MANIFEST in self.store.folder(key).names()
+        limit = self.limits[complete]
+        if key in tagged or limit is None:
+            return None
+        note = self.store.use_file(key)
+        used = last_use(note)
+        # Whoever writes shows it in the cache's own files, whoever reads in this note alone.
+        told = tells_of_all(note) if used is not None else not complete
+        if not told:
+            self._begin_account(key, note)
+            return None
+        days = (time.time() - (used.timestamp() if used is not None else _newest(self.store.path(key)))) / _DAY
+        return days if days >= limit else None
+
+    def _begin_account(self, key: str, note: Path) -> None:
+        said = f"{key[:12]} stays: not everybody who may read it could note that they do"
+        if self.collection.dry_run:
+            self.collection.notes.append(f"{said}; with --yes its use counts from now on")
+        else:
+            begin_account(note)
+            self.collection.notes.append(f"{said}; its use counts from now on")
+
+    def _graves(self) -> None:
+        for name in self.folder.names(REMOVED):
+            path = self.store.root / REMOVED / name
+            item = Garbage("temporary", path, bytes_in(path), "left by a removal that was killed")
+            self._found(item, partial(self.folder.delete, f"{REMOVED}/{name}"))
+
+    def _dangling(self, name: str, key: str) -> None:
+        item = Garbage("tag", self.store.root / TAGS / name, 0, f"a tag of {key[:12]}, which is not here")
+        self._found(item, partial(self._untag, item, name, key))
+
+    def _untag(self, item: Garbage, name: str, key: str) -> None:
+        if os.path.lexists(self.store.path(key)) or read_tag(self.folder, name) != key:
+            item.in_use = True
+        else:
+            remove_tag(self.store.root, name)
+
+    def _unfinished_notes(self, place: str) -> None:
+        """What killed processes left among the tags and the notes of uses."""
+        self._temporaries(place, "left by a process that was killed", None, ".")
+
+    def _temporaries(self, place: str, reason: str, key: str | None, start: str = "") -> None:
+        """Old files in a folder of the store whose names begin so; those of a cache go when nobody writes it."""
+        for name in self.folder.names(place):
+            path = self.store.root / place / name
+            try:
+                facts = path.lstat()
+            except FileNotFoundError:  # its writer lives and is done with it
+                continue
+            except OSError as error:
+                self.collection.problems.append(f"cannot read {path}: {error.strerror}; see the reason")
+                continue
+            if name.startswith(start) and time.time() - facts.st_mtime >= _TEMPORARY_AGE:
+                item = Garbage("temporary", path, facts.st_size, reason, key)
+                self._found(item, partial(self._delete_temporary, f"{place}/{name}", key))
+
+    def _delete_temporary(self, name: str, key: str | None) -> None:
+        if key is None:
+            self.folder.delete(name)
+            return
+        with alone(self.store.use_file(key), f"cache {key[:12]}"):
+            self.folder.delete(name)
+
+    def _forget_uses(self) -> None:
+        """Notes about caches that are no more."""
+        for name in self.folder.names(USES):
+            if _FULL_KEY.fullmatch(name) and not os.path.lexists(self.store.path(name)):
+                with contextlib.suppress(CacheInUse), alone(self.store.use_file(name), f"cache {name[:12]}"):
+                    # Looked at again: a writer says that it uses a cache before it makes the folder.
+                    if not os.path.lexists(self.store.path(name)):
+                        for place in (USES, NAMES):
+                            self.folder.remove(f"{place}/{name}")
 
 
-def _forget_uses(store: Store) -> None:
-    """Notes about caches that are no more."""
-    for name in _names(store.root / STATE / "uses"):
-        if _FULL_KEY.fullmatch(name) and not os.path.lexists(store.path(name)):
-            with contextlib.suppress(CacheInUse), alone(store.use_file(name), f"cache {name[:12]}"):
-                # Looked at again: a writer says that it uses a cache before it makes the folder.
-                if not os.path.lexists(store.path(name)):
-                    store.use_file(name).unlink(missing_ok=True)
-
-
-def _age_days(store: Store, key: str) -> float:
-    """Since the last use; where that is unknown, since the newest of its files was made."""
-    used = last_use(store.use_file(key))
-    folder = store.path(key)
-    files = [folder / RECIPE, folder / MANIFEST, folder / "records", folder]
-    times = [used.timestamp()] if used else [path.stat().st_mtime for path in files if path.exists()]
-    return (time.time() - max(times, default=time.time())) / _DAY
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def _newest(folder: Path) -> float:
+    """When the newest of a cache's files was made."""
+    with explained("read", folder):
+        files = [folder / RECIPE, folder / MANIFEST, folder / RECORDS, folder]
+        return max((os.lstat(path).st_mtime for path in files if os.path.lexists(path)), default=time.time())

@@ -4,13 +4,24 @@ used stand in the records' provenance under "inputs" and are for people only:
 
     {"reference": {"model", "revision", "adapter"}, "features": [{"sae"}],
      "data": {"source", "subset", "revision", "split"}}
+
+All of it may be a stranger's: what these functions return is one printable line.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from store.files import printable
+
 INPUTS = "inputs"
+_LONGEST = 300
+"""Characters of a label: a path fits, a page does not."""
+
+
+def counted(count: int, what: str) -> str:
+    """1 shard, 2,000 shards"""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def reference_label(recipe: dict[str, Any], inputs: dict[str, Any]) -> str:
@@ -19,7 +30,7 @@ def reference_label(recipe: dict[str, Any], inputs: dict[str, Any]) -> str:
     label = " + ".join(
         part for part in (_revised(given, "model"), given.get("adapter")) if isinstance(part, str) and part
     )
-    return _with_digest(label, _dict(_dict(recipe.get("scorer")).get("reference")).get("weights"))
+    return _line(_with_digest(label, _dict(_dict(recipe.get("scorer")).get("reference")).get("weights")))
 
 
 def feature_labels(recipe: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
@@ -30,7 +41,8 @@ def feature_labels(recipe: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
     for n, feature in enumerate(map(_dict, features)):
         name = _dict(given[n]).get("sae") if n < len(given) else None
         sae = _with_digest(name if isinstance(name, str) else "", _dict(feature.get("sae")).get("weights"))
-        labels.append(f"{feature.get('hookpoint', '?')} top {feature.get('top_k', '?')}" + (f": {sae}" if sae else ""))
+        place = f"{feature.get('hookpoint', '?')} top {feature.get('top_k', '?')}"
+        labels.append(_line(f"{place}: {sae}" if sae else place))
     return labels
 
 
@@ -38,7 +50,11 @@ def data_label(inputs: dict[str, Any]) -> str:
     """HuggingFaceH4/ultrafeedback_binarized train_prefs, or "" where nobody wrote it down."""
     given = _dict(inputs.get("data"))
     parts = (_revised(given, "source"), given.get("subset"), given.get("split"))
-    return " ".join(part for part in parts if isinstance(part, str) and part)
+    return _line(" ".join(part for part in parts if isinstance(part, str) and part))
+
+
+def _line(text: str) -> str:
+    return printable(text, _LONGEST)
 
 
 def _revised(given: dict[str, Any], field: str) -> str:

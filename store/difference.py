@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from store.files import printable
 from store.key import cache_key
 from store.local import Store, Summary
 from store.manifest import MAX_RECIPE_BYTES, RECIPE, parse_recipe
@@ -39,7 +40,7 @@ class Difference:
 
     def __str__(self) -> str:
         meaning = f"  ({self.meaning})" if self.meaning else ""
-        return f"{self.field}: {_short(self.here)} -> {_short(self.there)}{meaning}"
+        return printable(f"{self.field}: {_short(self.here)} -> {_short(self.there)}{meaning}", 1000)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,15 @@ from store.objects import Objects
 TMP = "tmp"
 """Where unfinished files lie. Leftovers of killed writers are never read."""
 
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
+_NO_HARD_LINKS = {
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.EMLINK,
+    errno.EINVAL,
+    errno.EXDEV,
+}
 _NEXT_STEP = {
     errno.ENOSPC: "free some space and run the same command again, finished shards are kept",
     errno.EDQUOT: "free some space and run the same command again, finished shards are kept",
@@ -51,10 +60,12 @@ def printable(text: str, most: int = 100) -> str:
 
 
 class Folder(Objects):
-    """Objects under one directory. Subfolders that are links are refused: they could lead anywhere."""
+    """Objects under one directory, reached from the `anchor` above it without following any link."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, anchor: Path | None = None) -> None:
+        """anchor: of a cache, the folder of its store; by default the directory itself. See `refuse_links`."""
         self.root = root
+        self.anchor = root if anchor is None else anchor
 
     def where(self, name: str) -> str:
         """How messages call an object."""
@@ -64,7 +75,7 @@ class Folder(Objects):
         """Make the directory and these inside it, durably."""
         for path in (self.root, self.root / TMP, *(self.root / name for name in subfolders)):
             with explained("make", path):
-                _refuse_link(path, self.root)
+                refuse_links(path, self.anchor)
                 make_durable_dirs(path)
 
     def read(self, name: str, limit: int) -> bytes:
@@ -98,9 +109,9 @@ class Folder(Objects):
                 # Somebody may have made the name without having synced it yet; what follows relies on it.
                 _sync_directory(path.parent)
                 return False
-            temporary = _write_temporary(self.root / TMP, path.name, data)
+            temporary = _write_temporary(self._path(f"{TMP}/{path.name}").parent, path.name, data)
             try:
-                created = _move_without_replacing(temporary, path)
+                created = move_without_replacing(temporary, path)
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
@@ -109,8 +120,10 @@ class Folder(Objects):
 
     def sync(self, subfolder: str) -> None:
         """Make the names inside durable, whoever made them."""
-        with explained("sync", self.root / subfolder):
-            _sync_directory(self.root / subfolder)
+        path = self.root / subfolder
+        refuse_links(path, self.anchor)
+        with explained("sync", path):
+            _sync_directory(path)
 
     def size(self, name: str) -> int:
         """In bytes. Raises CacheMissing where there is none."""
@@ -124,7 +137,7 @@ class Folder(Objects):
     def names(self, subfolder: str = "") -> list[str]:
         """Of the objects (and folders) directly inside, sorted; none where the folder is absent."""
         path = self.root / subfolder
-        _refuse_link(path, self.root)
+        refuse_links(path, self.anchor)
         with explained("list", path):
             try:
                 return sorted(os.listdir(path))
@@ -149,13 +162,32 @@ class Folder(Objects):
         with explained("remove", path), contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
+    def delete(self, name: str) -> None:
+        """
+        Remove an object, or a folder with all in it, which others may be deleting too. Links are removed, never
+        followed, not even one that takes a folder's place meanwhile.
+        """
+        path = self._path(name)
+        with explained("remove", path), _opened(path.parent, self.anchor) as parent:
+            while True:
+                try:
+                    if stat.S_ISDIR(os.stat(path.name, dir_fd=parent, follow_symlinks=False).st_mode):
+                        shutil.rmtree(path.name, dir_fd=parent)
+                    else:
+                        os.unlink(path.name, dir_fd=parent)
+                except FileNotFoundError:
+                    if not os.path.lexists(path):
+                        return
+
     def _path(self, name: str) -> Path:
         path = self.root / name
-        _refuse_link(path.parent, self.root)
+        refuse_links(path.parent, self.anchor)
         return path
 
     def move_away(self, target: Path) -> None:
         """Rename the whole folder: at once, nothing of it is left under its name. Raises CacheMissing."""
+        for path in (self.root, target):
+            refuse_links(path.parent, self.anchor)
         with explained("move", self.root):
             try:
                 os.rename(self.root, target)
@@ -183,17 +215,49 @@ def explained(verb: str, path: Path) -> Iterator[None]:
         raise CacheError(f"cannot {verb} {path}: {reason}; {step}") from error
 
 
-def _refuse_link(folder: Path, root: Path) -> None:
-    # The root itself may be a link: its owner made it. What lies inside may come from a stranger.
-    if folder != root and os.path.islink(folder):
-        raise CacheDamaged(f"{folder} is a link, not a folder")
+def refuse_links(folder: Path, anchor: Path) -> None:
+    """
+    Raises CacheDamaged where `folder`, or one between it and `anchor`, is a link: it could lead anywhere. The anchor
+    itself, the root of a store, may be one: its owner made it. What lies below may come from a stranger.
+    """
+    for path in (folder, *folder.parents):
+        if path == anchor:
+            return
+        if os.path.islink(path):
+            raise CacheDamaged(
+                f"{path} is a link, not a folder or file of its own; remove it, or put there what it leads to"
+            )
 
 
-def make_durable_dirs(path: Path) -> None:
-    """Make a directory and what is missing above it, and make their names durable. Raises OSError."""
+@contextlib.contextmanager
+def _opened(folder: Path, anchor: Path) -> Iterator[int]:
+    """A descriptor of a folder that was reached without following a link below the anchor, whatever others swap."""
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    descriptor = os.open(anchor, flags)
+    try:
+        for part in folder.relative_to(anchor).parts:
+            inner = os.open(part, flags | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def make_durable_dirs(path: Path, like: Path | None = None) -> None:
+    """
+    Make a directory and what is missing above it, and make their names durable. Raises OSError.
+
+    like: a directory above whose permissions the new ones below it get, whatever the umask.
+    """
     missing = [p for p in (path, *path.parents) if not p.exists()]
     for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
+        try:
+            directory.mkdir()
+        except FileExistsError:  # somebody was faster
+            continue
+        if like is not None and like in directory.parents:
+            os.chmod(directory, stat.S_IMODE(os.stat(like).st_mode))
         _sync_directory(directory.parent)
 
 
@@ -214,7 +278,8 @@ def _write_temporary(directory: Path, name: str, data: bytes) -> Path:
     return temporary
 
 
-def _move_without_replacing(temporary: Path, path: Path) -> bool:
+def move_without_replacing(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name; False where that is taken. Raises OSError. The temporary name may remain."""
     try:
         os.link(temporary, path)
     except OSError as error:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from errors import CacheError, CacheMissing
-from store.describe import INPUTS, data_label, feature_labels, reference_label
-from store.files import Folder
+from store.describe import INPUTS, counted, data_label, feature_labels, reference_label
+from store.files import Folder, explained, make_durable_dirs, refuse_links, replace_file
+from store.key import checked_json, parse_checked_json
 from store.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -31,10 +32,15 @@ from store.manifest import (
 )
 from store.objects import Objects
 from store.tags import read_tag, read_tags
-from store.use import Use, last_use
+from store.use import Use, last_use, moment
 
 STATE = ".state"
 """What the store keeps about its caches besides them: who uses them, and what is being removed."""
+
+USES = f"{STATE}/uses"
+NAMES = f"{STATE}/names"
+"""What unfinished caches are made from, in words: no record of theirs may say it yet."""
+_MAX_NAMES_BYTES = 2**16
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -77,7 +83,7 @@ class Summary:
     def state(self) -> str:
         if self.problem:
             return "damaged"
-        return "complete" if self.complete else f"{self.shards_done} of {self.shards_total} shards"
+        return "complete" if self.complete else f"{self.shards_done} of {counted(self.shards_total, 'shard')}"
 
     @property
     def reference(self) -> str:
@@ -108,7 +114,7 @@ class Store:
     def keys(self) -> list[str]:
         """Of every cache here, complete or not, sorted."""
         names = Folder(self.root).names()
-        return [name for name in names if _KEY.fullmatch(name) and _holds_a_cache(Folder(self.root / name))]
+        return [name for name in names if _KEY.fullmatch(name) and _holds_a_cache(self.folder(name))]
 
     def path(self, key: str) -> Path:
         """Where the cache of this full key lies, or would lie."""
@@ -118,11 +124,11 @@ class Store:
 
     def folder(self, key: str) -> Folder:
         """The objects of the cache of this full key."""
-        return Folder(self.path(key))
+        return Folder(self.path(key), self.root)
 
     def use_file(self, key: str) -> Path:
         """Where the uses of a cache are noted, see `use`."""
-        return self.root / STATE / "uses" / key
+        return self.root / USES / key
 
     def use(self, key: str, counts: bool = True) -> Use:
         """
@@ -136,12 +142,18 @@ class Store:
         """Every tag and the key that it stands for."""
         return read_tags(Folder(self.root))
 
+    def tags_of(self, key: str) -> tuple[str, ...]:
+        """The tags of the cache of this full key."""
+        return tuple(name for name, tagged in self.tags().items() if tagged == key)
+
     def resolve(self, name: str) -> str:
         """
         The one key here that starts with `name`, or that the tag `name` stands for.
 
         Raises CacheMissing, which lists what is here, where none or several do.
         """
+        if _KEY.fullmatch(name) and _holds_a_cache(self.folder(name)):
+            return name
         keys = self.keys()
         tagged = read_tag(Folder(self.root), name)
         if tagged is not None:
@@ -159,6 +171,8 @@ class Store:
                 f"{name} is the start of {len(found)} keys in {self.root}; give more digits\n" + _indented(found)
             )
         listing = f"it holds\n{_indented(keys)}" if keys else "it is empty; build a cache with fpo cache RECIPE"
+        if not self.root.exists():
+            listing = "there is no such folder; build a cache with fpo cache RECIPE, or name another with --store"
         raise CacheMissing(f"no cache in {self.root} has the tag {name!r} or a key that starts so; {listing}")
 
     def summaries(self) -> list[Summary]:
@@ -166,26 +180,27 @@ class Store:
         names: dict[str, list[str]] = {}
         for name, key in self.tags().items():
             names.setdefault(key, []).append(name)
-        found = (self._summary(key, tuple(names.get(key, ()))) for key in self.keys())
+        found = (self.look(key, tuple(names.get(key, ()))) for key in self.keys())
         return [summary for summary in found if summary is not None]
 
     def summary(self, name: str) -> Summary:
         """The cache that `name` resolves to. Raises CacheMissing."""
         key = self.resolve(name)
-        summary = self._summary(key, tuple(tag for tag, tagged in self.tags().items() if tagged == key))
+        summary = self.look(key, self.tags_of(key))
         if summary is None:
             raise CacheMissing(f"{self.path(key)} was removed just now")
         return summary
 
-    def _summary(self, key: str, tags: tuple[str, ...]) -> Summary | None:
+    def look(self, key: str, tags: tuple[str, ...] = ()) -> Summary | None:
+        """The cache of this full key, which has these tags; None where there is none."""
         folder = self.folder(key)
-        try:
-            created = datetime.fromtimestamp((folder.root / RECIPE).lstat().st_mtime, UTC)
-        except FileNotFoundError:  # removed since it was listed
+        created = _created(folder)
+        if created is None:
             return None
-        except OSError:  # not ours to look into: its problem is told below
-            created = datetime.fromtimestamp(folder.root.lstat().st_mtime, UTC)
-        used = last_use(self.use_file(key))
+        try:
+            used = last_use(self.use_file(key))
+        except CacheError:  # unknown; who wants to lock or remove it will be told
+            used = None
         recipe: dict[str, Any] = {}
         try:
             recipe = parse_recipe(folder.read(RECIPE, MAX_RECIPE_BYTES), key, folder.where(RECIPE))
@@ -214,8 +229,22 @@ class Store:
             None,
             used,
             tags,
-            _inputs(folder, key, done),
+            _inputs(folder, key, done) or self._names(key),
         )
+
+    def note_names(self, key: str, inputs: dict[str, Any]) -> None:
+        """Write down what a cache that is begun is made from (see `describe`), for `ls`. Raises CacheError."""
+        folder = self.root / NAMES
+        refuse_links(folder, self.root)
+        with explained("write", folder / key):
+            make_durable_dirs(folder, like=self.root)
+            replace_file(folder / key, checked_json(inputs))
+
+    def _names(self, key: str) -> dict[str, Any]:
+        try:
+            return parse_checked_json(Folder(self.root).read(f"{NAMES}/{key}", _MAX_NAMES_BYTES))
+        except (CacheError, ValueError, RecursionError):
+            return {}
 
 
 def finished_shards(folder: Objects, n_shards: int) -> list[int]:
@@ -242,6 +271,18 @@ def _inputs(folder: Folder, key: str, done: list[int]) -> dict[str, Any]:
         if isinstance(inputs, dict):
             return inputs
     return {}
+
+
+def _created(folder: Folder) -> datetime | None:
+    """When its recipe was written, else the folder; None where neither is there (any more)."""
+    for path in (folder.root / RECIPE, folder.root):
+        try:
+            return moment(path.lstat().st_mtime)
+        except FileNotFoundError:
+            return None
+        except OSError:  # not ours to look into: its problem is told by who reads it
+            continue
+    return moment(0)
 
 
 def _holds_a_cache(folder: Folder) -> bool:

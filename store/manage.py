@@ -7,18 +7,23 @@ half of it is left under its key, and the next collection finishes the work. Wha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.files import explained, make_durable_dirs
-from store.local import STATE, Store
+from errors import CacheError, CacheMissing
+from store.files import Folder, explained, make_durable_dirs, refuse_links
+from store.local import NAMES, STATE, USES, Store, Summary
 from store.tags import check_tag_name, remove_tag, write_tag
 from store.use import alone
 
-REMOVED = "removed"
+REMOVED = f"{STATE}/removed"
+
+FEWEST_DIGITS = 4
+"""Of a key, to remove its cache: one digit is soon typed."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,6 @@ class Removed:
 
     key: str
     n_bytes: int
-    tags: tuple[str, ...]
-    """Its tags, which are gone too."""
 
 
 def tag(store: Store | Path | str, name: str, new: str) -> Tagged:
@@ -50,7 +53,14 @@ def tag(store: Store | Path | str, name: str, new: str) -> Tagged:
     store = store if isinstance(store, Store) else Store(store)
     check_tag_name(new)
     key = store.resolve(name)
-    before = write_tag(store.root, new, key)
+    # Nobody removes it between the last look and its name, which then keeps it.
+    use = store.use(key)
+    try:
+        if store.look(key) is None:
+            raise CacheMissing(f"{store.path(key)} was removed just now")
+        before = write_tag(store.root, new, key)
+    finally:
+        use.end()
     return Tagged(new, key, before if before != key else None)
 
 
@@ -60,56 +70,64 @@ def untag(store: Store | Path | str, name: str) -> Tagged:
     return Tagged(name, remove_tag(store.root, name))
 
 
-def rm(store: Store | Path | str, name: str) -> Removed:
+def removable(store: Store | Path | str, name: str) -> Summary:
     """
-    Remove a cache, finished or not, and its tags.
-
-    Raises CacheMissing, or CacheInUse naming who reads or writes it.
+    The cache that `rm` would remove. Raises CacheMissing, or CacheError for one with a tag or where `name` is the
+    start of its key and shorter than FEWEST_DIGITS.
     """
     store = store if isinstance(store, Store) else Store(store)
-    key = store.resolve(name)
+    summary = store.summary(name)
+    if summary.key.startswith(name) and len(name) < FEWEST_DIGITS:
+        raise CacheError(f"{name} is short for a key to remove; give at least {FEWEST_DIGITS} digits of {summary.key}")
+    _refuse_tagged(summary.key, summary.tags)
+    return summary
+
+
+def rm(store: Store | Path | str, name: str) -> Removed:
+    """
+    Remove a cache, finished or not.
+
+    Raises as `removable` does, or CacheInUse naming who reads or writes it.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    key = removable(store, name).key
     with alone(store.use_file(key), f"cache {key[:12]} in {store.root}"):
+        _refuse_tagged(key, store.tags_of(key))
         return remove_cache(store, key)
 
 
+def _refuse_tagged(key: str, tags: tuple[str, ...]) -> None:
+    if tags:
+        raise CacheError(
+            f"cache {key[:12]} has the {'tag' if len(tags) == 1 else 'tags'} {', '.join(tags)}, which keeps it; "
+            f"take that away first: fpo store untag {tags[0]}"
+        )
+
+
 def remove_cache(store: Store, key: str) -> Removed:
-    """Remove a cache that nobody uses, see `alone`."""
-    folder = store.folder(key)
+    """Remove a cache that nobody uses, see `alone`, and that has no tag."""
+    folder, place = store.folder(key), Folder(store.root)
     n_bytes = bytes_in(folder.root)
-    grave = store.root / STATE / REMOVED / f"{key}.{secrets.token_hex(8)}"
-    with explained("make", grave.parent):
-        make_durable_dirs(grave.parent)
-    folder.move_away(grave)
-    tags = tuple(name for name, tagged in store.tags().items() if tagged == key)
-    for name in tags:
-        remove_tag(store.root, name)
-    store.use_file(key).unlink(missing_ok=True)
-    delete(grave)
-    return Removed(key, n_bytes, tags)
+    grave = f"{REMOVED}/{key}.{secrets.token_hex(8)}"
+    refuse_links((store.root / grave).parent, store.root)
+    with explained("make", store.root / REMOVED):
+        make_durable_dirs(store.root / REMOVED, like=store.root)
+    folder.move_away(store.root / grave)
+    for note in (f"{USES}/{key}", f"{NAMES}/{key}"):
+        place.remove(note)
+    place.delete(grave)
+    return Removed(key, n_bytes)
 
 
 def bytes_in(path: Path) -> int:
-    """Of all files below; links are not followed."""
-    if not path.is_dir() or path.is_symlink():
-        return path.lstat().st_size if os.path.lexists(path) else 0
+    """Of all files below; links are not followed. Raises CacheError."""
     total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                continue
+    with explained("read", path), contextlib.suppress(FileNotFoundError):
+        facts = path.lstat()
+        if not stat.S_ISDIR(facts.st_mode):
+            return facts.st_size
+        for folder, _, names in os.walk(path):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
     return total
-
-
-def delete(path: Path) -> None:
-    """A file or a folder with all in it, which others may be deleting too."""
-    with explained("remove", path):
-        while os.path.lexists(path):
-            try:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            except FileNotFoundError:
-                continue

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
+from store.claims import Claims
+from store.describe import counted
 from store.format import MAX_FILE_BYTES, encode_shard
 from store.invariants import Invalid
 from store.key import cache_key, pairs_digest
@@ -75,12 +77,24 @@ class CacheWriter:
         self._origin = Origin(store, make_secret=True)
         if not self.folder.create(RECIPE, data):
             parse_recipe(self.folder.read(RECIPE, MAX_RECIPE_BYTES), self.key, self.folder.where(RECIPE))
+        self._seen: set[int] = set()
         self._adopt_unrecorded()
+        self._refuse_other_pairs()
 
     def missing(self) -> list[int]:
         """The shards that still have to be written, as the folder says now: another writer may be at work."""
         done = set(finished_shards(self.folder, len(self.plan)))
+        # What this process has seen committed may be missing in a listing that comes late.
+        done |= {sid for sid in self._seen - done if self.stands(sid)}
         return [sid for sid in range(len(self.plan)) if sid not in done]
+
+    def stands(self, sid: int) -> bool:
+        """Whether shard `sid` is committed, by its own files: listings may be late, and many are slow."""
+        return len(self.folder.sizes([record_name(sid), shard_name(sid)])) == 2
+
+    def claims(self) -> Claims:
+        """What tells the writers of this cache who computes what."""
+        return Claims(self.folder)
 
     def write(self, sid: int, pairs: Pairs, provenance: dict[str, Any]) -> None:
         """
@@ -108,6 +122,7 @@ class CacheWriter:
                 break
             self._discard(sid)
         self._record(entry, provenance)
+        self._seen.add(sid)
 
     def seal(self, facts: dict[str, Any]) -> Manifest:
         """
@@ -117,10 +132,11 @@ class CacheWriter:
         so no times and no paths.
         Raises CacheIncomplete where shards are missing, CacheDamaged where one is not what its record says.
         """
-        if missing := self.missing():
+        if missing := [sid for sid in self.missing() if not self.stands(sid)]:
+            total = len(self.plan)
             raise CacheIncomplete(
-                f"cache {self.key[:12]} is not complete: {len(self.plan) - len(missing)} of {len(self.plan)} "
-                f"shards are done, missing {_few(np.array(missing))}; write them before sealing"
+                f"cache {self.key[:12]} is not complete: {total - len(missing)} of {counted(total, 'shard')} "
+                f"{'is' if total == 1 else 'are'} done, missing {_few(np.array(missing))}; write them before sealing"
             )
         entries = tuple(self._recorded(sid) for sid in range(len(self.plan)))
         self._check_shards(entries)
@@ -162,13 +178,17 @@ class CacheWriter:
         name = shard_name(entry.shard)
         try:
             pairs = load_shard(self.folder, self.key, entry, self.facts.bounds)
-            if not np.array_equal(pairs.pair_id, self.plan[entry.shard]):
-                raise CacheDamaged(f"{self.folder.where(name)} holds other pairs than planned")
         except CacheDamaged as error:
             raise CacheDamaged(
                 f"{error}\n  or delete only it and {self.folder.where(record_name(entry.shard))}, "
                 "and run the same command again: one shard is computed anew"
             ) from None
+        if not np.array_equal(pairs.pair_id, self.plan[entry.shard]):
+            raise CacheConflict(
+                f"{self.folder.where(name)} is committed with the pairs {_few(pairs.pair_id)}, this writer has "
+                f"{_few(self.plan[entry.shard])} there: the rows of another dataset; use another store, or remove that "
+                f"cache: fpo store rm {self.key[:12]}"
+            )
         return pairs
 
     def _adopt_unrecorded(self) -> None:
@@ -182,6 +202,12 @@ class CacheWriter:
                 else:
                     self.folder.sync(SHARDS)
                     self._record(entry, ADOPTED)
+
+    def _refuse_other_pairs(self) -> None:
+        """One look before anything is computed: raises where what is committed here is not this plan's."""
+        done = finished_shards(self.folder, len(self.plan))
+        if done:
+            self._load(self._recorded(done[0]))
 
     def _standing_shard(self, sid: int) -> ShardEntry | None:
         """The shard under this name if it is whole and the planned one, else None."""
@@ -198,13 +224,17 @@ class CacheWriter:
 
     def _discard(self, sid: int) -> None:
         """
-        Remove a damaged shard. Between the look and the removal another writer may have removed it and put
-        a whole one there: what was moved aside is looked at again, and a whole shard goes back.
+        Remove a damaged shard that nobody committed; one with a record is never touched, and raises where it is not as
+        planned. Between the look and the removal another writer may have removed it and put a whole one there: what was
+        moved aside is looked at again, and what is whole or committed goes back.
         """
+        if self._is_recorded(sid):
+            self._load(self._recorded(sid))
+            return
         aside = self.folder.set_aside(shard_name(sid))
         if aside is None:
             return
-        if self._planned(sid, aside) is not None:
+        if self._planned(sid, aside) is not None or self._is_recorded(sid):
             self.folder.create(shard_name(sid), self.folder.read(aside, MAX_FILE_BYTES))
         self.folder.remove(aside)
 
@@ -218,6 +248,9 @@ class CacheWriter:
                     f"{self.folder.where(name)} commits a shard with sha256 {committed.sha256[:12]}..., "
                     f"{shard} has {entry.sha256[:12]}...; delete both and run the same command again"
                 )
+
+    def _is_recorded(self, sid: int) -> bool:
+        return bool(self.folder.sizes([record_name(sid)]))
 
     def _recorded(self, sid: int) -> ShardEntry:
         name = record_name(sid)

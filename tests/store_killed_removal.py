@@ -1,7 +1,7 @@
 """
 A removal that is killed at its n-th system call, for every n: python store_killed_removal.py rm|gc FOLDER
 
-For each n a forked child removes the cache in FOLDER/n, by its tag or because nobody used it for a year, and gets
+For each n a forked child removes the cache in FOLDER/n, by its key or because nobody used it for a year, and gets
 SIGKILL right before call n.
 """
 
@@ -15,14 +15,12 @@ from pathlib import Path
 from store_cases import World
 from store_killed_writer import die_at
 
-from store import Store, gc, rm, tag
+from store import Store, gc, rm
 
 
 def killed(how: str, root: Path, n: int) -> bool:
     key = World(root).fill().key
-    if how == "rm":
-        tag(root, key, "doomed")
-    else:
+    if how == "gc":
         (root / key / "tmp/leftover").write_bytes(b"1")
         for path in (Store(root).use_file(key), root / key / "tmp/leftover"):
             os.utime(path, (time.time() - 365 * 86400,) * 2)
@@ -30,7 +28,7 @@ def killed(how: str, root: Path, n: int) -> bool:
     if child == 0:
         die_at(n)
         if how == "rm":
-            rm(root, "doomed")
+            rm(root, key)
         else:
             gc(root, unused_days=30, dry_run=False)
         os._exit(0)

@@ -145,8 +145,12 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     assert "exported 24 pairs" in out
     out, _ = fpo(world, "align", recipe, "--set", f"cache.store={world.root / 'third'}", "--output", "from-third")
     assert f"cache       {key[:12]}" in out
-    out, _ = fpo(world, "store", "rm", key[:9], "--store", world.root / "third")
+    _, err = fpo(world, "store", "rm", key[:9], "--store", world.root / "third", expect=1)
+    assert f"nothing is removed without a yes; to remove it: fpo store rm {key[:12]} --yes" in err
+    out, _ = fpo(world, "store", "rm", key[:9], "--store", world.root / "third", "--yes")
     assert f"removed {key[:12]}" in out
+    _, err = fpo(world, "store", "rm", "first", "--yes", expect=1)
+    assert "fpo store untag first" in err
     out, _ = fpo(world, "store", "gc")
     assert "would be freed; add --yes to remove" in out
     out, _ = fpo(world, "store", "untag", "first")

@@ -32,7 +32,7 @@ from scoring.sae_formats import SaeArrays, SaeFacts
 from scoring.self_check import SelfCheck, check_sae
 from stage1_cache import build_caches, find_cache
 from stage1_cache.identity import cache_identities
-from store import Cache, Pairs, cache_key, verify
+from store import Cache, Pairs, Store, cache_key, verify
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +347,16 @@ def test_a_hookpoint_that_gives_something_else_than_its_sae_reads_is_refused(wor
     ):
         with pytest.raises(FpoError, match=message):
             build_caches(world.recipe(features=[{**feature, "hookpoint": hookpoint}]), tmp_path)
+
+
+def test_a_build_that_fails_leaves_a_cache_with_names(world: TinyWorld, tmp_path: Path) -> None:
+    feature = world.raw_recipe()["features"][0]
+    with pytest.raises(FpoError):
+        build_caches(world.recipe(features=[{**feature, "hookpoint": "lm_head"}]), tmp_path)
+    (summary,) = Store(tmp_path).summaries()
+    assert summary.state == "0 of 3 shards"
+    assert str(world.root / "model") in summary.reference
+    assert summary.data.endswith("pairs train")
 
 
 def test_a_missing_cache_is_not_built_by_stage_2(world: TinyWorld, tmp_path: Path) -> None:

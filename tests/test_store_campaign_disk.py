@@ -4,6 +4,7 @@ finishes when the cause is gone. Real kernels where the tests may mount and chan
 """
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -11,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from store_cases import World, tree
 from store_killed_writer import CALLS
 
 from errors import CacheError, CacheIncomplete, CacheMissing
-from store import Store, open_cache, verify
+from store import Store, gc, open_cache, rm, tag, untag, verify
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 NOBODY = 65534
@@ -124,8 +126,8 @@ def test_a_read_only_disk_serves_complete_caches_and_refuses_to_finish_others(tm
         assert_finishes(started, whole)
 
 
-def failing_call(monkeypatch, number, code):
-    """The number-th system call of the writer fails; returns the list that counts them."""
+def failing_call(monkeypatch, number, code, names=CALLS):
+    """The number-th of these system calls fails; returns the list that counts them."""
     made = []
 
     def wrap(name, real):
@@ -137,7 +139,7 @@ def failing_call(monkeypatch, number, code):
 
         monkeypatch.setattr(os, name, call)
 
-    for name in CALLS:
+    for name in names:
         wrap(name, getattr(os, name))
     return made
 
@@ -160,6 +162,104 @@ def test_whichever_call_fails_nothing_is_lost_and_the_next_run_finishes(tmp_path
         assert message is None or os.strerror(code) in message
         assert_finishes(world, whole)
     print(f"{errno.errorcode[code]}: at {len(numbers)} of {len(calls)} calls, {refused} refused")
+
+
+UPKEEP = {
+    "rm": lambda world: rm(world.store, world.key),
+    "gc": lambda world: gc(world.store, unused_days=0, dry_run=False).problems,
+    "tag": lambda world: tag(world.store, world.key, "new"),
+    "untag": lambda world: untag(world.store, "old"),
+    "ls": lambda world: world.store.summaries(),
+    "open": lambda world: open_cache(world.store, world.key),
+}
+FAULTS = ["EIO", "ENOSPC", "EDQUOT", "EPERM", "ESTALE", "EINTR", "ENOLCK"]
+
+
+def upkeep_world(folder):
+    """A cache to remove, one that its tag keeps, and one whose tag may go."""
+    world = World(folder)
+    world.key = world.fill().key
+    for seed, name in ((8, "old"), (9, "kept")):
+        other = World(folder)
+        other.recipe["pairs"]["seed"] = seed
+        tag(world.store, other.fill().key, name)
+    return world
+
+
+def failing_upkeep(monkeypatch, number, code):
+    """The number-th call fails by which tags, notes, locks and files are reached; returns the list that counts them."""
+    made = failing_call(monkeypatch, number, code, [*CALLS, "lstat", "stat", "listdir", "utime", "rmdir", "replace"])
+    real = fcntl.flock
+
+    def flock(*args):
+        made.append("flock")
+        if len(made) == number:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    return made
+
+
+def refusals(command, world):
+    """What a user is told, one string per line."""
+    try:
+        said = command(world)
+    except CacheError as error:
+        return [str(error)]
+    return said if isinstance(said, list) and all(isinstance(line, str) for line in said) else []
+
+
+@pytest.mark.parametrize("command", UPKEEP)
+@pytest.mark.parametrize(
+    ("fault", "step"), [("EIO", 9), *(pytest.param(f, 3, marks=pytest.mark.campaign) for f in FAULTS)]
+)
+def test_whichever_call_of_upkeep_fails_it_is_one_line_and_no_traceback(tmp_path, command, fault, step):
+    code = getattr(errno, fault)
+    whole = upkeep_world(tmp_path / "whole")
+
+    def copied(name):
+        world = World(shutil.copytree(whole.store.root, tmp_path / name))
+        world.key = whole.key
+        return world
+
+    with pytest.MonkeyPatch.context() as count:
+        world = copied("count")
+        calls = failing_upkeep(count, 0, code)
+        UPKEEP[command](world)
+    refused = 0
+    for number in range(1 + code % step, len(calls) + 1, step):
+        world = copied(f"{number}")
+        with pytest.MonkeyPatch.context() as broken:
+            failing_upkeep(broken, number, code)
+            said = refusals(UPKEEP[command], world)
+        refused += bool(said)
+        assert all("\n" not in line for line in said)
+        assert "kept" in world.store.tags()
+        keys = world.store.keys()
+        assert all(verify(world.store, key).ok for key in keys)
+        assert gc(world.store, dry_run=False).problems == []
+    print(f"{fault} in {command}: {len(calls)} calls, {refused} refused")
+
+
+def test_gc_goes_on_after_a_cache_that_it_cannot_look_at(tmp_path, monkeypatch):
+    world, other = World(tmp_path), World(tmp_path)
+    other.recipe["pairs"]["seed"] = 8
+    keys = sorted([world.fill().key, other.fill().key])
+    real = os.lstat
+
+    def lstat(path, **kwargs):
+        if str(path).endswith(f"uses/{keys[0]}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    found = gc(world.store, unused_days=0, dry_run=False)
+    assert [(item.key, item.removed) for item in found.items] == [(keys[1], True)]
+    assert found.problems == [
+        f"cannot read {tmp_path}/.state/uses/{keys[0]}: Input/output error; "
+        "the disk reports a failure: check it, then run the same command again"
+    ]
 
 
 @pytest.mark.parametrize("name", ["open", "lstat", "listdir"])
@@ -228,7 +328,7 @@ def as_nobody(script, *args):
         pytest.skip("needs the right to change users")
     here = Path(__file__).parent
     # Python itself may lie where only root reads: import first, then become the other user.
-    head = f"import os, sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+    head = f"import logging, os, sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
     head += "from store_cases import World; from store import *; from errors import CacheError; args = sys.argv[1:]\n"
     head += f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     command = [sys.executable, "-c", head + script, *map(str, args)]
@@ -293,6 +393,69 @@ for summary in Store(args[0]).summaries():
         + ("or choose another store with --store or FPO_STORE")
     )
     assert sorted(listed) == sorted([f"{key[:8]} True False", f"{closed_key[:8]} False True"])
+
+
+USE = """
+os.umask(0o077)
+open_cache(args[0], args[1])
+print("open")
+"""
+
+
+def days_since_use(world, key):
+    return (time.time() - world.store.use_file(key).stat().st_mtime) / 86400
+
+
+def unused(world, key, days=400):
+    os.utime(world.store.use_file(key), (time.time() - days * 86400,) * 2)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o2775, 0o1777])
+def test_what_another_user_reads_is_noted_and_kept(public, mode):
+    """Whoever may read the store may note that they do, whatever the umask of its owner."""
+    before = os.umask(0o077)
+    try:
+        (public / "store").mkdir()
+        (public / "store").chmod(mode)
+        world = World(public / "store")
+        key = world.fill().key
+    finally:
+        os.umask(before)
+    for path in [world.store.path(key), *world.store.path(key).rglob("*")]:
+        path.chmod(0o755)
+    unused(world, key)
+    assert as_nobody(USE, public / "store", key) == ["open"]
+    assert days_since_use(world, key) < 1
+    assert gc(world.store, unused_days=30, dry_run=False).items == []
+
+
+def test_a_note_that_shuts_readers_out_says_nothing_of_disuse(public):
+    """Made before by other rules: the reader is told, gc keeps the cache and counts from then on."""
+    world = World(public / "store")
+    key = world.fill().key
+    world.store.use_file(key).chmod(0o644)
+    unused(world, key)
+    said = as_nobody("logging.basicConfig(stream=sys.stdout)" + USE, public / "store", key)
+    assert len(said) == 2
+    assert f"cannot note in {public}/store/.state/uses that cache {key[:12]} is used (Permission denied)" in said[0]
+    assert days_since_use(world, key) > 399
+    (note,) = gc(world.store, unused_days=30, dry_run=False).notes
+    assert f"{key[:12]} stays" in note
+    assert verify(world.store, key).ok
+    unused(world, key)
+    assert as_nobody(USE, public / "store", key) == ["open"]
+    assert days_since_use(world, key) < 1
+    unused(world, key)
+    assert [item.removed for item in gc(world.store, unused_days=30, dry_run=False).items] == [True]
+
+
+def test_a_store_that_is_closed_to_others_needs_no_account_of_them(tmp_path):
+    world = World(tmp_path / "store")
+    world.store.root.mkdir(mode=0o700)
+    key = world.fill().key
+    assert stat.S_IMODE(world.store.use_file(key).stat().st_mode) == 0o600
+    unused(world, key)
+    assert [item.removed for item in gc(world.store, unused_days=30, dry_run=False).items] == [True]
 
 
 def test_files_are_as_public_as_the_umask_says(tmp_path):

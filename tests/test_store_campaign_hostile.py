@@ -328,7 +328,7 @@ def test_subfolders_that_are_links_are_refused_and_nothing_is_written_behind_the
 
 
 GUARD = """
-import sys
+import os, sys
 sys.path[:0] = [{here!r}]
 from pathlib import Path
 from store_forgery import problems, read_all
@@ -336,6 +336,7 @@ from errors import CacheError
 store, calm = Path(sys.argv[1]), Path(sys.argv[2])
 read_all(calm), problems(calm)  # imports what is imported lazily
 def noted(path):
+    path = os.readlink(f"/proc/self/fd/{{path}}") if isinstance(path, int) else path
     return str(path).startswith(str(store)) and "/.state" in str(path)
 def watch(event, args):
     writes = event == "open" and isinstance(args[2], int) and args[2] & 3

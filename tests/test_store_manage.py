@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from store_cases import World, make_pairs, make_recipe, tree, unmarked
 
+import store.collect
 from errors import CacheDamaged, CacheError, CacheInUse, CacheMissing
 from store import CacheWriter, Store, gc, open_cache, rm, tag, untag, verify
 
@@ -166,17 +169,33 @@ def test_a_pickled_cache_is_a_use_of_its_own(world):
 # rm
 
 
-def test_rm_removes_the_cache_its_tags_and_its_uses(world):
+def test_rm_removes_the_cache_and_its_uses(world):
     other = another(world)
-    tag(world.store, world.key, "mine")
     tag(world.store, other, "theirs")
     size = sum(map(len, tree(world.store.path(world.key)).values()))
-    report = rm(world.store, "mine")
-    assert (report.key, report.n_bytes, report.tags) == (world.key, size, ("mine",))
+    report = rm(world.store, world.key[:4])
+    assert (report.key, report.n_bytes) == (world.key, size)
     assert world.store.keys() == [other]
     assert world.store.tags() == {"theirs": other}
     assert list((world.store.root / ".state/removed").iterdir()) == []
     assert [path.name for path in (world.store.root / ".state/uses").iterdir()] == [other]
+
+
+def test_rm_refuses_a_tagged_cache_and_says_how_to_let_it_go(world):
+    tag(world.store, world.key, "mine")
+    for name in (world.key, "mine"):
+        with pytest.raises(CacheError, match=r"has the tag mine, which keeps it; .* fpo store untag mine"):
+            rm(world.store, name)
+    untag(world.store, "mine")
+    rm(world.store, world.key)
+    assert world.store.keys() == []
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+def test_rm_takes_no_key_of_fewer_than_four_digits(world, digits):
+    with pytest.raises(CacheError, match="give at least 4 digits"):
+        rm(world.store, world.key[:digits])
+    assert world.store.keys() == [world.key]
 
 
 def test_rm_refuses_a_cache_that_another_process_reads_and_names_it(world):
@@ -268,6 +287,40 @@ def test_gc_keeps_what_is_young_tagged_or_damaged(world):
     assert len(world.store.keys()) == 3
 
 
+def between_look_and_removal(monkeypatch, deed) -> None:
+    """Another process does this once gc has looked at the cache and before it takes the lock."""
+    real = store.collect.is_used
+
+    def look(path):
+        said = real(path)
+        deed()
+        return said
+
+    monkeypatch.setattr("store.collect.is_used", look)
+
+
+@pytest.mark.parametrize("deed", ["open", "tag"])
+def test_what_is_used_or_tagged_since_gc_looked_stays(world, monkeypatch, deed):
+    """Opened and closed again, so no lock tells of it."""
+    age(world, world.key, 400)
+    code = {"open": "open_cache(sys.argv[1], sys.argv[2])", "tag": "tag(sys.argv[1], sys.argv[2], 'kept')"}[deed]
+    script = [sys.executable, "-c", f"import sys; from store import *; {code}", str(world.store.root), world.key]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    between_look_and_removal(monkeypatch, lambda: subprocess.run(script, env=env, check=True))
+    (item,) = gc(world.store, unused_days=30, dry_run=False).items
+    assert (item.in_use, item.removed) == (True, False)
+    assert verify(world.store, world.key).ok
+
+
+def test_an_unfinished_cache_that_was_finished_since_gc_looked_stays(world, monkeypatch):
+    key = another(world, complete=False)
+    age(world, key, 400)
+    between_look_and_removal(monkeypatch, lambda: (another(world), age(world, key, 400)))
+    (item,) = gc(world.store, dry_run=False).items
+    assert (item.kind, item.in_use, item.removed) == ("unfinished", True, False)
+    assert verify(world.store, key).ok
+
+
 def test_gc_never_touches_what_is_in_use(world):
     age(world, world.key, 400)
     cache = open_cache(world.store, world.key)
@@ -299,6 +352,48 @@ def test_gc_collects_a_folder_whose_writer_died_before_its_recipe(world):
     os.utime(folder, (time.time() - 20 * DAY,) * 2)
     assert [item.path for item in gc(world.store, dry_run=False).items] == [folder]
     assert not folder.exists()
+
+
+def test_a_complete_cache_without_account_is_counted_from_the_first_collection_on(world):
+    """Unpacked or copied: that nobody noted a use does not say that there was none."""
+    world.store.use_file(world.key).unlink()
+    for path in [*world.store.path(world.key).rglob("*"), world.store.path(world.key)]:
+        os.utime(path, (time.time() - 400 * DAY,) * 2)
+    looked = gc(world.store, unused_days=30)
+    assert (looked.items, world.store.use_file(world.key).exists()) == ([], False)
+    assert "with --yes its use counts from now on" in looked.notes[0]
+    done = gc(world.store, unused_days=30, dry_run=False)
+    assert (done.items, len(done.notes)) == ([], 1)
+    assert gc(world.store, unused_days=30).notes == []
+    age(world, world.key, 31)
+    assert [item.removed for item in gc(world.store, unused_days=30, dry_run=False).items] == [True]
+
+
+def test_gc_collects_the_tags_of_caches_that_are_no_more(world):
+    other = another(world)
+    tag(world.store, other, "kept")
+    tag(world.store, world.key, "left")
+    shutil.rmtree(world.store.path(world.key))
+    (looked,) = gc(world.store).items
+    assert (looked.kind, looked.reason) == ("tag", f"a tag of {world.key[:12]}, which is not here")
+    assert [item.removed for item in gc(world.store, dry_run=False).items] == [True]
+    assert world.store.tags() == {"kept": other}
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="a file system that holds any time")
+def test_times_that_no_calendar_knows_stop_neither_ls_nor_gc():
+    """A stranger's tarball sets any time: before 1970, or beyond the year 9999."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        world = World(Path(folder))
+        future, past = world.fill().key, another(world)
+        for key, seconds in ((future, 2**40), (past, -(2**31))):
+            for path in [*world.store.path(key).rglob("*"), world.store.use_file(key)]:
+                os.utime(path, (seconds, seconds))
+        shown = {summary.key: summary for summary in world.store.summaries()}
+        assert (shown[future].created.year, shown[future].used.year) == (9999, 9999)
+        assert (shown[past].created.year, shown[past].used) == (1970, None)
+        found = gc(world.store, unused_days=30)
+        assert (found.items, found.problems) == ([], [])
 
 
 def test_gc_of_no_store_finds_nothing(tmp_path):
