@@ -20,6 +20,7 @@ import typer
 from cli_store import AsJson, StoreOption, size, store_app, store_root
 from errors import CacheIncomplete, CacheMissing, FpoError, RunInterrupted
 from interrupts import exit_code, interruptible
+from progress import say
 from recipe import Recipe, load_recipe
 from store import Cache, Nearest
 
@@ -84,6 +85,8 @@ def align_command(
 ) -> None:
     """Stage 2: train the recipe's policy from its cache. The reference is never run."""
     loaded = load_recipe(recipe, overrides)
+    if is_first_rank():
+        say("opening the cache ...")
     quiet_libraries()
     from stage2_align import align
 
