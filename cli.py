@@ -105,6 +105,8 @@ def align_command(
 ) -> None:
     """Stage 2: train the recipe's policy from its cache. The reference is never run."""
     loaded = load_recipe(recipe, overrides)
+    if is_first_rank():
+        say("opening the cache ...")
     quiet_libraries()
     from stage2_align import align
 
