@@ -44,6 +44,9 @@ def cache_command(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens per forward pass; changes speed and memory, never the cache.")
     ] = 8192,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Read every byte of complete caches and compute damaged shards again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: build the recipe's caches, or finish them, or say that they are there already."""
@@ -52,7 +55,7 @@ def cache_command(
     from stage1_cache import build_caches
 
     reports = build_caches(
-        loaded, store_root(store or loaded.cache.store), batch_tokens, _say_why if is_first_rank() else None
+        loaded, store_root(store or loaded.cache.store), batch_tokens, _say_why if is_first_rank() else None, rebuild
     )
     if not is_first_rank():
         return
@@ -204,6 +207,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "bytes": cache.manifest.n_bytes,
         "bytes_per_pair": cache.manifest.n_bytes / max(cache.n_pairs, 1),
         "built_shards": report.built_shards,
+        "rebuilt_shards": report.rebuilt_shards,
         "shards": len(cache.shard_pairs),
         "seconds": report.seconds,
         "pairs_reused": report.pairs_reused,
@@ -233,6 +237,8 @@ def _print_cache(report: Any) -> None:
             f"  note        {report.foreign_shards} of {len(cache.shard_pairs)} shards were there already and not "
             "computed in this store (a stopped pull, a killed writer); no other cache will copy from them"
         )
+    if report.rebuilt_shards:
+        print(f"  rebuilt     {report.rebuilt_shards} damaged shards are as the manifest says again")
     if report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""

@@ -184,7 +184,8 @@ def store_verify(
             found = facts["recompute"]
             print(
                 f"{found['pairs']} pairs scored again: token log-probs differ by {found['worst']:.2g} nats at most per "
-                f"pair (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} %"
+                f"pair (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} % of a "
+                f"completion (tolerance {100 * found['feature_tolerance']:g} %)"
             )
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,24 @@ from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
 from stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
-from stage1_cache.fill import fill, token_rows
+from stage1_cache.fill import completed, fill, token_rows
 from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
     Cache,
     CacheWriter,
     Nearest,
+    Rebuild,
     ReusableRows,
     Store,
     cache_key,
+    check_changed,
     is_url,
     nearest,
     open_cache,
     remember,
 )
+from store.files import Folder
 
 # Scored completion tokens that the self-check is measured on.
 SELF_CHECK_TOKENS = 512
@@ -66,6 +69,8 @@ class CacheReport:
     Shards of a cache that was finished here that were not computed in this store: left by a stopped pull, an
     unpacked cache, or a killed writer. Nothing is copied from them into other caches.
     """
+    rebuilt_shards: int = 0
+    """Shards of a complete cache that were damaged and are put back."""
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
 
@@ -75,6 +80,7 @@ def build_caches(
     store: Path | str,
     batch_tokens: int = 8192,
     on_miss: Callable[[str, Nearest | None], None] | None = None,
+    rebuild: bool = False,
 ) -> list[CacheReport]:
     """
     Build, finish or find the caches of a recipe: the training split's and the held-out split's.
@@ -82,13 +88,16 @@ def build_caches(
     store         folder that holds caches; at a URL complete ones are found, none is built
     batch_tokens  packed tokens per forward; changes speed and memory, not the key
     on_miss       called with the split and the nearest cache, before a cache that is not there is built
+    rebuild       read every byte of complete caches, and compute the damaged shards again
     Raises FpoError for what a user can cause, before the model is loaded wherever that can be told.
     """
     check_inputs(recipe)
     identities = cache_identities(recipe)
     lazy = _LazyScorer(recipe, batch_tokens)
     siblings = {cache_key(identity.key_recipe) for identity in identities}
-    return [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
+    rebuilt = [_rebuild(identity, store, lazy) if rebuild else 0 for identity in identities]
+    reports = [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
+    return [replace(report, rebuilt_shards=n) for report, n in zip(reports, rebuilt, strict=True)]
 
 
 def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
@@ -190,6 +199,8 @@ def _build(
     near = None
     try:
         cache = open_cache(store, key)
+        if isinstance(cache.folder, Folder):
+            check_changed(cache.folder, cache.manifest.shards)
         return CacheReport(identity.split, cache, drops, self_checks(cache), 0, time.monotonic() - started, 0, 0)
     except CacheMissing as error:
         if is_url(store):
@@ -225,6 +236,24 @@ def _build(
         foreign_shards=writer.not_computed_here(),
         nearest=near,
     )
+
+
+def _rebuild(identity: CacheIdentity, store: Path | str, lazy: _LazyScorer) -> int:
+    """Put back what is damaged of the recipe's cache, if it is complete; how many shards."""
+    if is_url(store):
+        raise CacheError(f"{store} is a URL: nothing is rebuilt there; pull the cache, and rebuild it in a folder")
+    key = cache_key(identity.key_recipe)
+    try:
+        rebuild = Rebuild(store, key)
+    except CacheMissing:
+        return 0
+    for sid in rebuild.damaged:
+        rows = identity.plan()[sid]
+        # As it was made: rows that were copied then are copied now, the rest is scored in the same batches.
+        reusable = ReusableRows(store, identity.scorer, keys=rebuild.sources(sid))
+        (copied,) = reusable.gather([identity.digests[rows]])
+        rebuild.put(sid, completed(identity, rows, copied, lambda: lazy.scorer, lambda *_: None))
+    return len(rebuild.damaged)
 
 
 def _not_ours(reusable: ReusableRows) -> list[str]:

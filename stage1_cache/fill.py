@@ -74,7 +74,7 @@ def fill(
                 if sid not in writer.missing():
                     continue  # another process finished it meanwhile
                 progress.update(len(copied.positions))
-                shard = _completed(identity, plan[sid], copied, scorer, advance)
+                shard = completed(identity, plan[sid], copied, scorer, advance)
                 writer.write(sid, shard, provenance(identity, copied, len(shard), scorer))
                 filled.shards, filled.reused = filled.shards + 1, filled.reused + len(copied.positions)
             unwritten = set(writer.missing())
@@ -82,7 +82,7 @@ def fill(
     return filled
 
 
-def _completed(
+def completed(
     identity: CacheIdentity,
     rows: np.ndarray,
     copied: Reused,

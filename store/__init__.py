@@ -8,6 +8,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
     tags, use, describe, manage, collect      names, last use and locks, labels; tag, rm; gc
     difference, usage                         why two caches are not one; bytes by array
+    origin   which shards were computed here      rebuild  one shard put back
     reuse    rows that other caches hold      export   for other trainers
     objects, bucket, hub, remote              caches behind a URL
     transfer, streaming                       push and pull; reading with less disk than the cache
@@ -23,6 +24,7 @@ from store.manage import Removed, Tagged, rm, tag, untag
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards
+from store.rebuild import Rebuild, check_changed
 from store.remote import RemoteStore, is_url, open_store
 from store.reuse import ReusableRows, Reused
 from store.streaming import Shelf
@@ -46,6 +48,7 @@ __all__ = [
     "Manifest",
     "Nearest",
     "Pairs",
+    "Rebuild",
     "RemoteStore",
     "Removed",
     "Report",
@@ -60,6 +63,7 @@ __all__ = [
     "TransferReport",
     "cache_key",
     "canonical_json",
+    "check_changed",
     "default_store",
     "diff",
     "differences",

@@ -17,7 +17,7 @@ from store.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
     RECIPE,
-    REPAIR,
+    REPAIR_SHARD,
     SHARDS,
     Manifest,
     parse_manifest,
@@ -118,7 +118,9 @@ class Cache:
             size = sizes.get(name)
             if size != entry.size:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CacheDamaged(f"{self.folder.where(name)} {found}, the manifest says {entry.size} bytes; {REPAIR}")
+                raise CacheDamaged(
+                    f"{self.folder.where(name)} {found}, the manifest says {entry.size} bytes; {REPAIR_SHARD}"
+                )
 
     def __repr__(self) -> str:
         return f"Cache({self.key[:12]}, {self.n_pairs} pairs in {len(self.shard_pairs)} {SHARDS})"
