@@ -40,7 +40,6 @@ from store import (
     open_cache,
     remember,
 )
-from store.files import Folder
 
 # Scored completion tokens that the self-check is measured on.
 SELF_CHECK_TOKENS = 512
@@ -199,8 +198,7 @@ def _build(
     near = None
     try:
         cache = open_cache(store, key)
-        if isinstance(cache.folder, Folder):
-            check_changed(cache.folder, cache.manifest.shards)
+        check_changed(cache)
         return CacheReport(identity.split, cache, drops, self_checks(cache), 0, time.monotonic() - started, 0, 0)
     except CacheMissing as error:
         if is_url(store):

@@ -118,9 +118,8 @@ class Cache:
             size = sizes.get(name)
             if size != entry.size:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CacheDamaged(
-                    f"{self.folder.where(name)} {found}, the manifest says {entry.size} bytes; {REPAIR_SHARD}"
-                )
+                where = self.folder.where(name)
+                raise CacheDamaged(f"{where} {found}, the manifest says {entry.size} bytes; {REPAIR_SHARD}")
 
     def __repr__(self) -> str:
         return f"Cache({self.key[:12]}, {self.n_pairs} pairs in {len(self.shard_pairs)} {SHARDS})"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
+from store.cache import Cache
 from store.files import Folder, sha256_hex
 from store.format import encode_shard
 from store.local import Store
@@ -40,7 +41,7 @@ class Rebuild:
     """The shards of a complete cache that are not as its manifest says."""
 
     def __init__(self, store: Store | Path | str, key: str) -> None:
-        """Reads every shard. Raises CacheMissing where no complete cache has this key, CacheDamaged for its manifest."""
+        """Reads every shard. Raises CacheMissing where no complete cache has this key, CacheDamaged for its lists."""
         store = store if isinstance(store, Store) else Store(store)
         self.key, self.folder = key, store.folder(key)
         self._use = store.use(key)
@@ -71,10 +72,10 @@ class Rebuild:
         data = encode_shard(pairs, self.key, sid, self._facts.bounds)
         if sha256_hex(data) != entry.sha256:
             raise CacheConflict(
-                f"shard {sid} of cache {self.key[:12]} comes out with the sha256 {sha256_hex(data)[:12]}..., the manifest "
-                f"says {entry.sha256[:12]}...: this machine's last bits are others, so the cache would get another "
-                "output address; restore the shard from a copy (fpo store pull KEY URL --repair), or remove the cache "
-                "(fpo store rm KEY) and build it again with fpo cache RECIPE"
+                f"shard {sid} of cache {self.key[:12]} comes out with the sha256 {sha256_hex(data)[:12]}..., "
+                f"the manifest says {entry.sha256[:12]}...: this machine's last bits are others, so the cache would "
+                "get another output address; restore the shard from a copy (fpo store pull KEY URL --repair), or "
+                "remove the cache (fpo store rm KEY) and build it again with fpo cache RECIPE"
             )
         self._replace(shard_name(sid), data)
         if self._record(entry) is None:
@@ -105,13 +106,16 @@ class Rebuild:
         return record if ShardEntry(**record.model_dump(exclude={"key", "provenance"})) == entry else None
 
 
-def check_changed(folder: Folder, entries: tuple[ShardEntry, ...]) -> None:
+def check_changed(cache: Cache) -> None:
     """
-    Read the shards that changed since the manifest was written, if any: whole caches have none, so this costs a look
-    at each file's time. What a disk forgets by itself shows when a shard is read. Raises CacheDamaged.
+    Read the shards in a folder that changed since the manifest was written, if any: whole caches have none, so this
+    costs a look at each file's time. What a disk forgets by itself shows when a shard is read. Raises CacheDamaged.
     """
+    folder = cache.folder
+    if not isinstance(folder, Folder):
+        return
     sealed = _written(folder, MANIFEST)
-    for entry in entries:
+    for entry in cache.manifest.shards:
         if _written(folder, shard_name(entry.shard)) >= sealed:
             fetch_shard(folder, entry)
 
