@@ -158,8 +158,8 @@ def _say_why(split: str, near: Nearest | None) -> None:
     """On a miss: the cache that comes closest, and what keeps it from being this one."""
     if near is not None:
         print(f"{split}: not cached yet; nearest is {near.key[:12]}, which differs in", file=sys.stderr)
-        for difference in near.differences[:5]:
-            print(f"  {difference}", file=sys.stderr)
+        for line in near.lines():
+            print(f"  {line}", file=sys.stderr)
 
 
 def leave_process_group() -> None:

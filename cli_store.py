@@ -307,6 +307,8 @@ def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
         f"{verb} {report.key[:12]} to {report.target}: {report.moved} objects moved ({size(report.n_bytes)}), "
         f"{report.present} there already, {report.seconds:.1f} s; manifest {report.manifest_digest[:12]}"
     )
+    if report.tag:
+        print(f"tag {report.tag} stands for it there, too")
     for name in report.repaired:
         print(f"repaired {name}")
 

@@ -23,7 +23,7 @@ from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
 from stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
-from stage1_cache.fill import completed, fill, token_rows
+from stage1_cache.fill import completed, fill, inputs, token_rows
 from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
@@ -108,23 +108,24 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
     check_inputs(recipe)
     if held_out and recipe.data.eval_split is None:
         raise RecipeError("data.eval_split is not set, so there are no held-out pairs")
-    wanted = cache_identities(recipe)[1 if held_out else 0].key_recipe
+    identity = cache_identities(recipe)[1 if held_out else 0]
     try:
-        return open_cache(store, cache_key(wanted))
+        return open_cache(store, cache_key(identity.key_recipe))
     except CacheMissing:
-        raise CacheMissing(_missing(store, wanted)) from None
+        raise CacheMissing(_missing(store, identity)) from None
 
 
-def _missing(store: Path | str, wanted: dict[str, Any]) -> str:
+def _missing(store: Path | str, identity: CacheIdentity) -> str:
     """That a cache is not there, and what keeps the nearest one from being it."""
+    wanted = identity.key_recipe
     said = f"{store} does not hold this recipe's cache, {cache_key(wanted)[:12]}"
     try:
-        near = nearest(store, wanted)
+        near = nearest(store, wanted, inputs(identity))
     except CacheError:  # a server without a listing
         near = None
     if near is None:
         return said
-    return "\n  ".join([f"{said}; nearest is {near.key[:12]}, which differs in", *map(str, near.differences[:5])])
+    return "\n  ".join([f"{said}; nearest is {near.key[:12]}, which differs in", *near.lines()])
 
 
 def reference_scorer(recipe: Recipe, batch_tokens: int) -> ReferenceScorer:
@@ -203,7 +204,7 @@ def _build(
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
-        near = nearest(store, identity.key_recipe)
+        near = nearest(store, identity.key_recipe, inputs(identity))
         if near is not None and near.key in siblings:
             near = None  # the other split of this recipe explains nothing
         if on_miss is not None:
