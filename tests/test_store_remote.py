@@ -108,6 +108,18 @@ def test_ls_at_a_url_says_what_a_cache_was_made_from(tmp_path, s3):
     assert (summary.reference, summary.data) == ("google/gemma-2-2b-it", "ultrafeedback train")
 
 
+@pytest.mark.parametrize("odd", ["a\x01b", "../x", "\x1b[2J"])
+def test_an_object_whose_name_is_no_path_is_named_and_full_keys_still_work(world, s3, s3_port, odd, tmp_path):
+    boto3 = pytest.importorskip("boto3")
+    push(world.store, world.key, s3)
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}")
+    client.put_object(Bucket=BUCKET, Key=f"{s3.removeprefix(f's3://{BUCKET}/')}/{odd}", Body=b"x")
+    with pytest.raises(CacheError, match=r"an object with a name that is no path .* or name caches by all 64") as caught:
+        open_store(s3).keys()
+    assert str(caught.value).isprintable()
+    assert pull(s3, world.key, tmp_path / "there").moved == 8
+
+
 def test_a_listing_that_does_not_end_is_given_up_in_one_line(world, s3, monkeypatch):
     push(world.store, world.key, s3)
     monkeypatch.setattr("store.pace.LISTING_SECONDS", 0.0)
