@@ -238,8 +238,9 @@ def _print_cache(report: Any) -> None:
             "computed in this store (a stopped pull, a killed writer); no other cache will copy from them"
         )
     if report.rebuilt_shards:
-        print(f"  rebuilt     {report.rebuilt_shards} damaged shards are as the manifest says again")
-    if report.built_shards:
+        shards = "1 shard is" if report.rebuilt_shards == 1 else f"{report.rebuilt_shards} shards are"
+        print(f"  rebuilt     {shards} as the manifest says again")
+    elif report.built_shards:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         reused = f"{report.pairs_reused:,} pairs copied from other caches, " if report.pairs_reused else ""
         print(
