@@ -19,6 +19,7 @@ from stage1_cache import CacheReport, build_caches, recompute
 from stage1_cache.recompute import feature_distances
 from store import Cache, Features, Pairs, Store, open_cache, pull, verify
 from store.format import encode_shard
+from store.key import checked_json, parse_checked_json
 from store.manifest import parse_record, recipe_facts, record_name, shard_name
 
 
@@ -178,6 +179,22 @@ def test_a_shard_that_comes_out_otherwise_is_not_put_back(world: TinyWorld, tmp_
         with pytest.raises(CacheConflict, match="the cache would get another output address; restore the shard"):
             build_caches(world.recipe(data={"split": "train", "eval_split": None}), tmp_path, rebuild=True)
     assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"self_check": 3}, {"self_check": [[]]}, {"self_check": [{"hookpoint": "\x1b[2J", "checked": False}]}],
+    ids=str,
+)
+def test_a_hit_whose_manifest_says_of_the_self_check_what_nobody_writes_is_refused(
+    world: TinyWorld, tmp_path: Path, facts: dict[str, object]
+) -> None:
+    key = built(world, tmp_path, "test").cache.key
+    manifest = tmp_path / key / "manifest.json"
+    manifest.write_bytes(checked_json(parse_checked_json(manifest.read_bytes()) | {"facts": facts}))
+    with pytest.raises(CacheDamaged, match=r"manifest\.json says of the self-check what fpo cache does not") as caught:
+        built(world, tmp_path, "test")
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("change", ["scaled", "moved", "tail"])
