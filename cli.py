@@ -64,6 +64,9 @@ def cache_command(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens per forward pass; changes speed and memory, never the cache.")
     ] = 8192,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Read every byte of complete caches and compute damaged shards again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: build the recipe's caches, or finish them, or say that they are there already."""
@@ -76,7 +79,7 @@ def cache_command(
     root = store_root(store or loaded.cache.store)
     again = _command("cache", recipe, store, overrides)
     with interruptible(f"finished shards are kept; continue with: {again}"):
-        reports = build_caches(loaded, root, batch_tokens, _say_why if is_first_rank() else None)
+        reports = build_caches(loaded, root, batch_tokens, _say_why if is_first_rank() else None, rebuild)
     if not is_first_rank():
         for report in reports:
             print(f"rank {os.environ['RANK']}: {report.split}: {_built(report)}", file=sys.stderr)
@@ -223,8 +226,8 @@ def _say_why(split: str, near: Nearest | None) -> None:
     """On a miss: the cache that comes closest, and what keeps it from being this one."""
     if near is not None:
         print(f"{split}: not cached yet; nearest is {near.key[:12]}, which differs in", file=sys.stderr)
-        for difference in near.differences[:5]:
-            print(f"  {difference}", file=sys.stderr)
+        for line in near.lines():
+            print(f"  {line}", file=sys.stderr)
 
 
 def leave_process_group() -> None:
@@ -273,6 +276,7 @@ def _cache_facts(report: Any) -> dict[str, Any]:
         "bytes_per_pair": cache.manifest.n_bytes / max(cache.n_pairs, 1),
         "built_shards": report.built_shards,
         "shards_by_others": report.shards_by_others,
+        "rebuilt_shards": report.rebuilt_shards,
         "shards": len(cache.shard_pairs),
         "seconds": report.seconds,
         "pairs_reused": report.pairs_reused,
@@ -306,7 +310,10 @@ def _print_cache(report: Any) -> None:
             f"  note        {report.foreign_shards} of {len(cache.shard_pairs)} shards were there already and not "
             "computed in this store (a stopped pull, a killed writer); no other cache will copy from them"
         )
-    if report.built_shards or report.shards_by_others:
+    if report.rebuilt_shards:
+        shards = "1 shard is" if report.rebuilt_shards == 1 else f"{report.rebuilt_shards} shards are"
+        print(f"  rebuilt     {shards} as the manifest says again")
+    elif report.built_shards or report.shards_by_others:
         rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
         if report.layout is not None:
             print(f"  layout      {report.layout}")

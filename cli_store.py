@@ -226,7 +226,8 @@ def store_verify(
             found = facts["recompute"]
             print(
                 f"{found['pairs']} pairs scored again: token log-probs differ by {found['worst']:.2g} nats at most per "
-                f"pair (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} %"
+                f"pair (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} % of a "
+                f"completion (tolerance {100 * found['feature_tolerance']:g} %)"
             )
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
@@ -369,6 +370,8 @@ def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
         f"({size(report.n_bytes)}), {report.present} there already, {report.seconds:.1f} s; "
         f"manifest {report.manifest_digest[:12]}"
     )
+    if report.tag:
+        print(f"tag {report.tag} stands for it there, too")
     for name in report.repaired:
         print(f"repaired {name}")
 

@@ -25,16 +25,18 @@ from scoring.sae_formats import read_decoder
 from scoring.self_check import check_sae
 from stage1_cache.drops import DropReport
 from stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
-from stage1_cache.fill import fill, inputs, token_rows
+from stage1_cache.fill import completed, fill, inputs, token_rows
 from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
 from stage1_cache.score import ReferenceScorer
 from store import (
     Cache,
     CacheWriter,
     Nearest,
+    Rebuild,
     ReusableRows,
     Store,
     cache_key,
+    check_changed,
     differences,
     is_url,
     nearest,
@@ -71,6 +73,8 @@ class CacheReport:
     Shards of a cache that was finished here that were not computed in this store: left by a stopped pull, an
     unpacked cache, or a killed writer. Nothing is copied from them into other caches.
     """
+    rebuilt_shards: int = 0
+    """Shards of a complete cache that were damaged and are put back."""
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
     trained_on: int = 0
@@ -84,6 +88,7 @@ def build_caches(
     store: Path | str,
     batch_tokens: int = 8192,
     on_miss: Callable[[str, Nearest | None], None] | None = None,
+    rebuild: bool = False,
 ) -> list[CacheReport]:
     """
     Build, finish or find the caches of a recipe: the training split's and the held-out split's.
@@ -91,16 +96,19 @@ def build_caches(
     store         folder that holds caches; at a URL complete ones are found, none is built
     batch_tokens  packed tokens per forward; changes speed and memory, not the key
     on_miss       called with the split and the nearest cache, before a cache that is not there is built
+    rebuild       read every byte of complete caches, and compute the damaged shards again
     Raises FpoError for what a user can cause, before the model is loaded wherever that can be told.
     """
     check_inputs(recipe)
     identities = cache_identities(recipe)
     lazy = _LazyScorer(recipe, batch_tokens, identities[0].scorer)
     siblings = {cache_key(identity.key_recipe) for identity in identities}
+    rebuilt = [_rebuild(identity, store, lazy) if rebuild else 0 for identity in identities]
     reports = [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
+    trained_on = [0, *(shared_pairs(identity, identities[0]) for identity in identities[1:])]
     return [
-        replace(report, trained_on=shared_pairs(identity, identities[0])) if identity is not identities[0] else report
-        for identity, report in zip(identities, reports, strict=True)
+        replace(report, rebuilt_shards=shards, trained_on=pairs)
+        for report, shards, pairs in zip(reports, rebuilt, trained_on, strict=True)
     ]
 
 
@@ -113,23 +121,24 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
     check_inputs(recipe)
     if held_out and recipe.data.eval_split is None:
         raise RecipeError("data.eval_split is not set, so there are no held-out pairs")
-    wanted = cache_identities(recipe)[1 if held_out else 0].key_recipe
+    identity = cache_identities(recipe)[1 if held_out else 0]
     try:
-        return open_cache(store, cache_key(wanted))
+        return open_cache(store, cache_key(identity.key_recipe))
     except CacheMissing:
-        raise CacheMissing(_missing(store, wanted)) from None
+        raise CacheMissing(_missing(store, identity)) from None
 
 
-def _missing(store: Path | str, wanted: dict[str, Any]) -> str:
+def _missing(store: Path | str, identity: CacheIdentity) -> str:
     """That a cache is not there, and what keeps the nearest one from being it."""
+    wanted = identity.key_recipe
     said = f"{store} does not hold this recipe's cache, {cache_key(wanted)[:12]}"
     try:
-        near = nearest(store, wanted)
+        near = nearest(store, wanted, inputs(identity))
     except CacheError:  # a server without a listing
         near = None
     if near is None:
         return said
-    return "\n  ".join([f"{said}; nearest is {near.key[:12]}, which differs in", *map(str, near.differences[:5])])
+    return "\n  ".join([f"{said}; nearest is {near.key[:12]}, which differs in", *near.lines()])
 
 
 def reference_scorer(recipe: Recipe, batch_tokens: int, named: dict[str, Any]) -> ReferenceScorer:
@@ -232,11 +241,12 @@ def _build(
     near = None
     try:
         cache = open_cache(store, key)
+        check_changed(cache)
         return CacheReport(identity.split, cache, drops, self_checks(cache), 0, time.monotonic() - started, 0, 0)
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
-        near = nearest(store, identity.key_recipe)
+        near = nearest(store, identity.key_recipe, inputs(identity))
         if near is not None and near.key in siblings:
             near = None  # the other split of this recipe explains nothing
         if on_miss is not None:
@@ -270,6 +280,24 @@ def _build(
         nearest=near,
         shards_by_others=filled.by_others,
     )
+
+
+def _rebuild(identity: CacheIdentity, store: Path | str, lazy: _LazyScorer) -> int:
+    """Put back what is damaged of the recipe's cache, if it is complete; how many shards."""
+    if is_url(store):
+        raise CacheError(f"{store} is a URL: nothing is rebuilt there; pull the cache, and rebuild it in a folder")
+    key = cache_key(identity.key_recipe)
+    try:
+        rebuild = Rebuild(store, key)
+    except CacheMissing:
+        return 0
+    for sid in rebuild.damaged:
+        rows = identity.plan()[sid]
+        # As it was made: rows that were copied then are copied now, the rest is scored in the same batches.
+        reusable = ReusableRows(store, identity.scorer, keys=rebuild.sources(sid))
+        (copied,) = reusable.gather([identity.digests[rows]])
+        rebuild.put(sid, completed(identity, rows, copied, lambda: lazy.scorer(identity), lambda *_: None))
+    return len(rebuild.damaged)
 
 
 def _not_ours(reusable: ReusableRows) -> list[str]:

@@ -88,7 +88,7 @@ def fill(
                         copies = _gathered(identity, plan, reusable, [*pending[place:], *waiting])
                     copied = copies.pop(sid)
                     progress.update(len(copied.positions))
-                    shard = _completed(identity, plan[sid], copied, scorer, partial(advance, claim))
+                    shard = completed(identity, plan[sid], copied, scorer, partial(advance, claim))
                     facts = provenance(identity, copied, len(shard), scorer)
                     writer.write(sid, shard, facts)
                     filled.layout = facts.get("layout", filled.layout)
@@ -131,7 +131,7 @@ def _gathered(
     return dict(zip(order, gathered, strict=False))
 
 
-def _completed(
+def completed(
     identity: CacheIdentity,
     rows: np.ndarray,
     copied: Reused,

@@ -8,7 +8,8 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     local    the caches in a folder           writer, cache, verify  fill, read, doubt one
     tags, use, describe, manage, collect      names, last use and locks, labels; tag, rm; gc
     difference, usage                         why two caches are not one; bytes by array
-    claims   who computes which shard         reuse    rows that other caches hold
+    claims   who computes which shard         origin   which shards were computed here
+    rebuild  one shard put back               reuse    rows that other caches hold
     export   for other trainers
     objects, bucket, hub, remote              caches behind a URL
     transfer, streaming                       push and pull; reading with less disk than the cache
@@ -27,6 +28,7 @@ from store.manage import Removed, Tagged, removable, rm, tag, untag
 from store.manifest import Manifest, ShardEntry
 from store.pairs import Features, Pairs, TopLogits, scored_lengths
 from store.plan import permutation, plan_shards
+from store.rebuild import Rebuild, check_changed
 from store.remote import RemoteStore, is_url, open_store
 from store.reuse import ReusableRows, Reused
 from store.streaming import Shelf
@@ -51,6 +53,7 @@ __all__ = [
     "Manifest",
     "Nearest",
     "Pairs",
+    "Rebuild",
     "RemoteStore",
     "Removed",
     "Report",
@@ -65,6 +68,7 @@ __all__ = [
     "TransferReport",
     "cache_key",
     "canonical_json",
+    "check_changed",
     "counted",
     "default_store",
     "diff",

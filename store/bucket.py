@@ -7,11 +7,12 @@ Credentials come from the environment: AWS_*, GOOGLE_*, AZURE_*, or the machine'
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from errors import CacheDamaged, CacheError, CacheMissing
+from store import pace
+from store.files import printable
 from store.objects import RemoteObjects
 
 SCHEMES = ("s3", "gs", "az", "https", "http")
@@ -69,12 +72,14 @@ class BucketFolder(RemoteObjects):
         scheme = urlsplit(url).scheme
         self.scheme = "https" if scheme == "http" else scheme
         self.listable = self.scheme != "https"
-        self._store = _connect(self.url, self.scheme) if store is None else store
+        self._store = _connect(self.url, self.scheme, "2h") if store is None else store
+        # Answers that are short, and listings page by page: the whole of one has its time.
+        self._brief = _connect(self.url, self.scheme, f"{pace.ANSWER_SECONDS}s") if store is None else store
         self._prefix = ""
 
     def inside(self, name: str) -> BucketFolder:
         folder = BucketFolder(f"{self.url}/{name}", self._store)
-        folder._prefix = f"{self._prefix}{name}/"
+        folder._prefix, folder._brief = f"{self._prefix}{name}/", self._brief
         return folder
 
     def where(self, name: str) -> str:
@@ -96,8 +101,11 @@ class BucketFolder(RemoteObjects):
             size = int(answer.meta["size"])
             data = bytearray()
             if size <= limit:
-                for chunk in answer.stream():
+                progress = pace.Pace(self.where(name))
+                # As it arrives: by default chunks are collected up to 10 MiB, for which a byte a second takes months.
+                for chunk in answer.stream(min_chunk_size=1):
                     data += memoryview(chunk)
+                    progress.arrived(len(chunk))
                     if len(data) > limit:
                         break
             if max(size, len(data)) > limit:
@@ -132,7 +140,7 @@ class BucketFolder(RemoteObjects):
         import obstore
 
         with self._explained("read", name):
-            return obstore.head(self._store, self._prefix + name)
+            return obstore.head(self._brief, self._prefix + name)
 
     def names(self, subfolder: str = "") -> list[str]:
         import obstore
@@ -141,12 +149,12 @@ class BucketFolder(RemoteObjects):
             raise CacheError(f"{self.url} cannot be listed (plain https); give the full key of 64 digits")
         prefix = f"{self._prefix}{subfolder}"
 
-        def listing() -> Any:
-            with self._explained("list", subfolder):
-                return obstore.list_with_delimiter(self._store, prefix or None)
+        async def listing() -> Any:
+            return await obstore.list_with_delimiter_async(self._brief, prefix or None)
 
-        found = _patiently(listing)
+        found = _patiently(partial(self._listed, subfolder, listing))
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        pace.check_listed(self.where(subfolder), len(paths))
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
@@ -162,9 +170,29 @@ class BucketFolder(RemoteObjects):
     def _sizes_below(self, folder: str) -> dict[str, int]:
         import obstore
 
-        with self._explained("list", folder):
-            batches = list(obstore.list(self._store, (self._prefix + folder) or None))
-        return {meta["path"].removeprefix(self._prefix): int(meta["size"]) for batch in batches for meta in batch}
+        async def listing() -> dict[str, int]:
+            found: dict[str, int] = {}
+            async for batch in obstore.list(self._brief, (self._prefix + folder) or None):
+                found |= {meta["path"].removeprefix(self._prefix): int(meta["size"]) for meta in batch}
+                pace.check_listed(self.where(folder), len(found))
+            return found
+
+        return self._listed(folder, listing)
+
+    def _listed(self, folder: str, listing: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
+        """What a listing says, in its own event loop, so that one without an end can be given up."""
+        seconds = pace.LISTING_SECONDS
+
+        async def within() -> Answer:
+            return await asyncio.wait_for(listing(), seconds)
+
+        with self._explained("list", folder), ThreadPoolExecutor(1) as pool:
+            try:
+                return pool.submit(asyncio.run, within()).result()
+            except TimeoutError:
+                raise CacheError(
+                    f"cannot list {self.where(folder)}: it did not end in {seconds:g} s; give the full key of 64 digits"
+                ) from None
 
     def _size_or_none(self, name: str) -> int | None:
         try:
@@ -231,10 +259,16 @@ class BucketFolder(RemoteObjects):
         if any(sign in text for sign in ("error sending request", "timed out", "dns error", "Connect")):
             return CacheError(f"{start}: {urlsplit(self.url).netloc} is not reachable; check the network and the name")
         reason = re.sub(r"\s+", " ", text.split("Debug source")[0])[:300].strip()
+        if verb == "list" and ("llegal" in text or "empty path segment" in text or "Invalid path" in text):
+            return CacheError(
+                f"{start}: it holds an object with a name that is no path ({printable(reason)}); remove that object, "
+                "or name caches by all 64 digits"
+            )
         return _BrokeOff(f"{start}: {reason}; run the same command again, what has arrived is kept")
 
 
-def _connect(url: str, scheme: str) -> Any:
+def _connect(url: str, scheme: str, whole: str) -> Any:
+    """whole: how long a request may take from its first byte to its last."""
     from obstore.exceptions import BaseError
     from obstore.store import HTTPStore, from_url
 
@@ -247,11 +281,11 @@ def _connect(url: str, scheme: str) -> Any:
         raise CacheError(f"{url}: plain http is for this machine only, others could change what you read; use https")
     endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "") if scheme == "s3" else ""
     options: dict[str, Any] = {
-        # A whole request may take long on a slow line; what must not happen is that nothing comes.
+        # A whole download may take long on a slow line; what must not happen is that nothing comes (see `pace`).
         "client_options": {
-            "timeout": "2h",
+            "timeout": whole,
             "connect_timeout": "5s",
-            "read_timeout": "60s",
+            "read_timeout": f"{pace.ANSWER_SECONDS}s",
             "allow_http": parts.scheme == "http" or endpoint.startswith("http://"),
         },
         "retry_config": {"max_retries": 8, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},

@@ -18,7 +18,7 @@ from store.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
     RECIPE,
-    REPAIR,
+    REPAIR_SHARD,
     SHARDS,
     Manifest,
     parse_manifest,
@@ -122,7 +122,8 @@ class Cache:
             size = sizes.get(name)
             if size != entry.size:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CacheDamaged(f"{self.folder.where(name)} {found}, the manifest says {entry.size} bytes; {REPAIR}")
+                where = self.folder.where(name)
+                raise CacheDamaged(f"{where} {found}, the manifest says {entry.size} bytes; {REPAIR_SHARD}")
 
     def __repr__(self) -> str:
         return f"Cache({self.key[:12]}, {self.n_pairs} pairs in {len(self.shard_pairs)} {SHARDS})"

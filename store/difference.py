@@ -63,10 +63,19 @@ class Nearest:
     summary: Summary
     differences: tuple[Difference, ...]
     """From the cache to the recipe."""
+    inputs: tuple[Difference, ...] = ()
+    """The names behind the digests, where the cache's maker wrote them down: what a digest of tokens cannot say."""
 
     @property
     def key(self) -> str:
         return self.summary.key
+
+    def lines(self, most: int = 5) -> list[str]:
+        """For people: the fields that differ, and of what the pairs were made."""
+        said = [str(difference) for difference in self.differences[:most]]
+        if any(difference.field == "pairs.digest" for difference in self.differences):
+            said += [f"made from {difference}" for difference in self.inputs[:most]]
+        return said
 
 
 def diff(store: Store | RemoteStore | Path | str, here: str, there: str) -> DiffReport:
@@ -77,15 +86,23 @@ def diff(store: Store | RemoteStore | Path | str, here: str, there: str) -> Diff
     return DiffReport(a.key, b.key, differences(_recipe(store, a.key), _recipe(store, b.key)), inputs)
 
 
-def nearest(store: Store | RemoteStore | Path | str, recipe: dict[str, Any]) -> Nearest | None:
+def nearest(
+    store: Store | RemoteStore | Path | str, recipe: dict[str, Any], inputs: dict[str, Any] | None = None
+) -> Nearest | None:
     """
     The cache with the fewest fields that differ from a recipe ({"format", "scorer", "pairs"}), finished ones and
     then the youngest first among equals; None where the store holds none but the recipe's own.
+
+    inputs: the names that the recipe has for what it is made from, see `describe`.
     """
     store = open_store(store)
     own = cache_key(recipe)
     found = [
-        Nearest(summary, differences(summary.recipe, recipe))
+        Nearest(
+            summary,
+            differences(summary.recipe, recipe),
+            differences(summary.inputs, inputs) if inputs and summary.inputs else (),
+        )
         for summary in store.summaries()
         if summary.problem is None and summary.key != own
     ]

@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
+from store import pace
 from store.files import sha256_hex
 from store.objects import RemoteObjects
 
@@ -29,7 +28,12 @@ _URL = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+)
 _COMMIT_FILES = 100
 """Objects in one commit: what the hub recommends."""
 _COMMIT_ATTEMPTS = 6
+_READ_ATTEMPTS = 4
 _LOGIN = "run hf auth login or set HF_TOKEN to a token that may do this"
+
+
+class _BrokeOff(CacheError):
+    """An answer that did not arrive whole."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,32 @@ class HubRepo:
         return []
 
     def _list(self, folder: str, recursive: bool) -> Iterator[Any]:
-        return iter(
-            self.api.list_repo_tree(
-                self.repo_id,
-                folder.rstrip("/") or None,
-                recursive=recursive,
-                revision=self.commit,
-                repo_type="dataset",
-            )
+        items = self.api.list_repo_tree(
+            self.repo_id, folder.rstrip("/") or None, recursive=recursive, revision=self.commit, repo_type="dataset"
         )
+        for count, item in enumerate(items):
+            pace.check_listed(f"{SCHEME}://datasets/{self.repo_id}/{folder}", count)
+            yield item
+
+    def download(self, path: str, where: str) -> Iterator[bytes]:
+        """A file's bytes as they arrive, held against the floor of `pace`."""
+        from huggingface_hub import hf_hub_url, utils
+
+        hub: Any = utils  # lazily exported names
+        url = hf_hub_url(self.repo_id, path, repo_type="dataset", revision=self.commit, endpoint=self.api.endpoint)
+        # As it is, not compressed: its length is known, and a megabyte cannot become a gigabyte.
+        headers = hub.build_hf_headers(token=self.api.token) | {"Accept-Encoding": "identity"}
+        session = hub.get_session()
+        with session.stream(
+            "GET", url, headers=headers, follow_redirects=True, timeout=pace.ANSWER_SECONDS
+        ) as response:
+            if response.is_error:
+                response.read()
+            hub.hf_raise_for_status(response)
+            progress = pace.Pace(where)
+            for chunk in response.iter_raw():
+                progress.arrived(len(chunk))
+                yield chunk
 
     def stage(self, path: str, data: bytes) -> None:
         """Upload what is large, and let the next commit bring it."""
@@ -188,20 +209,27 @@ class HubFolder(RemoteObjects):
             _ = self._repo.commit
 
     def read(self, name: str, limit: int) -> bytes:
-        from huggingface_hub import hf_hub_download
+        size = self.size(name)
+        if size > limit:
+            raise CacheDamaged(f"{self.where(name)} has {size} bytes, at most {limit} are read")
+        for _ in range(_READ_ATTEMPTS - 1):
+            with contextlib.suppress(_BrokeOff):
+                return self._read(name, size)
+        return self._read(name, size)
 
-        if self.size(name) > limit:
-            raise CacheDamaged(f"{self.where(name)} has {self.size(name)} bytes, at most {limit} are read")
-        with self._explained("read", name), tempfile.TemporaryDirectory(prefix="fpo-") as folder:
-            path = hf_hub_download(
-                self._repo.repo_id,
-                self._prefix + name,
-                repo_type="dataset",
-                revision=self._repo.commit,
-                local_dir=folder,
-                tqdm_class=_silent(),
-            )
-            return Path(path).read_bytes()
+    def _read(self, name: str, size: int) -> bytes:
+        """Never more than the listing says."""
+        with self._explained("read", name):
+            data = bytearray()
+            for chunk in self._repo.download(self._prefix + name, self.where(name)):
+                data += chunk
+                if len(data) > size:
+                    break
+        if len(data) > size:
+            raise CacheDamaged(f"{self.where(name)} has more than the {size} bytes that the hub lists")
+        if len(data) < size:
+            raise _BrokeOff(f"{self.where(name)} broke off after {len(data)} of {size} bytes; run it again")
+        return bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
         """True once it is uploaded; `sync` makes it visible."""
@@ -302,7 +330,8 @@ class HubFolder(RemoteObjects):
             return CacheError(f"{start}: the hub answers {status} ({reason}); run the same command again")
         # huggingface_hub passes the errors of its HTTP and transfer libraries through, whichever these are.
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _TRANSPORTS:
-            return CacheError(f"{start}: {reason}; check the network, then run the same command again")
+            kind = _BrokeOff if verb == "read" else CacheError
+            return kind(f"{start}: {reason}; check the network, then run the same command again")
         return None
 
 
@@ -316,15 +345,3 @@ def _content_of(item: Any) -> _Content:
 def _content(data: bytes) -> _Content:
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
     return _Content(len(data), sha256_hex(data), blob.hexdigest())
-
-
-def _silent() -> type[Any]:
-    """One progress bar at a time is ours."""
-    from tqdm import tqdm
-
-    class Silent(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-    return Silent

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ from store.manifest import (
     shard_name,
 )
 from store.objects import Objects
-from store.tags import read_tag, read_tags
+from store.tags import read_tag, read_tags, refuse_other_tag, write_tag
 from store.use import Use, last_use, moment
 
 STATE = ".state"
@@ -146,6 +147,19 @@ class Store:
         """The tags of the cache of this full key."""
         return tuple(name for name, tagged in self.tags().items() if tagged == key)
 
+    def tag_of(self, name: str, key: str) -> str | None:
+        """`name` if it is a tag of this cache."""
+        return name if read_tag(Folder(self.root), name) == key else None
+
+    def refuse_other_tag(self, name: str, key: str) -> None:
+        """Raises CacheConflict where the tag stands for another cache."""
+        refuse_other_tag(Folder(self.root), name, key)
+
+    def carry_tag(self, name: str, key: str) -> None:
+        """Let `name` stand for a cache that was just brought here. Raises CacheConflict where it is another's."""
+        self.refuse_other_tag(name, key)
+        write_tag(self.root, name, key)
+
     def resolve(self, name: str) -> str:
         """
         The one key here that starts with `name`, or that the tag `name` stands for.
@@ -229,7 +243,7 @@ class Store:
             None,
             used,
             tags,
-            _inputs(folder, key, done) or self._names(key),
+            inputs_of(folder, key, done) or self._names(key),
         )
 
     def note_names(self, key: str, inputs: dict[str, Any]) -> None:
@@ -258,7 +272,7 @@ def finished_shards(folder: Objects, n_shards: int) -> list[int]:
     ]
 
 
-def _inputs(folder: Folder, key: str, done: list[int]) -> dict[str, Any]:
+def inputs_of(folder: Objects, key: str, done: Sequence[int]) -> dict[str, Any]:
     """The names in one of the first records; {} where none has them. Damaged ones are for `verify` to tell."""
     # More than one: a record that was written for a killed process says nothing but that.
     for sid in done[:4]:

@@ -38,7 +38,8 @@ MAX_HOOKPOINTS = 256
 """Of one cache."""
 
 REPAIR = "restore it from a copy, or delete the whole cache and run fpo cache again"
-REPAIR_RECORD = "delete it and run fpo cache again: its shard is checked and recorded anew"
+REPAIR_SHARD = "put it back with: fpo cache RECIPE --rebuild, or fpo store pull KEY URL --repair"
+REPAIR_RECORD = "delete it and run fpo cache again, with --rebuild where the cache is complete"
 
 Parsed = TypeVar("Parsed")
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

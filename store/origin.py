@@ -63,7 +63,7 @@ def _mark(secret: bytes, key: str, entry: ShardEntry) -> str:
 
 def _secret(store: Store, make: bool) -> bytes | None:
     """The store's own, which never leaves it. Whoever may write here may make marks."""
-    folder = Folder(store.root / STATE)
+    folder = Folder(store.root / STATE, store.root)
     try:
         if make and _SECRET not in folder.names():
             folder.prepare()

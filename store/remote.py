@@ -15,7 +15,7 @@ from store.bucket import SCHEMES as BUCKET_SCHEMES
 from store.bucket import BucketFolder
 from store.hub import SCHEME as HUB_SCHEME
 from store.hub import HubFolder
-from store.local import URL, Store, Summary, finished_shards
+from store.local import URL, Store, Summary, finished_shards, inputs_of
 from store.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -26,6 +26,7 @@ from store.manifest import (
     recipe_facts,
 )
 from store.objects import RemoteObjects
+from store.tags import carry_tag, read_tag, read_tags, refuse_other_tag
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -80,10 +81,14 @@ class RemoteStore:
 
     def resolve(self, name: str) -> str:
         """
-        The one key here that starts with `name`. A full key is answered without a listing.
+        The one key here that starts with `name`, or that the tag `name` stands for. A full key and a tag are answered
+        without a listing.
 
         Raises CacheMissing, which lists what is here, where none or several do.
         """
+        tagged = read_tag(self._root, name)
+        if tagged is not None:
+            return tagged
         if _KEY.fullmatch(name) and self.folder(name).sizes([RECIPE]):
             return name
         if not self._root.listable:
@@ -103,9 +108,26 @@ class RemoteStore:
 
     def summaries(self) -> list[Summary]:
         """Every cache here, in key order; a damaged one carries its problem instead of raising."""
-        return [self._summary(key) for key in self.keys()]
+        tags = self.tags()
+        return [self._summary(key, tuple(name for name in tags if tags[name] == key)) for key in self.keys()]
 
-    def _summary(self, key: str) -> Summary:
+    def tags(self) -> dict[str, str]:
+        """Every tag and the key that it stands for. Raises CacheError where the server has no listing."""
+        return read_tags(self._root)
+
+    def tag_of(self, name: str, key: str) -> str | None:
+        """`name` if it is a tag of this cache."""
+        return name if read_tag(self._root, name) == key else None
+
+    def refuse_other_tag(self, name: str, key: str) -> None:
+        """Raises CacheConflict where the tag stands for another cache."""
+        refuse_other_tag(self._root, name, key)
+
+    def carry_tag(self, name: str, key: str) -> None:
+        """Let `name` stand for a cache that was just brought here. Raises CacheConflict where it is another's."""
+        carry_tag(self._root, name, key)
+
+    def _summary(self, key: str, tags: tuple[str, ...]) -> Summary:
         folder = self.folder(key)
         created = datetime.fromtimestamp(0, UTC)
         recipe: dict[str, Any] = {}
@@ -122,5 +144,6 @@ class RemoteStore:
             else:
                 done = len(finished_shards(folder, total))
         except CacheError as error:
-            return Summary(key, False, 0, 0, 0, 0, created, recipe, str(error))
-        return Summary(key, complete, done, total, facts.pairs.n_pairs, n_bytes, created, recipe, None)
+            return Summary(key, False, 0, 0, 0, 0, created, recipe, str(error), None, tags)
+        n_pairs, inputs = facts.pairs.n_pairs, inputs_of(folder, key, range(done))
+        return Summary(key, complete, done, total, n_pairs, n_bytes, created, recipe, None, None, tags, inputs)

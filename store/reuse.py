@@ -83,9 +83,16 @@ class ReusableRows:
     are for those who chose them by name. Sources are opened one at a time, and looking is not using them.
     """
 
-    def __init__(self, store: Store | Path | str, scorer: dict[str, Any], memory: int = GATHER_BYTES) -> None:
+    def __init__(
+        self,
+        store: Store | Path | str,
+        scorer: dict[str, Any],
+        memory: int = GATHER_BYTES,
+        keys: Sequence[str] | None = None,
+    ) -> None:
         """
         scorer: the part of the recipe that says how pairs are scored.
+        keys: the caches to look into; None for all.
         Caches that cannot be read are left out, and named in `problems`.
         """
         self.store = store if isinstance(store, Store) else Store(store)
@@ -95,7 +102,7 @@ class ReusableRows:
         self.foreign: list[str] = []
         """Keys of caches of this scorer of which at least a shard was not computed here."""
         self._origin = Origin(self.store)
-        found = (self._source(key, scorer) for key in sorted(self.store.keys()))
+        found = (self._source(key, scorer) for key in sorted(self.store.keys()) if keys is None or key in keys)
         self.sources = [source for source in found if source is not None]
         self._damaged: set[tuple[int, int]] = set()
         self._row_bytes: dict[int, float] = {}

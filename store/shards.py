@@ -13,7 +13,7 @@ from store.files import sha256_hex
 from store.format import MAX_FILE_BYTES, decode_shard
 from store.invariants import Bounds, Invalid
 from store.key import shard_digest
-from store.manifest import REPAIR, ShardEntry, shard_name
+from store.manifest import REPAIR_SHARD, ShardEntry, shard_name
 from store.objects import Objects, RemoteObjects
 from store.pairs import Pairs
 
@@ -34,17 +34,17 @@ def load_shard(folder: Objects, key: str, entry: ShardEntry, bounds: Bounds) -> 
     try:
         data = folder.read(shard_name(entry.shard), MAX_FILE_BYTES)
     except CacheMissing as error:
-        raise CacheDamaged(f"{error}; {REPAIR}") from None
+        raise CacheDamaged(f"{error}; {REPAIR_SHARD}") from None
     found, actual = check_shard(folder, key, entry.shard, data, bounds, entry)
     if (actual.n_pairs, actual.n_tokens) != (entry.n_pairs, entry.n_tokens):
         raise CacheDamaged(
             f"{where} has {actual.n_pairs} pairs and {actual.n_tokens} tokens, "
-            f"the manifest says {entry.n_pairs} and {entry.n_tokens}; {REPAIR}"
+            f"the manifest says {entry.n_pairs} and {entry.n_tokens}; {REPAIR_SHARD}"
         )
     if actual.pairs_digest != entry.pairs_digest:
         raise CacheDamaged(
             f"{where} holds other pairs than the key stands for: they have the digest {actual.pairs_digest[:12]}..., "
-            f"the manifest says {entry.pairs_digest[:12]}...; {REPAIR}"
+            f"the manifest says {entry.pairs_digest[:12]}...; {REPAIR_SHARD}"
         )
     return found
 
@@ -79,7 +79,7 @@ def fetch_shard(place: Objects, entry: ShardEntry) -> bytes:
         try:
             data = place.read(name, min(entry.size, MAX_FILE_BYTES))
         except CacheMissing as error:
-            raise CacheDamaged(f"{error}; {REPAIR}") from None
+            raise CacheDamaged(f"{error}; {REPAIR_SHARD}") from None
         except CacheDamaged as error:
             found = str(error)
             continue
@@ -87,7 +87,7 @@ def fetch_shard(place: Objects, entry: ShardEntry) -> bytes:
         if len(data) == entry.size and digest == entry.sha256:
             return data
         found = f"{place.where(name)} has {len(data)} bytes with the sha256 {digest[:12]}..."
-    raise CacheDamaged(f"{found}; the manifest says {entry.size} bytes, {entry.sha256[:12]}...; {REPAIR}")
+    raise CacheDamaged(f"{found}; the manifest says {entry.size} bytes, {entry.sha256[:12]}...; {REPAIR_SHARD}")
 
 
 def check_shard(
@@ -100,16 +100,16 @@ def check_shard(
     """
     where = folder.where(shard_name(sid))
     if entry is not None and len(data) != entry.size:
-        raise CacheDamaged(f"{where} has {len(data)} bytes, the manifest says {entry.size}; {REPAIR}")
+        raise CacheDamaged(f"{where} has {len(data)} bytes, the manifest says {entry.size}; {REPAIR_SHARD}")
     digest = sha256_hex(data)
     if entry is not None and digest != entry.sha256:
         raise CacheDamaged(
-            f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; {REPAIR}"
+            f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; {REPAIR_SHARD}"
         )
     try:
         pairs = decode_shard(data, key, sid, bounds)
     except Invalid as error:
-        raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR}") from None
+        raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR_SHARD}") from None
     return pairs, entry_of(sid, data, pairs)
 
 

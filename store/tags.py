@@ -10,8 +10,9 @@ import difflib
 import re
 from pathlib import Path
 
-from errors import CacheDamaged, CacheError, CacheMissing
+from errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
 from store.files import Folder, explained, replace_file
+from store.objects import Objects, RemoteObjects
 
 TAGS = "tags"
 
@@ -34,12 +35,15 @@ def is_tag_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not _LIKE_A_KEY.fullmatch(name)
 
 
-def read_tag(store: Folder, name: str) -> str | None:
+def read_tag(store: Objects, name: str) -> str | None:
     """The key that a tag of this store stands for; None where there is no such tag. Raises CacheDamaged."""
     if not is_tag_name(name):
         return None
     try:
-        content = store.read(f"{TAGS}/{name}", 2**10)
+        if isinstance(store, RemoteObjects):
+            content = store.inside(TAGS).read(name, 2**10)
+        else:
+            content = store.read(f"{TAGS}/{name}", 2**10)
     except CacheMissing:
         return None
     found = _CONTENT.fullmatch(content)
@@ -48,7 +52,7 @@ def read_tag(store: Folder, name: str) -> str | None:
     return found[1].decode()
 
 
-def read_tags(store: Folder) -> dict[str, str]:
+def read_tags(store: Objects) -> dict[str, str]:
     """Every tag with its key; damaged ones are left out."""
     tags = {}
     for name in store.names(TAGS):
@@ -59,6 +63,24 @@ def read_tags(store: Folder) -> dict[str, str]:
         if key is not None:
             tags[name] = key
     return tags
+
+
+def carry_tag(store: RemoteObjects, name: str, key: str) -> None:
+    """Let `name` stand for `key` at a URL, where nothing is replaced. Raises CacheConflict where it is taken."""
+    folder, data = store.inside(TAGS), f"{key}\n".encode()
+    if folder.create(name, data):
+        folder.sync("")
+    refuse_other_tag(store, name, key)
+
+
+def refuse_other_tag(store: Objects, name: str, key: str) -> None:
+    """Raises CacheConflict where the tag stands for another cache: a tag of somebody else's does not move."""
+    theirs = read_tag(store, name)
+    if theirs not in (None, key):
+        raise CacheConflict(
+            f"the tag {name} in {store.where('')} stands for {theirs[:12]}, not for {key[:12]}; give yours another "
+            f"name (fpo store tag {key[:12]} NAME), or go by the key {key[:12]}"
+        )
 
 
 def write_tag(root: Path, name: str, key: str) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +68,8 @@ class TransferReport:
     repaired: tuple[str, ...]
     """Damaged or missing objects of a complete cache that were replaced."""
     seconds: float
+    tag: str | None = None
+    """The tag by which the cache was named, which now stands for it at the target, too."""
 
 
 def push(
@@ -79,7 +81,8 @@ def push(
     on_object: Progress | None = None,
 ) -> TransferReport:
     """
-    Copy the complete cache `name` of a store to another one: a URL or a folder.
+    Copy the complete cache `name` of a store to another one: a URL or a folder. A tag travels with the cache that it
+    names, unless it stands for another one there.
 
     Every shard is checked against the manifest before it leaves and looked at after it arrived. At most `threads`
     shards are in memory. Raises CacheIncomplete (how far it is), CacheDamaged (here), CacheConflict where other bytes
@@ -118,10 +121,16 @@ def _transfer(
     on_object: Progress | None,
 ) -> TransferReport:
     key = origin.resolve(name)
+    tag = origin.tag_of(name, key)
+    if tag is not None:
+        destination.refuse_other_tag(tag, key)
     # Nobody removes either side meanwhile.
     uses = [place.use(key) for place in (origin, destination) if isinstance(place, Store)]
     try:
-        return _Copy(origin.folder(key), destination.folder(key), key, repair).run(threads, on_object)
+        report = _Copy(origin.folder(key), destination.folder(key), key, repair).run(threads, on_object)
+        if tag is not None:
+            destination.carry_tag(tag, key)
+        return replace(report, tag=tag)
     finally:
         for use in uses:
             use.end()

@@ -15,7 +15,7 @@ from store.archive import unpack
 from store.cache import Cache
 from store.format import array_shapes, schema
 from store.invariants import Invalid
-from store.manifest import REPAIR, recipe_facts, shard_name
+from store.manifest import REPAIR_SHARD, recipe_facts, shard_name
 from store.shards import fetch_shard
 
 OVERHEAD = "metadata and zip"
@@ -59,7 +59,7 @@ def _add_shard(cache: Cache, sid: int, stored: dict[str, int], raw: dict[str, in
         members = unpack(fetch_shard(cache.folder, entry))
         shapes = array_shapes(members, bounds)
     except Invalid as error:
-        raise CacheDamaged(f"{cache.folder.where(name)} is damaged: {error}; {REPAIR}") from None
+        raise CacheDamaged(f"{cache.folder.where(name)} is damaged: {error}; {REPAIR_SHARD}") from None
     for array, spec in schema(len(bounds.features), bounds.top_logits > 0).items():
         chunk = members.get(array + "/c" + "/0" * len(spec.dimensions), b"")
         stored[array] = stored.get(array, 0) + len(chunk)

@@ -23,7 +23,7 @@ from store.manifest import (
     MAX_RECORD_BYTES,
     RECIPE,
     RECORDS,
-    REPAIR,
+    REPAIR_SHARD,
     SHARDS,
     Manifest,
     RecipeFacts,
@@ -137,7 +137,7 @@ def _bytes_pass(folder: Objects, entry: ShardEntry, level: Level) -> bool:
     if level == "checksums":
         fetch_shard(folder, entry)
     elif (size := folder.size(name)) != entry.size:
-        raise CacheDamaged(f"{folder.where(name)} has {size} bytes, the manifest says {entry.size}; {REPAIR}")
+        raise CacheDamaged(f"{folder.where(name)} has {size} bytes, the manifest says {entry.size}; {REPAIR_SHARD}")
     return True
 
 

@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["store"]):
     from store.archive import pack, unpack
     from store.format import decode_shard, encode_shard
     from store.invariants import Invalid
-    from store.key import cache_key, canonical_json, checked_json, parse_checked_json
+    from store.key import cache_key, canonical_json, checked_json, parse_checked_json, shard_digest
     from store.manifest import manifest_bytes, parse_manifest, parse_recipe, recipe_facts
 
 from store_cases import KEY, PLAN, World, make_pairs, same
@@ -31,7 +31,8 @@ PAIRS = make_pairs([(2, 3, 1), (0, 1, 2)])
 SHARD = encode_shard(PAIRS, KEY, 3, BOUNDS)
 MEMBERS = {name: bytes(data) for name, data in unpack(SHARD).items()}
 NAMES = sorted(MEMBERS)
-RECIPE = World(Path("/nowhere")).recipe
+WORLD = World(Path("/nowhere"))
+RECIPE = WORLD.recipe
 FACTS = recipe_facts(RECIPE)
 
 
@@ -88,7 +89,15 @@ def seeds(target: str) -> list[bytes]:
     if target == "recipe":
         return [canonical_json(RECIPE)]
     entries = [
-        {"n_pairs": len(p), "n_tokens": 9, "sha256": "0" * 64, "shard": n, "size": 9} for n, p in enumerate(PLAN)
+        {
+            "n_pairs": len(ids),
+            "n_tokens": 9,
+            "pairs_digest": shard_digest(ids, WORLD.shard(n).pair_digest),
+            "sha256": "0" * 64,
+            "shard": n,
+            "size": 9,
+        }
+        for n, ids in enumerate(PLAN)
     ]
     body = {"facts": {}, "format": 1, "key": cache_key(RECIPE), "n_pairs": 5, "n_tokens": 27, "shards": entries}
     assert parse_checked_json(checked_json(body))

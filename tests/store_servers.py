@@ -70,14 +70,24 @@ class WebServer:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.fault: Callable[[str, int, bytes], tuple[int, bytes, int]] | None = None
         """(name, how often it was asked for, body) -> status, body to send, Content-Length to announce."""
+        self.dripping = ""
+        """Names that end so are sent a byte at a time, for ever; "" for none."""
+        self.mute = False
+        """Requests are taken and never answered."""
+        self._closed = threading.Event()
         handler = partial(_Handler, self, directory=str(folder))
         self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def pause(self, seconds: float | None = None) -> bool:
+        """True until the server closes."""
+        return not self._closed.wait(seconds)
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -88,6 +98,9 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         name = "/".join(self.path.split("/")[2:])
         self.web.requests["GET", name] += 1
+        if self.web.mute:
+            self.web.pause()
+            return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)
@@ -100,6 +113,11 @@ class _Handler(SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(announced))
         self.end_headers()
         with contextlib.suppress(OSError):
+            if self.web.dripping and name.endswith(self.web.dripping):
+                for position in range(len(sent)):
+                    if self.web.pause(0.02):
+                        self.wfile.write(sent[position : position + 1])
+                return
             self.wfile.write(sent)
 
     def do_HEAD(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from tiny_world import TinyWorld, build_tiny_world
 
 import stage1_cache.build as build_module
 import stage1_cache.score as score_module
-from errors import SelfCheckError
-from stage1_cache import CacheReport, build_caches
-from store import Cache, Pairs, Store, pull, verify
+from errors import CacheConflict, CacheDamaged, SelfCheckError
+from stage1_cache import CacheReport, build_caches, recompute
+from stage1_cache.recompute import feature_distances
+from store import Cache, Features, Pairs, Store, open_cache, pull, verify
 from store.format import encode_shard
-from store.manifest import parse_record, recipe_facts, record_name
+from store.key import checked_json, parse_checked_json
+from store.manifest import parse_record, recipe_facts, record_name, shard_name
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,124 @@ def test_numbers_of_a_pulled_cache_do_not_enter_one_that_is_built_here(world: Ti
     assert (new.pairs_reused, new.pairs_scored, new.foreign_shards) == (0, 44, 0)
     assert any(old.key[:12] in problem for problem in new.reuse_problems)
     assert new.cache.digest == built(world, tmp_path / "alone", "train").cache.digest
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "without a record"])
+@pytest.mark.parametrize("made", ["scored", "half copied"])
+def test_one_damaged_shard_is_told_on_a_hit_and_put_back(
+    world: TinyWorld, tmp_path: Path, damage: str, made: str
+) -> None:
+    if made == "half copied":
+        built(world, tmp_path, "train[:30]")
+    cache = built(world, tmp_path, "train").cache
+    # A cache that was built later and holds the same pairs does not change how a shard comes about.
+    built(world, tmp_path, "train[:20]")
+    before = {sid: (tmp_path / cache.key / shard_name(sid)).read_bytes() for sid in range(len(cache.shard_pairs))}
+    path = tmp_path / cache.key / shard_name(1)
+    flipped = bytearray(before[1])
+    flipped[1000] ^= 4
+    path.unlink()
+    if damage == "flipped":
+        path.write_bytes(flipped)
+    if damage == "without a record":
+        (tmp_path / cache.key / record_name(1)).unlink()
+    recipe = world.recipe(data={"split": "train", "eval_split": None})
+    with pytest.raises(CacheDamaged, match=r"000001\.zarr\.zip .*; put it back with: fpo cache RECIPE --rebuild"):
+        build_caches(recipe, tmp_path)
+    (report,) = build_caches(recipe, tmp_path, rebuild=True)
+    assert (report.rebuilt_shards, report.built_shards, report.cache.digest) == (1, 0, cache.digest)
+    assert {sid: (tmp_path / cache.key / shard_name(sid)).read_bytes() for sid in before} == before
+    assert verify(tmp_path, cache.key).ok
+    with pytest.MonkeyPatch.context() as patch:
+        forbid_the_model(patch)
+        assert build_caches(recipe, tmp_path, rebuild=True)[0].rebuilt_shards == 0
+
+
+def test_a_shard_that_comes_out_otherwise_is_not_put_back(world: TinyWorld, tmp_path: Path) -> None:
+    """Another machine's last bits would be another answer under the same address."""
+    cache = built(world, tmp_path, "train").cache
+    path = tmp_path / cache.key / shard_name(1)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    damaged, score = path.read_bytes(), score_module.ReferenceScorer.score
+
+    def nudged(*args: object, **kwargs: object) -> Pairs:
+        pairs = score(*args, **kwargs)
+        return dataclasses.replace(pairs, token_logps=np.nextafter(pairs.token_logps, np.float32(-9)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_module.ReferenceScorer, "score", nudged)
+        with pytest.raises(CacheConflict, match="the cache would get another output address; restore the shard"):
+            build_caches(world.recipe(data={"split": "train", "eval_split": None}), tmp_path, rebuild=True)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"self_check": 3}, {"self_check": [[]]}, {"self_check": [{"hookpoint": "\x1b[2J", "checked": False}]}],
+    ids=str,
+)
+def test_a_hit_whose_manifest_says_of_the_self_check_what_nobody_writes_is_refused(
+    world: TinyWorld, tmp_path: Path, facts: dict[str, object]
+) -> None:
+    key = built(world, tmp_path, "test").cache.key
+    manifest = tmp_path / key / "manifest.json"
+    manifest.write_bytes(checked_json(parse_checked_json(manifest.read_bytes()) | {"facts": facts}))
+    with pytest.raises(CacheDamaged, match=r"manifest\.json says of the self-check what fpo cache does not") as caught:
+        built(world, tmp_path, "test")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("change", ["scaled", "moved", "tail"])
+def test_recomputing_refuses_activations_that_the_model_does_not_give(
+    world: TinyWorld, tmp_path: Path, change: str
+) -> None:
+    """Every log-prob is right, and so is every checksum: only the features are a lie."""
+    honest = built(world, tmp_path, "train[:40]").cache
+    recipe = world.recipe(data={"split": "train[:40]", "eval_split": None})
+    report = recompute(recipe, honest, 40, seed=0)
+    assert report.worst_features < 1e-4
+    for sid in range(len(honest.shard_pairs)):
+        pairs = honest.shard(sid)
+        features = pairs.features[0]
+        lies = {
+            "scaled": {"acts": 1.5 * features.acts},
+            "moved": {"indices": features.indices ^ np.uint32(1)},
+            "tail": {"tail_sq": 50 * features.tail_sq + 1},
+        }
+        wrong = dataclasses.replace(features, **lies[change])
+        if change == "moved":
+            wrong = _ascending(wrong)
+        data = encode_shard(
+            dataclasses.replace(pairs, features=(wrong,)), honest.key, sid, recipe_facts(honest.recipe).bounds
+        )
+        forge(tmp_path / honest.key, data, sid)
+    forged = open_cache(tmp_path, honest.key)
+    with pytest.raises(CacheDamaged, match=r"shard \d+: the activations of pair \d+, (chosen|rejected), at model"):
+        recompute(recipe, forged, 40, seed=0)
+
+
+def _ascending(features: Features) -> Features:
+    splits = features.splits.astype(int)
+    for start, end in itertools.pairwise(splits):
+        order = np.argsort(features.indices[start:end])
+        features.indices[start:end] = features.indices[start:end][order]
+        features.acts[start:end] = features.acts[start:end][order]
+    return features
+
+
+def test_a_feature_that_noise_cut_from_one_side_is_no_distance() -> None:
+    """Two equals at the cut: one side keeps feature 3, the other feature 5, both 0.5."""
+
+    def kept(index: int, tail: float) -> Features:
+        indices, acts = np.array([1, index], np.uint32), np.array([2.0, 0.5], np.float32)
+        return Features(
+            indices, acts, np.array([0, 2, 2], np.uint64), np.array([[3, 0]], np.uint32),
+            np.array([[tail, 0]], np.float32),
+        )  # fmt: skip
+
+    assert feature_distances(kept(3, 0.25), kept(5, 0.25)).tolist() == [0, 0]
+    # Nothing was cut: the feature is 0 on the other side. sqrt(2 * 0.5^2) of sqrt(2^2 + 0.5^2).
+    np.testing.assert_allclose(feature_distances(kept(3, 0), kept(5, 0)), [(0.5 / 4.25) ** 0.5, 0])
 
 
 def test_a_miss_names_the_nearest_cache_before_anything_is_scored(world: TinyWorld, tmp_path: Path) -> None:

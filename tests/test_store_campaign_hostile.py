@@ -30,9 +30,9 @@ from store_forgery import (
 
 from errors import CacheDamaged, CacheError
 from store import CacheWriter, Pairs, Store, open_cache, pair_digests
-from store.format import MAX_RAW_BYTES
+from store.invariants import MAX_PAIR_TOKENS
 from store.key import checked_json, parse_checked_json
-from store.manifest import MAX_JSON_BYTES
+from store.manifest import MAX_MANIFEST_BYTES
 
 MB = 2**20
 SHARD = "shards/000000.zarr.zip"
@@ -167,24 +167,25 @@ def test_zstd_bombs_are_refused_before_they_are_unpacked(cache):
     assert len(bomb) < MB // 4
     small = zstd.compress(np.zeros(4 * 9, np.uint8), 1, True)
     # Byte 4 describes the header; 0xa4: single segment, checksum, a content size of four bytes.
-    lying = small[:4] + b"\xa4" + struct.pack("<I", 4 * 2**24) + small[6:]
+    lying = small[:4] + b"\xa4" + struct.pack("<I", 4 * 2**19) + small[6:]
 
     def attack(tokens, frame, reason):
         with_tokens(cache, tokens, frame)
         return peak_growth(lambda: assert_refused(cache, SHARD, reason))
 
     assert attack(9, bomb, "does not hold the 36 bytes of its shape") < 16 * MB
-    assert attack(2**40, bomb, "not what this format writes") < 16 * MB
-    assert attack(2**28, bomb, "claim") < 16 * MB
-    assert attack(2**24, bomb, "does not hold the") < 16 * MB
+    # What the manifest claims is held against the plan before a shard is read.
+    with_tokens(cache, 2**24, bomb)
+    with pytest.raises(CacheDamaged, match=r"manifest\.json is damaged: .* 16777216 tokens, a shard holds at most"):
+        read_all(cache)
     # This one is believed: the array is allocated, and zstd finds out before it writes a second page.
-    assert attack(2**24, lying, "does not decompress") < 16 * MB
+    assert attack(2**19, lying, "does not hold the|does not decompress") < 16 * MB
 
 
 @pytest.mark.campaign
 def test_the_largest_shard_that_is_allowed_takes_a_bounded_multiple_of_the_limit(tmp_path):
-    """50 kB of file that unpack to 1 GiB of zeros, and are a valid pair: MAX_RAW_BYTES bounds what that costs."""
-    tokens = MAX_RAW_BYTES // 8 - 64
+    """20 kB of file that unpack to 32 MiB of zeros, and are a valid pair: MAX_PAIR_TOKENS bounds what that costs."""
+    tokens = MAX_PAIR_TOKENS
     ids, splits = np.zeros(tokens, np.uint32), np.array([0, 1, tokens - 1, tokens], np.uint64)
     pairs = Pairs(
         pair_id=np.zeros(1, np.uint64),
@@ -201,17 +202,17 @@ def test_the_largest_shard_that_is_allowed_takes_a_bounded_multiple_of_the_limit
     writer.seal({})
     size = open_cache(tmp_path, writer.key).manifest.n_bytes
     peak = peak_growth(lambda: open_cache(tmp_path, writer.key).shard(0))
-    print(f"largest shard: {size} bytes of file, {peak / 2**30:.2f} GiB resident for 1 GiB unpacked")
+    print(f"largest shard: {size} bytes of file, {peak / 2**20:.0f} MiB resident for 32 MiB unpacked")
     assert size < MB // 4
-    assert peak < 3.5 * 2**30
+    assert peak < 256 * MB
 
 
 BOMBS = {
-    "deep": lambda: b"[" * (MAX_JSON_BYTES - 1),
+    "deep": lambda: b"[" * (MAX_MANIFEST_BYTES - 1),
     "deep enough to parse": lambda: b"[" * 900 + b"]" * 900,
-    "objects": lambda: b"[" + b"{}," * ((MAX_JSON_BYTES - 4) // 3) + b"0]",
-    "digits": lambda: b"9" * (MAX_JSON_BYTES - 1),
-    "too long": lambda: b" " * (MAX_JSON_BYTES + 1),
+    "objects": lambda: b"[" + b"{}," * ((MAX_MANIFEST_BYTES - 4) // 3) + b"0]",
+    "digits": lambda: b"9" * (MAX_MANIFEST_BYTES - 1),
+    "too long": lambda: b" " * (MAX_MANIFEST_BYTES + 1),
 }
 
 
@@ -223,14 +224,14 @@ def test_json_bombs_are_refused_in_bounded_memory(cache, kind):
         with pytest.raises(CacheDamaged, match=r"manifest\.json (is damaged|has \d+ bytes)"):
             open_cache(cache.parent, cache.name)
 
-    assert peak_growth(attack) < 32 * MAX_JSON_BYTES
+    assert peak_growth(attack) < 4 * MAX_MANIFEST_BYTES
 
 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
         (("scorer", "features"), [{"d_sae": 1, "top_k": 1}] * 257, r"scorer\.features: Tuple should have at most 256"),
-        (("pairs", "shard_pairs"), [0] * (2**16 + 1), r"pairs\.shard_pairs: Tuple should have at most 65536"),
+        (("pairs", "shard_pairs"), [0] * (2**15 + 1), r"pairs\.shard_pairs: Tuple should have at most 32768"),
         (("scorer", "features"), [{"d_sae": 9, "top_k": 2**40}], r"scorer\.features\.0\.top_k"),
         (("scorer", "extras"), {"top_logits": 2**64}, r"scorer\.extras\.top_logits: Input should be less"),
         (("scorer", "vocab_size"), 2**32, r"scorer\.vocab_size"),
@@ -253,7 +254,7 @@ def test_recipes_out_of_bounds_are_refused_naming_the_field(tmp_path, place, val
 
 def test_what_nobody_could_read_again_is_not_written(tmp_path):
     world = World(tmp_path)
-    huge = {"note": "x" * MAX_JSON_BYTES}
+    huge = {"note": "x" * MAX_MANIFEST_BYTES}
     writer = world.writer()
     with pytest.raises(ValueError, match="a record would have"):
         writer.write(0, world.shard(0), huge)

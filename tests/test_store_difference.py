@@ -95,6 +95,15 @@ def test_nearest_prefers_what_is_complete_and_never_names_the_recipe_itself(worl
     assert nearest(world.store, world.recipe).key == complete
 
 
+def test_other_tokens_are_explained_by_the_names_that_the_makers_wrote_down(world):
+    """A digest of tokens says only that they differ; the records know that it was max_length."""
+    build(world, changed(world.recipe, seed=1), world.pairs, world.plan, {"data": {"source": "uf", "max_length": 512}})
+    wanted = {**world.recipe, "pairs": {**world.recipe["pairs"], "digest": "0" * 64}}
+    found = nearest(world.store, wanted, {"data": {"source": "uf", "max_length": 256}})
+    assert "made from data.max_length: 512 -> 256" in found.lines()
+    assert not any("source" in line for line in found.lines())
+
+
 def test_nearest_leaves_damaged_caches_out(world):
     key = build(world, changed(world.recipe, dtype="a"), world.pairs, world.plan)
     (world.store.path(key) / "manifest.json").write_text("{}")

@@ -2,12 +2,13 @@
 
 import multiprocessing
 
+import numpy as np
 import pytest
-from store_cases import World, same, tree
+from store_cases import World, make_pairs, make_recipe, same, tree
 from store_servers import BUCKET, OtherWorld, dropping_proxy, s3_environment, s3_server, sealed
 
 from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from store import Shelf, Store, open_cache, open_store, pull, push, verify
+from store import CacheWriter, Shelf, Store, open_cache, open_store, pull, push, tag, verify
 from store.bucket import BucketFolder
 from store.transfer import CLAIM
 
@@ -63,6 +64,68 @@ def drop(url: str, key: str, name: str) -> None:
 
 def bytes_there(url: str, key: str, name: str) -> bytes:
     return BucketFolder(url).inside(key).read(name, 10**6)
+
+
+def test_a_tag_travels_with_the_cache_that_it_names(world, s3, tmp_path):
+    tag(world.store, world.key, "uf-v1")
+    assert push(world.store, "uf-v1", s3).tag == "uf-v1"
+    assert open_cache(s3, "uf-v1", Shelf(tmp_path / "shelf")).key == world.key
+    (summary,) = open_store(s3).summaries()
+    assert summary.tags == ("uf-v1",)
+    assert pull(s3, "uf-v1", tmp_path / "there").tag == "uf-v1"
+    assert Store(tmp_path / "there").tags() == {"uf-v1": world.key}
+    # Again, and by its key: nothing more is said.
+    assert push(world.store, "uf-v1", s3).moved == 0
+    assert push(world.store, world.key, s3).tag is None
+
+
+@pytest.mark.parametrize("there", ["url", "folder"])
+def test_a_tag_of_another_cache_is_not_moved_and_nothing_is_copied(world, s3, tmp_path, there):
+    target = s3 if there == "url" else tmp_path / "target"
+    small = make_pairs([(1, 1, 1)])
+    writer = CacheWriter(tmp_path / "small", make_recipe(small, [np.array([0])]), [np.array([0])])
+    writer.write(0, small, {})
+    writer.seal({})
+    tag(tmp_path / "small", writer.key, "mine")
+    push(tmp_path / "small", "mine", target)
+    tag(world.store, world.key, "mine")
+    with pytest.raises(CacheConflict, match=rf"the tag mine in .* stands for {writer.key[:12]}, not for") as caught:
+        push(world.store, "mine", target)
+    assert "\n" not in str(caught.value)
+    assert open_store(target).keys() == [writer.key]
+    assert open_store(target).tags() == {"mine": writer.key}
+
+
+def test_ls_at_a_url_says_what_a_cache_was_made_from(tmp_path, s3):
+    world = World(tmp_path / "here")
+    writer = world.writer()
+    inputs = {"reference": {"model": "google/gemma-2-2b-it"}, "data": {"source": "ultrafeedback", "split": "train"}}
+    for sid in range(3):
+        writer.write(sid, world.shard(sid), {"inputs": inputs})
+    writer.seal({})
+    push(world.store, writer.key, s3)
+    (summary,) = open_store(s3).summaries()
+    assert (summary.reference, summary.data) == ("google/gemma-2-2b-it", "ultrafeedback train")
+
+
+@pytest.mark.parametrize("odd", ["a\x01b", "../x", "\x1b[2J"])
+def test_an_object_whose_name_is_no_path_is_named_and_full_keys_still_work(world, s3, s3_port, odd, tmp_path):
+    boto3 = pytest.importorskip("boto3")
+    push(world.store, world.key, s3)
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}")
+    client.put_object(Bucket=BUCKET, Key=f"{s3.removeprefix(f's3://{BUCKET}/')}/{odd}", Body=b"x")
+    with pytest.raises(CacheError, match=r"an object with a name that is no path .* by all 64") as caught:
+        open_store(s3).keys()
+    assert str(caught.value).isprintable()
+    assert pull(s3, world.key, tmp_path / "there").moved == 8
+
+
+def test_a_listing_that_does_not_end_is_given_up_in_one_line(world, s3, monkeypatch):
+    push(world.store, world.key, s3)
+    monkeypatch.setattr("store.pace.LISTING_SECONDS", 0.0)
+    with pytest.raises(CacheError, match=r"cannot list .*: it did not end in 0 s; give the full key") as caught:
+        open_store(s3).keys()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pushed_cache_reads_verifies_and_pulls_with_the_same_bytes(world, s3, tmp_path):

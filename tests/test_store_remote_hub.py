@@ -1,11 +1,13 @@
 """A store in a dataset repository: the real huggingface_hub against a small hub on this machine."""
 
+import contextlib
+
 import pytest
 from store_cases import World, same, tree
-from store_fake_hub import REPO, fake_hub
+from store_fake_hub import REPO, _Handler, fake_hub
 from store_servers import OtherWorld
 
-from errors import CacheConflict, CacheError, CacheIncomplete, CacheMissing
+from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
 from store import Shelf, Store, open_cache, open_store, pull, push, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
@@ -132,6 +134,37 @@ def test_a_repository_that_is_not_there_is_not_made(world, hub):
         with pytest.raises(CacheError, match="no dataset someone/else that this token may see; make it with") as error:
             attempt()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "shards/000001.zarr.zip"])
+def test_a_file_that_is_longer_than_the_hub_lists_is_not_read_to_its_end(world, hub, tmp_path, monkeypatch, name):
+    """And never kept on a disk: it could have no end."""
+    push(world.store, world.key, URL)
+    answer, sent = _Handler.answer, []
+
+    def endless(self, body, *args, **kwargs):
+        if not self.path.endswith(name) or self.command == "HEAD":
+            return answer(self, body, *args, **kwargs)
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while len(sent) < 2**12:
+                self.wfile.write(bytes(2**16))
+                sent.append(2**16)
+        return None
+
+    monkeypatch.setattr(_Handler, "answer", endless)
+    with pytest.raises(CacheDamaged, match=rf"{name} has more than the \d+ bytes that the hub lists"):
+        pull(URL, world.key, tmp_path / "there")
+    assert sum(sent) < 2**26
+
+
+def test_a_listing_without_an_end_is_given_up(world, hub, monkeypatch):
+    monkeypatch.setattr("store.pace.MAX_LISTED", 5)
+    for n in range(7):
+        hub.add({f"shared/{n}.txt": b"x"})
+    with pytest.raises(CacheError, match="has more than 5 names; use a place for caches alone"):
+        open_store(URL).keys()
 
 
 def test_a_missing_key_lists_what_is_there(world, hub):

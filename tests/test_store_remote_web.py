@@ -50,6 +50,32 @@ def test_a_web_server_is_enough_to_pull_and_read(world, web, tmp_path):
     assert verify(web.url, world.key).ok
 
 
+@pytest.mark.parametrize("name", ["recipe.json", "manifest.json"])
+def test_opening_fetches_what_arrived_damaged_again_as_pull_does(world, web, tmp_path, name):
+    flipped = FAULTS["flips a bit"]
+    web.fault = lambda asked, n, body: flipped(body) if asked == name and n <= 2 else (200, body, len(body))
+    assert open_cache(web.url, world.key, Shelf(tmp_path / "shelf")).n_pairs == 5
+    assert web.requests["GET", name] == 3
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "manifest.json", SHARD])
+def test_a_server_that_sends_a_byte_at_a_time_is_given_up_in_one_line(world, web, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("store.pace.WINDOW_SECONDS", 0.2)
+    web.dripping = name
+    with pytest.raises(CacheError, match=rf"cannot read .*{name}: \d+ bytes arrived in .* s, at least 65536") as caught:
+        pull(web.url, world.key, tmp_path / "there")
+    assert "\n" not in str(caught.value)
+    assert web.requests["GET", name] == 1
+
+
+def test_a_server_that_never_answers_is_given_up_in_one_line(world, web, tmp_path, monkeypatch):
+    monkeypatch.setattr("store.pace.ANSWER_SECONDS", 0.2)
+    web.mute = True
+    with pytest.raises(CacheError, match="is not reachable") as caught:
+        pull(web.url, world.key, tmp_path / "there")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_web_server_has_no_listing_so_the_full_key_is_needed(world, web):
     with pytest.raises(CacheMissing, match=r"is no full key, and http.* no listing: give the 64 digits"):
         open_cache(web.url, world.key[:8])
