@@ -636,37 +636,6 @@ RUNS = [
 
 MISTAKES = [*DATA, *TOKENIZERS, *MODELS, *SAES, *RECIPES, *TRAINING, *RUNS]
 
-# Rows that other work in progress mends; they are run once it is in.
-WAITING = frozenset(
-    {
-        "the template has a syntax error",
-        "no tokenizer files",
-        "the config does not fit the weights",
-        "NaN in the weights",
-        "an encoder",
-        "an encoder and a decoder",
-        "the adapter of another model",
-        "a folder under ~",
-        "a variable of the shell",
-        "a negative learning rate",
-        "an optimizer of another package",
-        "push_to_hub without a network",
-        "a mistyped optimizer",
-        "a mistyped scheduler",
-        "deepspeed is not installed",
-        "the loss becomes NaN",
-        "no steps",
-        "no epochs",
-        "bf16 over a float32 reference",
-        "fp16 over a float32 reference",
-        "bf16 without a device for it",
-        "fp16 on a CPU",
-        "the output holds a log of the scheduler",
-        "evaluate what is no run",
-        "a checkpoint that is cut off",
-    }
-)
-
 
 def written(path: Path) -> Path:
     path.write_text("something")
@@ -734,8 +703,6 @@ def test_a_mistake_ends_in_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    if mistake.name in WAITING:
-        pytest.skip("mended elsewhere")
     torch.manual_seed(0)
     command = mistake.command(Bench(world, tmp_path))
     monkeypatch.setattr("sys.argv", ["fpo", *command])
@@ -793,4 +760,3 @@ def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
 def test_every_mistake_has_its_own_name() -> None:
     names = [mistake.name for mistake in MISTAKES]
     assert len(set(names)) == len(names)
-    assert set(names) >= WAITING

@@ -17,8 +17,8 @@ from errors import ModelError
 from scoring import install_scoring, pack, router_coefficient
 from stage1_cache import build_caches, find_cache
 from stage2_align import align
+from stage2_align.callbacks import read_metrics
 from stage2_align.run import METRICS_FILE
-from stage2_align.trainer import read_metrics
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -21,11 +21,11 @@ from scoring import Packed, pack
 from stage1_cache import build_caches, find_cache
 from stage2_align import align, evaluate_run
 from stage2_align.align import load_policy
+from stage2_align.callbacks import read_metrics
 from stage2_align.measure import ObjectiveMeter
 from stage2_align.parity import OFFSET_TOLERANCE, check_parity, random_pairs
 from stage2_align.run import METRICS_FILE, read_run
 from stage2_align.stream import PairStream
-from stage2_align.trainer import read_metrics
 
 MIXED = {"autocast": "bfloat16"}
 STILL = {"bf16": True, "learning_rate": 0.0, "max_steps": 3, "save_strategy": "no"}

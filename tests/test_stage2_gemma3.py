@@ -17,14 +17,16 @@ from tiny_saes import random_sae, write_saelens
 from tiny_world import TinyWorld, build_tiny_world
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from interrupts import StopRequest
 from scoring import load_model
 from stage1_cache import build_caches, find_cache
 from stage1_cache.identity import cache_identities
 from stage2_align import align
-from stage2_align.align import load_policy, training_arguments
+from stage2_align.align import _trainer, load_policy
+from stage2_align.arguments import training_arguments
+from stage2_align.callbacks import read_metrics
 from stage2_align.measure import ObjectiveMeter
 from stage2_align.run import METRICS_FILE
-from stage2_align.trainer import read_metrics
 
 TEXT = {
     "model_type": "gemma3_text",
@@ -83,9 +85,9 @@ def test_only_what_a_token_passes_through_requires_gradients(world: TinyWorld) -
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "fc1"]])
-def test_adapters_stand_in_the_decoder_alone(world: TinyWorld, targets: str | list[str]) -> None:
+def test_adapters_stand_in_the_decoder_alone(world: TinyWorld, tmp_path: Path, targets: str | list[str]) -> None:
     recipe = world.recipe(policy={"lora": {"r": 2, "target_modules": targets}})
-    model = load_policy(recipe, ObjectiveMeter.of(recipe))
+    model = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path)
     adapted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert adapted
     assert all(".language_model." in name for name in adapted)
@@ -119,10 +121,9 @@ def test_two_processes_train_it_and_the_run_holds_the_whole_model(world: TinyWor
 
 
 def test_the_optimiser_sees_the_decoder_alone(world: TinyWorld, tmp_path: Path) -> None:
-    from stage2_align.align import _trainer
-
     recipe = world.recipe(training={"max_steps": 1, "save_strategy": "no"})
-    trainer = _trainer(recipe, find_cache(recipe, world.store), training_arguments(recipe, tmp_path), tmp_path)
+    cache = find_cache(recipe, world.store)
+    trainer = _trainer(recipe, cache, training_arguments(recipe, tmp_path), tmp_path, StopRequest())
     trainer.create_optimizer()
     seen = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     names = {name for name, parameter in trainer.model.named_parameters() if id(parameter) in seen}
