@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from errors import ModelError, RunError
-from scoring import weight_files
+from scoring import adapter_weight_files, weight_files
 from stage2_align.trainer import PairTrainer
 
 # Every tensor of a policy: the names that it may have in a file (tied weights have several), and its shape.
@@ -50,7 +50,7 @@ def read_back(folder: Path, expected: Expected) -> None:
     """RunError where the weight files of a folder lack a tensor, hold it in another shape, or numbers that are none."""
     shapes: dict[str, tuple[int, ...]] = {}
     try:
-        for file in weight_files(folder):
+        for file in _files(folder):
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - no dict
                     tensor = tensors.get_tensor(name)
@@ -72,6 +72,11 @@ def read_back(folder: Path, expected: Expected) -> None:
         raise _not_saved(
             folder, f"{len(absent)} of the policy's {len(expected)} tensors are missing, first {absent[0]}"
         )
+
+
+def _files(folder: Path) -> list[Path]:
+    adapter = (folder / "adapter_config.json").is_file()
+    return adapter_weight_files(folder) if adapter else weight_files(folder)
 
 
 def _not_saved(folder: Path, what: str) -> RunError:

@@ -260,6 +260,7 @@ def test_a_users_own_modules_are_not_taken_for_ours(tmp_path: Path) -> None:
     """The command, unlike `python -m cli`, does not look for modules in the folder where it is given."""
     for name in ("cli.py", "errors.py", "recipe.py", "progress.py", "store.py"):
         (tmp_path / name).write_text("raise SystemExit('not ours')")
+    (tmp_path / "none").mkdir()
     command = [Path(sys.executable).with_name("fpo"), "store", "ls", "--store", tmp_path / "none"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -743,7 +743,9 @@ def one_clear_line(err: str) -> bool:
     before, _, error = err.partition("error: ")
     first, *details = error.splitlines()
     said = [
-        line for line in before.splitlines() if not line.startswith(("loading ", "  ", "train: ", "train[", "align: "))
+        line
+        for line in before.splitlines()
+        if not line.startswith(("loading ", "opening ", "  ", "train: ", "train[", "align: "))
     ]
     return bool(first) and all(line.startswith("  ") for line in details) and said == []
 

@@ -309,7 +309,10 @@ def test_without_a_terminal_lines_say_where_stage_1_stands(
     rate = r"[\d,.e+]+"
     assert re.search(rf"^tokenise: 40/40 pairs, {rate} pairs/s$", said, re.MULTILINE)
     assert f"loading the reference {world.root / 'model'} ...\n" in said
-    assert re.search(rf"^cache train: 16/40 pairs, ({rate} tokens/s, )?{rate} pairs/s, eta \d+ s$", said, re.MULTILINE)
+    # Which shard comes first is the process's own.
+    assert re.search(
+        rf"^cache train: (8|16|24|32)/40 pairs, ({rate} tokens/s, )?{rate} pairs/s, eta \d+ s$", said, re.MULTILINE
+    )
     assert re.search(rf"^cache train: 40/40 pairs, {rate} tokens/s, {rate} pairs/s$", said, re.MULTILINE)
 
 

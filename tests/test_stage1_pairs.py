@@ -374,7 +374,7 @@ def test_a_file_that_changed_under_a_kept_mtime_is_read_anew(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(lines(*[TEXT] * 20_000))
     stat = path.stat()
-    before, fingerprint = read_pairs(str(path), "train")[7_000], data_fingerprint(str(path), "train")
+    before, fingerprint = read_pairs(str(path), "train").dataset[7_000], data_fingerprint(str(path), "train")
     content = path.read_bytes()
     row = content.index(b"\n") + 1
     changed = json.dumps({**TEXT, "chosen": "X" * len(TEXT["chosen"])}).encode()
@@ -384,7 +384,7 @@ def test_a_file_that_changed_under_a_kept_mtime_is_read_anew(tmp_path):
         file.write(changed)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert data_fingerprint(str(path), "train") != fingerprint
-    assert read_pairs(str(path), "train")[7_000] != before
+    assert read_pairs(str(path), "train").dataset[7_000] != before
 
 
 def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):

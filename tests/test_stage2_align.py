@@ -320,7 +320,7 @@ def test_an_existing_run_is_not_overwritten_nor_resumed_with_another_recipe(worl
 def test_values_that_transformers_refuses_are_named_before_anything_loads(
     world: TinyWorld, tmp_path: Path, training: dict[str, object], message: str
 ) -> None:
-    recipe = world.recipe(training=training)
+    recipe = world.recipe(training=training, policy={"same_arithmetic": False})
     with pytest.raises(RecipeError, match=message):
         align(recipe, cached(world, recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
