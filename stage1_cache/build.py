@@ -120,7 +120,9 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
     """
     check_inputs(recipe)
     if held_out and recipe.data.eval_split is None:
-        raise RecipeError("data.eval_split is not set, so there are no held-out pairs")
+        raise RecipeError(
+            "data.eval_split is not set, so there are no held-out pairs; name a split: --set data.eval_split=test"
+        )
     identity = cache_identities(recipe)[1 if held_out else 0]
     try:
         return open_cache(store, cache_key(identity.key_recipe))
