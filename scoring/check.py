@@ -30,7 +30,9 @@ from scoring.packing import Layout, pack
 # float32; bfloat16 rounds hidden states and logits to 3 digits, which moves the worst completion of four trained models
 # by up to 0.025. float16 has 3 bits more.
 LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-
+# A mean over few tokens is as far off as one of them: completions of 1, 2, 4 and 8 tokens of a trained model in bfloat16
+# reach 0.098, 0.088, 0.076 and 0.042, longer ones 0.022. So below this many, rounding gets the room of a mean of n.
+ROUNDED_TOKENS = 16
 
 # What a forward raises that was not made for its input.
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
@@ -101,10 +103,10 @@ def _reason_against(
         before = _score(model, layout, *shortest)
         together = _score(model, layout, ids, bounds)
         after = _score(model, layout, *shortest)
-        off = _worst(together, expected)
+        off = _worst(together, expected, model.dtype)
         if not off <= limit:
             return f"off by {off:.2g} nats per token (at most {limit:g})"
-        off = max(_worst(before, expected[-2:]), _worst(after, expected[-2:]))
+        off = max(_worst(short, expected[-2:], model.dtype) for short in (before, after))
         if not off <= limit:
             return f"off by {off:.2g} nats per token (at most {limit:g}) before or after a longer batch"
     except _FAILURES as error:
@@ -144,9 +146,17 @@ def _score(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.n
     return list(scores.token_logps.split(packed.lengths.tolist()))
 
 
-def _worst(found: list[Tensor], expected: list[_Plain]) -> float:
-    """Mean |difference| of the completion that differs most; NaN where anything is."""
-    means = [(logps[at] - plain).abs().mean() for logps, (at, plain) in zip(found, expected, strict=True) if len(at)]
+def _worst(found: list[Tensor], expected: list[_Plain], dtype: torch.dtype) -> float:
+    """
+    Mean |difference| of the completion that differs most, NaN where anything is. Where weights are rounded, one of n
+    tokens counts for sqrt(n / ROUNDED_TOKENS) of it, at most for all.
+    """
+    few = 1 if dtype == torch.float32 else ROUNDED_TOKENS
+    means = [
+        (logps[at] - plain).abs().mean() * min(1.0, len(at) / few) ** 0.5
+        for logps, (at, plain) in zip(found, expected, strict=True)
+        if len(at)
+    ]
     return float(torch.stack(means).max()) if means else 0.0
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from errors import RecipeError
-from recipe import Recipe
+from recipe import PUBLISHING_ARGUMENTS, Recipe
 from store import Cache
 
 # Where TrainingArguments' own default would surprise; as in TRL's DPOConfig.
@@ -40,6 +40,7 @@ _OPTIMIZER_SETTINGS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsil
 # the learning rate does not depend on it.
 FREE_ARGUMENTS = frozenset(
     {
+        *PUBLISHING_ARGUMENTS,
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "max_steps",
@@ -60,20 +61,10 @@ FREE_ARGUMENTS = frozenset(
         "report_to",
         "run_name",
         "project",
-        "trackio_space_id",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
         "per_device_eval_batch_size",
         "save_strategy",
         "save_steps",
         "save_total_limit",
-        "push_to_hub",
-        "hub_token",
-        "hub_private_repo",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_always_push",
-        "hub_revision",
         "dataloader_pin_memory",
         "ddp_find_unused_parameters",
         "ddp_bucket_cap_mb",

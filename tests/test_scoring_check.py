@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, PreTrainedModel, T5Config
 
 from errors import ModelError
-from scoring import Layout, choose_layout, extremes, install_scoring, load_model, pack
+from scoring import Layout, choose_layout, extremes, install_scoring, load_model, load_tokenizer, pack
 from scoring import check as check_module
 from scoring.families import silence_dropout
 
@@ -203,6 +204,22 @@ def test_an_encoder_is_refused_by_its_config_before_weights_are_looked_for(
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"{config.model_type} is not a causal language model: .*{kind}"):
         load_model(tmp_path, "float32")
+
+
+DATA = Path(__file__).parents[2] / "shared/data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs a trained model and real pairs")
+def test_rounding_refuses_no_pair_of_short_answers() -> None:
+    """One token of text that the model did not write: rounding moves its log-prob by up to 0.1 nats."""
+    model = load_model(DATA / "models/stories260K", "bfloat16")
+    install_scoring(model)
+    tokenizer = load_tokenizer(str(DATA / "models/stories260K"), None)
+    lines = (DATA / "pairs/llms_from_scratch.str.jsonl").read_text().splitlines()[:40]
+    for row in map(json.loads, lines):
+        prompt, chosen, rejected = (tokenizer(row[side])["input_ids"] for side in ("prompt", "chosen", "rejected"))
+        ids = np.array([*prompt[-60:], chosen[1], rejected[-1]])
+        assert choose_layout(model, ids, np.array([0, len(ids) - 2, len(ids) - 1, len(ids)])) is Layout.PACKED
 
 
 def test_extremes_are_the_longest_sequence_the_longest_pair_and_the_shortest() -> None:
