@@ -31,7 +31,7 @@ from scoring.packing import Layout, pack
 # by up to 0.025. float16 has 3 bits more.
 LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 # A mean over few tokens is as far off as one of them: completions of 1, 2, 4 and 8 tokens of a trained model in
-# bfloat16 reach 0.098, 0.088, 0.076 and 0.042, longer ones 0.022. Below this many, rounding gets the room of a mean of n.
+# bfloat16 reach 0.098, 0.088, 0.076 and 0.042, longer ones 0.022. Below this many, rounding gets a mean of n's room.
 ROUNDED_TOKENS = 16
 
 # What a forward raises that was not made for its input.
