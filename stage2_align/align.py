@@ -172,6 +172,11 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
             f"training: this start runs in mixed precision {launched}, the recipe says {asked}; set training.bf16 or "
             "training.fp16 there, or leave it out of the launcher's settings"
         )
+    if recipe.training.get("fsdp") and not trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "training.fsdp: this start would shard nothing: accelerate turns FSDP on between GPUs alone; leave it out, "
+            "or start with torchrun on GPUs and without use_cpu"
+        )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     arithmetic = training_arithmetic(recipe.policy.dtype, MIXED_PRECISION.get(asked), sharded)
     try:

@@ -120,6 +120,15 @@ def test_two_processes_stop_after_the_same_step_when_one_of_them_hears_of_it(wor
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+def test_sharding_that_would_not_happen_is_refused_by_every_process(world: TinyWorld, tmp_path: Path) -> None:
+    """accelerate leaves FSDP off on CPUs, without a word."""
+    file = world.recipe_file(training={**TRAINING, "max_steps": 2, "fsdp": "full_shard", "use_cpu": True})
+    ranks = start_ranks(world, file, tmp_path / "run", 29543)
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], said
+    assert all("training.fsdp: this start would shard nothing" in text for text in said)
+
+
 def test_the_same_signal_once_more_ends_at_once_and_another_kind_is_no_second_wish() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
