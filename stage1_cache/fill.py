@@ -188,11 +188,12 @@ def _largest(sources: dict[str, int], most: int = 100) -> dict[str, int]:
 def inputs(identity: CacheIdentity) -> dict[str, Any]:
     """The names behind the key's digests, as the recipe has them: what `fpo store ls` and `diff` show."""
     recipe = identity.recipe
+    silent = {"split", "eval_split"} | (set() if recipe.data.columns else {"columns"})
     return {
         "reference": recipe.reference.model_dump(include={"model", "revision", "adapter"}),
         "features": [feature.model_dump(include={"sae"}) for feature in recipe.features],
         "data": {
-            **{name: _short(value) for name, value in recipe.data.model_dump(exclude={"split", "eval_split"}).items()},
+            **{name: _short(value) for name, value in recipe.data.model_dump(exclude=silent).items()},
             "split": identity.split,
         },
     }
