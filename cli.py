@@ -21,7 +21,7 @@ import typer
 from cli_store import AsJson, StoreOption, quiet_libraries, size, store_app, store_root
 from errors import CacheIncomplete, CacheMissing, FpoError, RunInterrupted
 from interrupts import exit_code, interruptible
-from progress import say
+from progress import is_first_rank, say
 from recipe import Recipe, load_recipe
 from store import Cache, Nearest, counted, printable
 
@@ -237,11 +237,6 @@ def leave_process_group() -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
-
-
-def is_first_rank() -> bool:
-    """Under torchrun, one process speaks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _command(name: str, recipe: Path, store: str | None, overrides: list[str] | None) -> str:

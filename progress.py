@@ -5,6 +5,7 @@ a log keeps and `tail -f` shows.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -23,6 +24,11 @@ def progress_bar(total: int, unit: str, desc: str, *, initial: int = 0, smoothin
     initial  how many are done already; the rate does not count them
     """
     return Progress(total, unit, desc, initial=initial, smoothing=smoothing)
+
+
+def is_first_rank() -> bool:
+    """Under torchrun, one process speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(line: str) -> None:

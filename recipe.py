@@ -282,7 +282,6 @@ class Fpo(Objective):
 AnyObjective = Annotated[Dpo | Simpo | Fpo, Field(discriminator="name")]
 OBJECTIVES: dict[str, type[Objective]] = {"dpo": Dpo, "simpo": Simpo, "fpo": Fpo}
 
-_EVALUATE = "nothing is evaluated in training; use fpo evaluate RUN --checkpoint N"
 _STREAM = "the stream prepares the batches, in threads of its own"
 
 # Trainer arguments that the pipeline sets itself or has no use for, and what to use instead.
@@ -292,21 +291,21 @@ OWNED_ARGUMENTS = {
     "do_train": "fpo align trains",
     "do_eval": "use fpo evaluate",
     "do_predict": "use fpo evaluate",
-    "eval_strategy": _EVALUATE,
-    "eval_on_start": _EVALUATE,
-    "eval_steps": _EVALUATE,
-    "eval_delay": _EVALUATE,
-    "eval_accumulation_steps": _EVALUATE,
-    "eval_do_concat_batches": _EVALUATE,
-    "eval_use_gather_object": _EVALUATE,
-    "prediction_loss_only": _EVALUATE,
-    "include_for_metrics": _EVALUATE,
-    "batch_eval_metrics": _EVALUATE,
-    "bf16_full_eval": _EVALUATE,
-    "fp16_full_eval": _EVALUATE,
-    "load_best_model_at_end": _EVALUATE,
-    "metric_for_best_model": _EVALUATE,
-    "greater_is_better": _EVALUATE,
+    "eval_strategy": trl_names.NOT_EVALUATED,
+    "eval_on_start": trl_names.NOT_EVALUATED,
+    "eval_steps": trl_names.NOT_EVALUATED,
+    "eval_delay": trl_names.NOT_EVALUATED,
+    "eval_accumulation_steps": trl_names.NOT_EVALUATED,
+    "eval_do_concat_batches": trl_names.NOT_EVALUATED,
+    "eval_use_gather_object": trl_names.NOT_EVALUATED,
+    "prediction_loss_only": trl_names.NOT_EVALUATED,
+    "include_for_metrics": trl_names.NOT_EVALUATED,
+    "batch_eval_metrics": trl_names.NOT_EVALUATED,
+    "bf16_full_eval": trl_names.NOT_EVALUATED,
+    "fp16_full_eval": trl_names.NOT_EVALUATED,
+    "load_best_model_at_end": trl_names.NOT_EVALUATED,
+    "metric_for_best_model": trl_names.NOT_EVALUATED,
+    "greater_is_better": trl_names.NOT_EVALUATED,
     "remove_unused_columns": "the cache has no unused columns",
     "ignore_data_skip": "a resumed run continues where it stopped",
     "restore_callback_states_from_checkpoint": "a resumed run continues where it stopped",
@@ -811,7 +810,7 @@ def _check_choice(name: str, value: Any, where: str) -> None:
         near = nearest(str(value), valid)
         raise RecipeError(f"{where}: {value!r} is not valid; " + (f"nearest is {near}" if near else ", ".join(valid)))
     if value in ("best", "reduce_lr_on_plateau", "greedy"):
-        raise RecipeError(f"{where}: {value} goes by evaluations; {_EVALUATE}")
+        raise RecipeError(f"{where}: {value} goes by evaluations; {trl_names.NOT_EVALUATED}")
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def model_config(folder: Path) -> PretrainedConfig:
                 f"{folder}: this model brings code of its own (auto_map), which is never run; "
                 "use a family that transformers knows"
             ) from None
-        raise ModelError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise ModelError(f"{path}: cannot be read: {one_line(error)}") from None
     _check_causal(folder, config)
     if (weights := getattr(config, "transformers_weights", None)) is not None:
         raise ModelError(
@@ -157,5 +157,7 @@ def _check_causal(folder: Path, config: PretrainedConfig) -> None:
         raise ModelError(f"{where}: it looks at what follows a token (is_decoder is false); name a decoder-only model")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """A library's complaint on one line, cut where it goes on about its own options."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ...") or type(error).__name__

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from errors import DataError, ModelError
 from recipe import nearest
-from scoring.configs import model_config
+from scoring.configs import model_config, one_line
 from scoring.families import silence_dropout, text_decoder
 
 # Everything but the weights, which go by the names that the index gives: beside them repositories hold the same
@@ -75,7 +75,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
     except LocalEntryNotFoundError:
         raise ModelError(f"{name}: neither a folder here nor in the hub's cache, and the hub is not reached") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(f"{name}: {_one_line(error)}") from None
+        raise ModelError(f"{name}: {one_line(error)}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -109,7 +109,7 @@ def _indexed_names(folder: Path) -> list[str]:
         names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{folder / _INDEX}: no index of weights ({_one_line(error)})") from None
+        raise ModelError(f"{folder / _INDEX}: no index of weights ({one_line(error)})") from None
     if not names or outside:
         raise ModelError(f"{folder / _INDEX}: it names {outside[0] if outside else 'no file'}; download it again")
     return names
@@ -144,7 +144,7 @@ def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> PreTr
             ignore_mismatched_sizes=True,
         )
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: {_one_line(error)}") from None
+        raise ModelError(f"{folder}: {one_line(error)}") from None
     if mismatched := sorted(loading["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise ModelError(
@@ -211,14 +211,14 @@ def _merge_adapter(model: Any, adapter: Path) -> Any:
     try:
         return adapted.merge_and_unload()
     except (ValueError, NotImplementedError) as error:  # some quantised formats
-        raise ModelError(f"adapter {adapter}: it cannot be merged into the model: {_one_line(error)}") from None
+        raise ModelError(f"adapter {adapter}: it cannot be merged into the model: {one_line(error)}") from None
 
 
 def _first_mismatch(error: BaseException) -> str:
     """The first tensor among torch's size mismatches, of which it prints one line each; else the whole message."""
     lines = [line.strip() for line in str(error).splitlines() if "size mismatch for" in line]
     more = f" ({len(lines)} such tensors)" if len(lines) > 1 else ""
-    return lines[0].rstrip(".") + more if lines else _one_line(error)
+    return lines[0].rstrip(".") + more if lines else one_line(error)
 
 
 def load_tokenizer(name: str, revision: str | None, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -236,7 +236,7 @@ def load_tokenizer(name: str, revision: str | None, chat_template: str | None = 
                 f"tokenizer {name}: no tokenizer files there (tokenizer.json or its like); "
                 "save the tokenizer beside the model, or set data.tokenizer"
             ) from None
-        raise ModelError(f"tokenizer {name}: {_one_line(error)}") from None
+        raise ModelError(f"tokenizer {name}: {one_line(error)}") from None
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
     return tokenizer
@@ -261,9 +261,3 @@ def template_text(chat_template: str) -> str:
 
 def _shape(size: Sequence[int]) -> str:
     return "x".join(map(str, size)) or "a number"
-
-
-def _one_line(error: BaseException) -> str:
-    """A library's complaint on one line, cut where it goes on about its own options."""
-    text = " ".join(str(error).split())
-    return (text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ...") or type(error).__name__

@@ -7,7 +7,6 @@ A hit costs seconds. On a miss, what other caches of the same scorer hold is cop
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from errors import CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
-from progress import say
+from progress import is_first_rank, say
 from recipe import Recipe
 from scoring import Layout, Packed, adapter_folder, extremes, load_sae, model_folder, pack
 from scoring.sae_formats import read_decoder
@@ -177,7 +176,7 @@ class _LazyScorer:
 
     @cached_property
     def _loaded(self) -> ReferenceScorer:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             say(f"loading the reference {self.recipe.reference.model} ...")
         return reference_scorer(self.recipe, self.batch_tokens, self.named)
 

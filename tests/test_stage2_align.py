@@ -15,7 +15,7 @@ import pytest
 import torch
 from run_processes import run_process, run_two_processes
 from safetensors.torch import load_file, save_file
-from tiny_world import TinyWorld, build_tiny_world
+from tiny_world import TinyWorld, build_adapted_world, build_tiny_world
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,21 +177,11 @@ def test_low_rank_adapters_train_and_evaluate(world: TinyWorld, tmp_path: Path) 
     assert metrics["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
 
 
-def with_reference_adapter(tmp_path: Path) -> TinyWorld:
-    """A world whose reference is a model with a random adapter merged into it."""
-    peft = pytest.importorskip("peft")
-    world = build_tiny_world(tmp_path / "world", 12, 6)
-    model = AutoModelForCausalLM.from_pretrained(world.root / "model")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
-    peft.get_peft_model(model, config).save_pretrained(world.root / "adapter")
-    return world
-
-
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "adapter"])
 def test_a_reference_with_an_adapter_is_where_training_and_evaluation_start(
     lora: dict[str, int] | None, tmp_path: Path
 ) -> None:
-    world = with_reference_adapter(tmp_path)
+    world = build_adapted_world(tmp_path / "world")
     reference = {"adapter": str(world.root / "adapter")}
     training = {"max_steps": 1, "learning_rate": 0.0}
     recipe = world.recipe(reference=reference, policy={"lora": lora}, training=training)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from run_processes import run_two_processes
 from safetensors.torch import load_file, save_file
-from tiny_world import TinyWorld, build_tiny_world
+from tiny_world import TinyWorld, build_adapted_world, build_tiny_world
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -35,13 +35,7 @@ aligning = importlib.import_module("stage2_align.align")
 
 @pytest.fixture
 def adapted(tmp_path: Path) -> TinyWorld:
-    """A world whose reference is a model with a random adapter merged into it, far from the model itself."""
-    peft = pytest.importorskip("peft")
-    world = build_tiny_world(tmp_path / "world", 12, 6)
-    model = AutoModelForCausalLM.from_pretrained(world.root / "model")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
-    peft.get_peft_model(model, config).save_pretrained(world.root / "adapter")
-    return world
+    return build_adapted_world(tmp_path / "world")
 
 
 def trained(recipe: Recipe, cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:

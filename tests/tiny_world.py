@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from tiny_models import tiny_model
 from tiny_saes import random_sae, write_saelens
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recipe import Recipe, validate_recipe
 
@@ -109,3 +110,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def build_adapted_world(root: Path) -> TinyWorld:
+    """A small world with `root/adapter`, a random adapter that moves the reference far from the model itself."""
+    peft = pytest.importorskip("peft")
+    world = build_tiny_world(root, 12, 6)
+    model = AutoModelForCausalLM.from_pretrained(root / "model")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(root / "adapter")
+    return world
