@@ -19,11 +19,11 @@ help:  ## list the targets
 # Models this small gain nothing from a second thread, and lose much where the cores are shared.
 demo: export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/installed  ## from nothing to an aligned policy and its evaluation, in minutes on a CPU
-	$(BIN)/python -m demo.build
+	$(BIN)/python -m fpo.demo.build
 	$(BIN)/fpo cache recipes/demo.yaml
 	$(BIN)/fpo align recipes/demo.yaml --output runs/demo --resume
 	$(BIN)/fpo evaluate runs/demo
-	$(BIN)/python -m demo.evaluate runs/demo
+	$(BIN)/python -m fpo.demo.evaluate runs/demo
 	@echo
 	@echo "world   demo-world/       model, SAE and pairs"
 	@echo "caches  $(FPO_STORE)"
@@ -32,7 +32,7 @@ demo: $(VENV)/installed  ## from nothing to an aligned policy and its evaluation
 	@echo "next    make align RECIPE=recipes/demo-dpo.yaml     (another objective, from the same cache)"
 
 cache: $(VENV)/installed  ## stage 1: the recipe's pairs through the reference, once (RECIPE=...)
-	@$(if $(findstring recipes/demo,$(RECIPE)),$(BIN)/python -m demo.build)
+	@$(if $(findstring recipes/demo,$(RECIPE)),$(BIN)/python -m fpo.demo.build)
 	$(BIN)/fpo cache $(RECIPE)
 
 align: $(VENV)/installed  ## stage 2: train the recipe's policy from its cache (RECIPE=... RUN=...)
@@ -58,16 +58,17 @@ check: lint test  ## all that CI runs, but the oracles
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/as-package && ln -sfn $(CURDIR) $(VENV)/as-package/fpo
 	$(BIN)/mypy
 
 docs: $(VENV)/installed  ## write docs/recipe.md from recipe.py
-	$(BIN)/python -c "import recipe; print(recipe.reference_page(), end='')" > docs/recipe.md
+	$(BIN)/python -c "from fpo import recipe; print(recipe.reference_page(), end='')" > docs/recipe.md
 
 families: $(VENV)/installed-test  ## write docs/families.md: how each model family is laid out
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/family_models.py
 
 bench: $(VENV)/installed  ## a step from the cache against a padded two-model step; the store against other formats
-	$(BIN)/python -m demo.build
+	$(BIN)/python -m fpo.demo.build
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/align_step.py --pairs demo-world/pairs/train.jsonl --tokenizer demo-world/model
 	$(BIN)/python benchmarks/store.py
 

@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cli_store import AsJson, StoreOption, quiet_libraries, size, store_app, store_root
-from errors import CacheIncomplete, CacheMissing, FpoError, RunInterrupted
-from interrupts import exit_code, interruptible
-from progress import is_first_rank, say
-from recipe import Recipe, load_recipe
-from store import Cache, Nearest, counted, printable
+from fpo.commands.store import AsJson, StoreOption, quiet_libraries, size, store_app, store_root
+from fpo.errors import CacheIncomplete, CacheMissing, FpoError, RunInterrupted
+from fpo.interrupts import exit_code, interruptible
+from fpo.progress import is_first_rank, say
+from fpo.recipe import Recipe, load_recipe
+from fpo.store import Cache, Nearest, counted, printable
 
 app = typer.Typer(
     help="Offline preference optimisation with sparse features: run the reference once, cache it, train from it.",
@@ -74,7 +74,7 @@ def cache_command(
         say("loading libraries ...")  # seconds in which a terminal would show nothing
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
-    from stage1_cache import build_caches
+    from fpo.stage1_cache import build_caches
 
     root = store_root(store or loaded.cache.store)
     again = _command("cache", recipe, store, overrides)
@@ -111,7 +111,7 @@ def align_command(
     if is_first_rank():
         say("opening the cache ...")
     quiet_libraries()
-    from stage2_align import align
+    from fpo.stage2_align import align
 
     run = Path(os.path.expanduser(output)) if output else Path("runs") / f"{recipe.stem}-{loaded.objective.name}"
     again = f"{_command('align', recipe, store, overrides)} --output {shlex.quote(str(run))} --resume"
@@ -171,7 +171,7 @@ def evaluate_command(
 ) -> None:
     """Held-out metrics of a run by its own recipe, from the cache of the held-out pairs."""
     quiet_libraries()
-    from stage2_align import evaluate_run, evaluated_recipe, evaluated_store
+    from fpo.stage2_align import evaluate_run, evaluated_recipe, evaluated_store
 
     loaded, root = evaluated_recipe(run, overrides), evaluated_store(run, store)
     cache = _find(loaded, run / "recipe.yaml", root, overrides, held_out=True)
@@ -251,7 +251,7 @@ def _find(
     recipe: Recipe, path: Path, store: str | None, overrides: list[str] | None, *, held_out: bool = False
 ) -> Cache:
     """The recipe's cache; where it is missing, how to build it."""
-    from stage1_cache import find_cache
+    from fpo.stage1_cache import find_cache
 
     try:
         return find_cache(recipe, store_root(store or recipe.cache.store), held_out=held_out)

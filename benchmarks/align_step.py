@@ -13,22 +13,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from pathlib import Path
-
-# The neighbour store.py must not stand in for the package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from scoring import Packed, install_scoring, pack, sum_logps
-from stage1_cache.pairs import read_pairs
-from stage1_cache.tokenise import tokenise
-from stage2_align.objectives import PairLogps, dpo
+from fpo.objectives.losses import PairLogps, dpo
+from fpo.scoring import Packed, install_scoring, pack, sum_logps
+from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.tokenise import tokenise
 
 
 def main() -> None:

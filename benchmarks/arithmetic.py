@@ -12,21 +12,17 @@ its sign over a completion: its largest and its mean over all completions.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-# The neighbour store.py must not stand in for the package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
-from recipe import Arithmetic
-from scoring import Packed, install_scoring, load_model, load_tokenizer, mixed_precision, pack
-from stage1_cache.fill import token_rows
-from stage1_cache.pairs import read_pairs
-from stage1_cache.score import micro_batches
-from stage1_cache.tokenise import tokenise
+from fpo.recipe import Arithmetic
+from fpo.scoring import Packed, install_scoring, load_model, load_tokenizer, mixed_precision, pack
+from fpo.stage1_cache.fill import token_rows
+from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.score import micro_batches
+from fpo.stage1_cache.tokenise import tokenise
 
 POLICY = Arithmetic("float32", "bfloat16")
 REFERENCES = (Arithmetic("bfloat16", None), Arithmetic("float32", None), POLICY)

@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,11 +31,8 @@ import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from safetensors.numpy import load_file, save_file
 
-# This file's own folder would hide the package of its name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from stage2_align.stream import PairStream  # noqa: E402
-from store import (  # noqa: E402
+from fpo.stage2_align.stream import PairStream
+from fpo.store import (
     CacheWriter,
     Features,
     Pairs,

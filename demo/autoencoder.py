@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo.grammar import STORIES, Story
-from demo.language_model import pad_stories
+from fpo.demo.grammar import STORIES, Story
+from fpo.demo.language_model import pad_stories
 
 _SAELENS_VERSION = "6.0.0"  # the version of the format: readers take older ones for a flat config
 

@@ -1,5 +1,5 @@
 """
-Build the demo world: `python -m demo.build [--output demo-world]`.
+Build the demo world: `python -m fpo.demo.build [--output demo-world]`.
 
     demo-world/world.json    the card: settings, figures, digest of settings and code, sha256 of every file
     demo-world/model/        the reference language model with its tokenizer
@@ -32,12 +32,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from demo.autoencoder import AutoencoderSettings, SaeQuality, save_saelens, train_autoencoder
-from demo.grammar import STORIES
-from demo.language_model import LanguageModelSettings, heldout_loss, train_language_model
-from demo.preferences import Pair, PreferenceSettings, sample_preferences, write_pairs
-from demo.tokens import train_tokenizer
-from errors import FpoError, RunError
+from fpo.demo.autoencoder import AutoencoderSettings, SaeQuality, save_saelens, train_autoencoder
+from fpo.demo.grammar import STORIES
+from fpo.demo.language_model import LanguageModelSettings, heldout_loss, train_language_model
+from fpo.demo.preferences import Pair, PreferenceSettings, sample_preferences, write_pairs
+from fpo.demo.tokens import train_tokenizer
+from fpo.errors import FpoError, RunError
 
 CARD = "world.json"
 
@@ -208,7 +208,7 @@ def _summary(output: Path, card: dict[str, Any], outcome: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m demo.build", description="Build the demo world.")
+    parser = argparse.ArgumentParser(prog="python -m fpo.demo.build", description="Build the demo world.")
     parser.add_argument("--output", type=Path, default=Path("demo-world"), help="folder (default: demo-world)")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()  # one bar per file that transformers writes

@@ -1,6 +1,6 @@
 """
 Measure a policy of the demo world:
-`python -m demo.evaluate RUN_OR_MODEL [--world demo-world] [--samples 400] [--json]`.
+`python -m fpo.demo.evaluate RUN_OR_MODEL [--world demo-world] [--samples 400] [--json]`.
 
 Reference and policy complete the same held-out openings from the same random numbers. Reported are the gold
 reward of both (how the ending feels, -1 to 1), the share of openings where the policy's story ends better,
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from demo.build import read_card
-from demo.grammar import gold_reward
-from demo.preferences import sample_openings
-from demo.sampling import completion_logps, sample_completions
-from errors import DataError, FpoError, ModelError
+from fpo.demo.build import read_card
+from fpo.demo.grammar import gold_reward
+from fpo.demo.preferences import sample_openings
+from fpo.demo.sampling import completion_logps, sample_completions
+from fpo.errors import DataError, FpoError, ModelError
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def evaluate(policy_folder: Path, world: Path, samples: int = 400, seed: int = 0
     """
     card = read_card(world)
     if card is None:
-        raise DataError(f"{world}: no demo world here; build it with: python -m demo.build --output {world}")
+        raise DataError(f"{world}: no demo world here; build it with: python -m fpo.demo.build --output {world}")
     reference, policy = _load(world / "model"), _load(policy_folder)
     if policy.config.vocab_size != reference.config.vocab_size:
         raise ModelError(
@@ -164,7 +164,7 @@ def _training_openings(world: Path) -> set[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m demo.evaluate", description="Gold reward and KL of a policy of the demo world."
+        prog="python -m fpo.demo.evaluate", description="Gold reward and KL of a policy of the demo world."
     )
     parser.add_argument("policy", type=Path, metavar="RUN_OR_MODEL", help="a run folder or a saved model")
     parser.add_argument("--world", type=Path, default=Path("demo-world"), help="default: demo-world")

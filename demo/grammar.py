@@ -18,7 +18,7 @@ from itertools import product
 
 import numpy as np
 
-from demo.words import HAPPY_WORDS, RULES, SAD_WORDS, SLOTS
+from fpo.demo.words import HAPPY_WORDS, RULES, SAD_WORDS, SLOTS
 
 _SYMBOL = re.compile(r"<([a-z0-9-]+)>")
 _ENDING_SENTENCES = 2

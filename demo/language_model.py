@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo.grammar import STORIES, Story
+from fpo.demo.grammar import STORIES, Story
 
 _IGNORED = -100
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo.grammar import STORIES, gold_reward
-from demo.sampling import sample_completions
-from errors import DataError
+from fpo.demo.grammar import STORIES, gold_reward
+from fpo.demo.sampling import sample_completions
+from fpo.errors import DataError
 
 _MOST_OPENINGS = 20  # per pair wanted; the demo's settings need about 1.3
 

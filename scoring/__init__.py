@@ -9,9 +9,9 @@ What a model says about a pair. One package, because reference and policy must b
     features    pooled top k, column sets           routers     load-balancing loss of experts
 """
 
-from scoring.check import choose_layout, extremes
-from scoring.configs import model_config, positions, significant_config
-from scoring.features import (
+from fpo.scoring.check import choose_layout, extremes
+from fpo.scoring.configs import model_config, positions, significant_config
+from fpo.scoring.features import (
     ColumnSet,
     PooledFeatures,
     SparseRows,
@@ -22,8 +22,8 @@ from scoring.features import (
     sparse_rows,
     union,
 )
-from scoring.logps import LOGPS_TOLERANCE, sum_logps
-from scoring.models import (
+from fpo.scoring.logps import LOGPS_TOLERANCE, sum_logps
+from fpo.scoring.models import (
     adapter_folder,
     adapter_weight_files,
     is_quantised,
@@ -34,10 +34,10 @@ from scoring.models import (
     tower_modules,
     weight_files,
 )
-from scoring.packing import Layout, Packed, pack
-from scoring.routers import router_coefficient
-from scoring.sae import Sae, load_sae
-from scoring.scorer import Scores, install_scoring, mixed_precision
+from fpo.scoring.packing import Layout, Packed, pack
+from fpo.scoring.routers import router_coefficient
+from fpo.scoring.sae.encoder import Sae, load_sae
+from fpo.scoring.scorer import Scores, install_scoring, mixed_precision
 
 __all__ = [
     "LOGPS_TOLERANCE",

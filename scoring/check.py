@@ -21,10 +21,10 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from errors import ModelError
-from scoring.families import packed_row_limit, refuse_moving_rope
-from scoring.logps import CHUNK_BYTES
-from scoring.packing import Layout, pack
+from fpo.errors import ModelError
+from fpo.scoring.families import packed_row_limit, refuse_moving_rope
+from fpo.scoring.logps import CHUNK_BYTES
+from fpo.scoring.packing import Layout, pack
 
 # Mean |difference| of a completion's token log-probs, nats, of the worst completion. Right families stay below 1e-5 in
 # float32; bfloat16 rounds hidden states and logits to 3 digits, which moves the worst completion of four trained models

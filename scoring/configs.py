@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from errors import ModelError
+from fpo.errors import ModelError
 
 # What a configuration says that changes no log-prob: bookkeeping, generation, training, and dropout, which is off.
 _NOISE = frozenset(

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from errors import ModelError
+from fpo.errors import ModelError
 
 # Chances of dropping, by the names that families give them; they count in training alone. A router's jitter is none of
 # them: PhiMoE's also decides which experts are mixed in evaluation.

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from errors import ModelError
-from scoring.hook_names import from_transformer_lens
+from fpo.errors import ModelError
+from fpo.scoring.hook_names import from_transformer_lens
 
 _LAYER_PATH = re.compile(r"^(?:[\w.]+\.)?(?:layers|h|(?<=\.)blocks)\.(\d+)(\.[\w.]+)?$")
 

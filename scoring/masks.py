@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from scoring.packing import Packed, Reach, attention_mask
+from fpo.scoring.packing import Packed, Reach, attention_mask
 
 
 @contextmanager

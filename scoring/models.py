@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from errors import DataError, ModelError
-from recipe import nearest
-from scoring.configs import model_config, one_line
-from scoring.families import silence_dropout, text_decoder
+from fpo.errors import DataError, ModelError
+from fpo.recipe import nearest
+from fpo.scoring.configs import model_config, one_line
+from fpo.scoring.families import silence_dropout, text_decoder
 
 # Everything but the weights, which go by the names that the index gives: beside them repositories hold the same
 # tensors in other formats (consolidated.safetensors, original/), as large again.

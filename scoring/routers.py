@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from errors import ModelError
-from scoring.packing import PAD
+from fpo.errors import ModelError
+from fpo.scoring.packing import PAD
 
 RouterLoss = Callable[[Any, Int[Tensor, "R L"]], Float[Tensor, ""]]
 

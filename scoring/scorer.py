@@ -18,13 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from errors import ModelError
-from scoring.families import FamilyHead, moving_rope_limit, packed_row_limit, path_of, refuse_moving_rope, text_decoder
-from scoring.hookpoints import capture
-from scoring.logps import token_logps
-from scoring.masks import packed_masks
-from scoring.packing import Layout, Packed
-from scoring.routers import router_loss
+from fpo.errors import ModelError
+from fpo.scoring.families import (
+    FamilyHead,
+    moving_rope_limit,
+    packed_row_limit,
+    path_of,
+    refuse_moving_rope,
+    text_decoder,
+)
+from fpo.scoring.hookpoints import capture
+from fpo.scoring.logps import token_logps
+from fpo.scoring.masks import packed_masks
+from fpo.scoring.packing import Layout, Packed
+from fpo.scoring.routers import router_loss
 
 
 class Scores(NamedTuple):

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from errors import SelfCheckError
-from scoring.hookpoints import capture, final_norm_name, hookpoint_names, resolve_hookpoint, same_hookpoint
-from scoring.packing import Packed
-from scoring.sae import Decoder, Sae
+from fpo.errors import SelfCheckError
+from fpo.scoring.hookpoints import capture, final_norm_name, hookpoint_names, resolve_hookpoint, same_hookpoint
+from fpo.scoring.packing import Packed
+from fpo.scoring.sae.encoder import Decoder, Sae
 
 # Seen over wrong loads: a wrong layer moves L0 by 1.4x, a missing threshold by 13x, b_dec left in by 3x. Real data
 # against the data that an SAE was measured on moves it by up to 2x.

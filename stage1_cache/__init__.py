@@ -7,7 +7,7 @@ Pairs to cache.
     recompute       random pairs, scored again
 """
 
-from stage1_cache.build import CacheReport, build_caches, find_cache
-from stage1_cache.recompute import RecomputeReport, recompute
+from fpo.stage1_cache.build import CacheReport, build_caches, find_cache
+from fpo.stage1_cache.recompute import RecomputeReport, recompute
 
 __all__ = ["CacheReport", "RecomputeReport", "build_caches", "find_cache", "recompute"]

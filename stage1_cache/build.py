@@ -16,18 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from errors import CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
-from progress import is_first_rank, say
-from recipe import Recipe
-from scoring import Layout, Packed, adapter_folder, extremes, load_sae, model_folder, pack
-from scoring.sae_formats import read_decoder
-from scoring.self_check import check_sae
-from stage1_cache.drops import DropReport
-from stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
-from stage1_cache.fill import completed, fill, inputs, token_rows
-from stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
-from stage1_cache.score import ReferenceScorer
-from store import (
+from fpo.errors import CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
+from fpo.memo import remember
+from fpo.progress import is_first_rank, say
+from fpo.recipe import Recipe
+from fpo.scoring import Layout, Packed, adapter_folder, extremes, load_sae, model_folder, pack
+from fpo.scoring.sae.formats import read_decoder
+from fpo.scoring.self_check import check_sae
+from fpo.stage1_cache.drops import DropReport
+from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
+from fpo.stage1_cache.fill import completed, fill, inputs, token_rows
+from fpo.stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
+from fpo.stage1_cache.score import ReferenceScorer
+from fpo.store import (
     Cache,
     CacheWriter,
     Nearest,
@@ -40,7 +41,6 @@ from store import (
     is_url,
     nearest,
     open_cache,
-    remember,
 )
 
 # Scored completion tokens that the self-check is measured on.

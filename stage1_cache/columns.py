@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, Value
 
-from errors import DataError
-from stage1_cache.texts import extract_prompt
+from fpo.errors import DataError
+from fpo.stage1_cache.texts import extract_prompt
 
 SIDES = ("prompt", "chosen", "rejected")
 EXTRAS = ("tools", "chat_template_kwargs")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from errors import CacheDamaged
-from store import Cache
+from fpo.errors import CacheDamaged
+from fpo.store import Cache
 
 
 def _printable(text: str) -> str:

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from progress import progress_bar
-from stage1_cache.identity import CacheIdentity
-from stage1_cache.score import ReferenceScorer
-from store import CacheWriter, Claim, Pairs, ReusableRows, Reused, own_share_first
+from fpo.progress import progress_bar
+from fpo.stage1_cache.identity import CacheIdentity
+from fpo.stage1_cache.score import ReferenceScorer
+from fpo.store import CacheWriter, Claim, Pairs, ReusableRows, Reused, own_share_first
 
 _PAUSE_SECONDS = 0.2
 """Between two looks at shards that others compute, when nothing else is left."""

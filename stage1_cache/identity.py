@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from errors import DataError, ModelError, RecipeError
-from recipe import Feature, Recipe, Reference
-from scoring import (
+from fpo.errors import DataError, ModelError, RecipeError
+from fpo.memo import forget, remember
+from fpo.recipe import Feature, Recipe, Reference
+from fpo.scoring import (
     adapter_folder,
     adapter_weight_files,
     load_tokenizer,
@@ -31,21 +32,12 @@ from scoring import (
     significant_config,
     weight_files,
 )
-from scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
-from scoring.sae_formats import SaeFacts, sae_config, sae_facts, sae_weight_files
-from stage1_cache.pairs import data_fingerprint, read_pairs
-from stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
-from store import (
-    FORMAT_VERSION,
-    file_digest,
-    forget,
-    pair_digests,
-    pairs_digest,
-    plan_shards,
-    remember,
-    shard_digest,
-    weights_digest,
-)
+from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
+from fpo.scoring.sae.formats import SaeFacts, sae_config, sae_facts, sae_weight_files
+from fpo.scoring.weights import file_digest, weights_digest
+from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
+from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
+from fpo.store import FORMAT_VERSION, pair_digests, pairs_digest, plan_shards, shard_digest
 
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
 _FEATURES_PER_TOKEN = 100

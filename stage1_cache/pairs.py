@@ -26,9 +26,9 @@ from datasets import (
     load_from_disk,
 )
 
-from errors import DataError
-from stage1_cache.columns import ColumnUse, nearest, pair_columns
-from store import file_facts
+from fpo.errors import DataError
+from fpo.memo import file_facts
+from fpo.stage1_cache.columns import ColumnUse, nearest, pair_columns
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix (before an optional .gz) to the reader of `datasets`."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from errors import CacheConflict, CacheDamaged
-from recipe import Recipe
-from scoring import LOGPS_TOLERANCE, extremes
-from stage1_cache.build import reference_scorer
-from stage1_cache.identity import cache_identities
-from store import Cache, Features, Pairs, differences
+from fpo.errors import CacheConflict, CacheDamaged
+from fpo.recipe import Recipe
+from fpo.scoring import LOGPS_TOLERANCE, extremes
+from fpo.stage1_cache.build import reference_scorer
+from fpo.stage1_cache.identity import cache_identities
+from fpo.store import Cache, Features, Pairs, differences
 
 FEATURES_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2, "float16": 0.1}
 """

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import ModelError
-from recipe import Arithmetic
-from scoring import (
+from fpo.errors import ModelError
+from fpo.recipe import Arithmetic
+from fpo.scoring import (
     Layout,
     Packed,
     PooledFeatures,
@@ -32,7 +32,7 @@ from scoring import (
     pack,
     pool_top_features,
 )
-from store import Features, Pairs, TopLogits
+from fpo.store import Features, Pairs, TopLogits
 
 TopK = int | Literal["all"]
 

@@ -19,7 +19,7 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from errors import DataError, FpoError, RecipeError
+from fpo.errors import DataError, FpoError, RecipeError
 
 # Arguments of apply_chat_template that are no variables of the template. TRL passes its own
 # add_generation_prompt, tokenize and return_dict and stops at a second one; the others act on the tokens,

@@ -25,12 +25,12 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from errors import DataError, ModelError
-from progress import progress_bar
-from scoring import template_text
-from stage1_cache.columns import is_conversational
-from stage1_cache.drops import DropReport
-from stage1_cache.texts import ChatTemplate, extract_prompt, with_end_token
+from fpo.errors import DataError, ModelError
+from fpo.progress import progress_bar
+from fpo.scoring import template_text
+from fpo.stage1_cache.columns import is_conversational
+from fpo.stage1_cache.drops import DropReport
+from fpo.stage1_cache.texts import ChatTemplate, extract_prompt, with_end_token
 
 TOKENISE_RULES = "trl-1.16/2"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""

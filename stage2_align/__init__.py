@@ -6,7 +6,7 @@ Cache to policy. Nothing here loads a reference model.
     align   fpo align                     evaluation  fpo evaluate         run      the run folder
 """
 
-from stage2_align.align import AlignReport, align
-from stage2_align.evaluation import evaluate_run, evaluated_recipe, evaluated_store
+from fpo.stage2_align.align import AlignReport, align
+from fpo.stage2_align.evaluation import evaluate_run, evaluated_recipe, evaluated_store
 
 __all__ = ["AlignReport", "align", "evaluate_run", "evaluated_recipe", "evaluated_store"]

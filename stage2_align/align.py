@@ -15,11 +15,11 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
-from interrupts import StopRequest
-from progress import say
-from recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
-from scoring import (
+from fpo.errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
+from fpo.interrupts import StopRequest
+from fpo.progress import say
+from fpo.recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
+from fpo.scoring import (
     Layout,
     adapter_folder,
     choose_layout,
@@ -31,16 +31,16 @@ from scoring import (
     model_folder,
     tower_modules,
 )
-from stage2_align.arguments import training_arguments
-from stage2_align.callbacks import read_metrics
-from stage2_align.checkpoints import explained_writes
-from stage2_align.measure import ObjectiveMeter
-from stage2_align.parity import ParityCheck
-from stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
-from stage2_align.saved import expected_weights, save_policy
-from stage2_align.stream import PairStream
-from stage2_align.trainer import PairTrainer
-from store import Cache, Pairs
+from fpo.stage2_align.arguments import training_arguments
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.checkpoints import explained_writes
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.parity import ParityCheck
+from fpo.stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
+from fpo.stage2_align.saved import expected_weights, save_policy
+from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.trainer import PairTrainer
+from fpo.store import Cache, Pairs
 
 
 @dataclass(frozen=True)

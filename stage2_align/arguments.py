@@ -14,9 +14,9 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from errors import RecipeError
-from recipe import PUBLISHING_ARGUMENTS, Recipe
-from store import Cache
+from fpo.errors import RecipeError
+from fpo.recipe import PUBLISHING_ARGUMENTS, Recipe
+from fpo.store import Cache
 
 # Where TrainingArguments' own default would surprise; as in TRL's DPOConfig.
 DEFAULTS: dict[str, Any] = {

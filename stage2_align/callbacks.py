@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from interrupts import StopRequest
-from progress import Progress, progress_bar
-from stage2_align.checkpoints import explained_writes
-from stage2_align.run import write_whole
-from stage2_align.stream import PairStream
+from fpo.interrupts import StopRequest
+from fpo.progress import Progress, progress_bar
+from fpo.stage2_align.checkpoints import explained_writes
+from fpo.stage2_align.run import write_whole
+from fpo.stage2_align.stream import PairStream
 
 
 class StreamPosition(TrainerCallback):

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from errors import RunError
+from fpo.errors import RunError
 
 SEAL_FILE = "fpo_checkpoint.json"
 _REMOVED = ".removed-"

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from errors import RecipeError, RunError
-from progress import progress_bar, say
-from recipe import Recipe, load_recipe
-from scoring import Packed, mixed_precision
-from stage2_align.align import policy_layout, policy_model
-from stage2_align.checkpoints import whole_checkpoint
-from stage2_align.measure import ObjectiveMeter, batch_metrics
-from stage2_align.run import RECIPE_FILE, read_run
-from stage2_align.stream import PairStream
-from store import Cache, is_url
+from fpo.errors import RecipeError, RunError
+from fpo.progress import progress_bar, say
+from fpo.recipe import Recipe, load_recipe
+from fpo.scoring import Packed, mixed_precision
+from fpo.stage2_align.align import policy_layout, policy_model
+from fpo.stage2_align.checkpoints import whole_checkpoint
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.run import RECIPE_FILE, read_run
+from fpo.stage2_align.stream import PairStream
+from fpo.store import Cache, is_url
 
 # What a run was trained with; anything else of its recipe says which held-out pairs, or where things lie now.
 _TRAINED_WITH = ("objective", "policy", "training")

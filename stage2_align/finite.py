@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from errors import RunError
-from stage2_align.checkpoints import newest_name
+from fpo.errors import RunError
+from fpo.stage2_align.checkpoints import newest_name
 
 _NEVER = 2**62
 

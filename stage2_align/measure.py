@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from recipe import Dpo, Fpo, Objective, Recipe, Simpo
-from scoring import (
+from fpo.objectives.losses import ObjectiveValue, PairLogps, dpo, feature_distance, fpo, simpo
+from fpo.recipe import Dpo, Fpo, Objective, Recipe, Simpo
+from fpo.scoring import (
     ColumnSet,
     Packed,
     Sae,
@@ -28,7 +29,6 @@ from scoring import (
     sum_logps,
     union,
 )
-from stage2_align.objectives import ObjectiveValue, PairLogps, dpo, feature_distance, fpo, simpo
 
 
 class Measurement(NamedTuple):

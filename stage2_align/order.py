@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from store import permutation
+from fpo.store import permutation
 
 BLOCK_SHARDS = 8
 # Batches are cut from stretches of this many that are sorted by length: 62 % padding becomes 3 %, without a bias

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from errors import ParityError
-from recipe import Arithmetic
-from scoring import LOGPS_TOLERANCE, Packed, Scores, pack
-from stage2_align.measure import ObjectiveMeter
-from stage2_align.stream import PairStream
-from stage2_align.trainer import PairTrainer
-from store import Features, Pairs
+from fpo.errors import ParityError
+from fpo.recipe import Arithmetic
+from fpo.scoring import LOGPS_TOLERANCE, Packed, Scores, pack
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.trainer import PairTrainer
+from fpo.store import Features, Pairs
 
 PARITY_PAIRS = 32
 # |mean over completions| of a completion's mean signed difference, nats per token. Rounding has no sign, so what is

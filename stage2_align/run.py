@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from errors import RunError
-from recipe import Recipe, dump_recipe, validate_recipe
-from stage2_align.arguments import FREE_ARGUMENTS, rate_depends_on_length, resolved, total_steps
-from stage2_align.checkpoints import last_checkpoint
-from store import Cache, is_url
+from fpo.errors import RunError
+from fpo.recipe import Recipe, dump_recipe, validate_recipe
+from fpo.stage2_align.arguments import FREE_ARGUMENTS, rate_depends_on_length, resolved, total_steps
+from fpo.stage2_align.checkpoints import last_checkpoint
+from fpo.store import Cache, is_url
 
 try:
     import fcntl

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from errors import ModelError, RunError
-from scoring import adapter_weight_files, weight_files
-from stage2_align.trainer import PairTrainer
+from fpo.errors import ModelError, RunError
+from fpo.scoring import adapter_weight_files, weight_files
+from fpo.stage2_align.trainer import PairTrainer
 
 # Every tensor of a policy: the names that it may have in a file (tied weights have several), and its shape.
 Expected = list[tuple[tuple[str, ...], tuple[int, ...]]]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from scoring import Layout, pack
-from stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
-from store import Cache, Pairs
+from fpo.scoring import Layout, pack
+from fpo.stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
+from fpo.store import Cache, Pairs
 
 T = TypeVar("T")
 

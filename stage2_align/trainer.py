@@ -27,14 +27,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from errors import RunError
-from interrupts import StopRequest
-from scoring import Packed, router_coefficient
-from stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
-from stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
-from stage2_align.finite import FiniteWatch
-from stage2_align.measure import ObjectiveMeter, batch_metrics
-from stage2_align.stream import Batch, PairStream
+from fpo.errors import RunError
+from fpo.interrupts import StopRequest
+from fpo.scoring import Packed, router_coefficient
+from fpo.stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
+from fpo.stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
+from fpo.stage2_align.finite import FiniteWatch
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.stream import Batch, PairStream
 
 
 class PairTrainer(Trainer):

@@ -15,28 +15,27 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     transfer, streaming                       push and pull; reading with less disk than the cache
 """
 
-from store.cache import Cache, open_cache
-from store.claims import Claim
-from store.collect import Collection, Garbage, gc
-from store.describe import counted
-from store.difference import Difference, DiffReport, Nearest, diff, differences, nearest
-from store.export import ExportReport, export_trl
-from store.files import printable
-from store.key import FORMAT_VERSION, cache_key, canonical_json, pair_digests, pairs_digest, shard_digest
-from store.local import Store, Summary, default_store
-from store.manage import Removed, Tagged, removable, rm, tag, untag
-from store.manifest import Manifest, ShardEntry
-from store.pairs import Features, Pairs, TopLogits, scored_lengths
-from store.plan import permutation, plan_shards
-from store.rebuild import Rebuild, check_changed
-from store.remote import RemoteStore, is_url, open_store
-from store.reuse import ReusableRows, Reused
-from store.streaming import Shelf
-from store.transfer import TransferReport, pull, push
-from store.usage import ArrayUsage, disk_usage
-from store.verify import Report, verify
-from store.weights import file_digest, file_facts, forget, remember, weights_digest
-from store.writer import CacheWriter, own_share_first
+from fpo.store.cache import Cache, open_cache
+from fpo.store.claims import Claim
+from fpo.store.export import ExportReport, export_trl
+from fpo.store.files import printable
+from fpo.store.format.key import FORMAT_VERSION, cache_key, pair_digests, pairs_digest, shard_digest
+from fpo.store.format.manifest import Manifest, ShardEntry
+from fpo.store.format.pairs import Features, Pairs, TopLogits, scored_lengths
+from fpo.store.format.plan import permutation, plan_shards
+from fpo.store.local import Store, Summary, default_store
+from fpo.store.rebuild import Rebuild, check_changed
+from fpo.store.remote.places import RemoteStore, is_url, open_store
+from fpo.store.remote.streaming import Shelf
+from fpo.store.remote.transfer import TransferReport, pull, push
+from fpo.store.reuse import ReusableRows, Reused
+from fpo.store.upkeep.collect import Collection, Garbage, gc
+from fpo.store.upkeep.describe import counted
+from fpo.store.upkeep.difference import Difference, DiffReport, Nearest, diff, differences, nearest
+from fpo.store.upkeep.manage import Removed, Tagged, removable, rm, tag, untag
+from fpo.store.upkeep.usage import ArrayUsage, disk_usage
+from fpo.store.verify import Report, verify
+from fpo.store.writer import CacheWriter, own_share_first
 
 __all__ = [
     "FORMAT_VERSION",
@@ -67,7 +66,6 @@ __all__ = [
     "TopLogits",
     "TransferReport",
     "cache_key",
-    "canonical_json",
     "check_changed",
     "counted",
     "default_store",
@@ -75,9 +73,6 @@ __all__ = [
     "differences",
     "disk_usage",
     "export_trl",
-    "file_digest",
-    "file_facts",
-    "forget",
     "gc",
     "is_url",
     "nearest",
@@ -91,7 +86,6 @@ __all__ = [
     "printable",
     "pull",
     "push",
-    "remember",
     "removable",
     "rm",
     "scored_lengths",
@@ -99,5 +93,4 @@ __all__ = [
     "tag",
     "untag",
     "verify",
-    "weights_digest",
 ]

@@ -9,11 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from errors import CacheDamaged, CacheIncomplete, CacheMissing
-from store.describe import counted
-from store.files import sha256_hex
-from store.local import Store, finished_shards
-from store.manifest import (
+from fpo.canonical import sha256_hex
+from fpo.errors import CacheDamaged, CacheIncomplete, CacheMissing
+from fpo.store.format.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
@@ -26,12 +24,14 @@ from store.manifest import (
     recipe_facts,
     shard_name,
 )
-from store.objects import Objects, RemoteObjects
-from store.pairs import Pairs
-from store.remote import RemoteStore, open_store
-from store.shards import fetch_parsed, load_shard
-from store.streaming import Shelf, StreamingFolder
-from store.use import Use
+from fpo.store.format.pairs import Pairs
+from fpo.store.local import Store, finished_shards
+from fpo.store.objects import Objects, RemoteObjects
+from fpo.store.remote.places import RemoteStore, open_store
+from fpo.store.remote.streaming import Shelf, StreamingFolder
+from fpo.store.shards import fetch_parsed, load_shard
+from fpo.store.upkeep.describe import counted
+from fpo.store.upkeep.use import Use
 
 
 def open_cache(

@@ -14,9 +14,9 @@ import time
 import weakref
 from pathlib import Path
 
-from errors import CacheError
-from store.files import TMP, Folder
-from store.use import locked, unlocked
+from fpo.errors import CacheError
+from fpo.store.files import TMP, Folder
+from fpo.store.upkeep.use import locked, unlocked
 
 PATIENCE_SECONDS = 600.0
 """How long a claim is honoured whose holder shows no sign of life: stopped, or its machine is gone and the lock not."""

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from errors import CacheConflict
-from store.cache import Cache
-from store.files import explained
-from store.pairs import I64, U32, U64, gather, lengths_of, starts_of
+from fpo.errors import CacheConflict
+from fpo.store.cache import Cache
+from fpo.store.files import explained
+from fpo.store.format.pairs import I64, U32, U64, gather, lengths_of, starts_of
 
 TRL_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 BLOCK_TOKENS = 2**24

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import os
 import secrets
 import shutil
@@ -22,8 +21,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import CacheDamaged, CacheError, CacheMissing
-from store.objects import Objects
+from fpo.errors import CacheDamaged, CacheError, CacheMissing
+from fpo.store.objects import Objects
 
 TMP = "tmp"
 """Where unfinished files lie. Leftovers of killed writers are never read."""
@@ -46,11 +45,6 @@ _NEXT_STEP = {
     errno.EIO: "the disk reports a failure: check it, then run the same command again",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
-
-
-def sha256_hex(data: bytes | memoryview) -> str:
-    """64 hex digits."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def printable(text: str, most: int = 100) -> str:

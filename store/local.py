@@ -12,11 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from errors import CacheError, CacheMissing
-from store.describe import INPUTS, counted, data_label, feature_labels, reference_label
-from store.files import Folder, explained, make_durable_dirs, refuse_links, replace_file
-from store.key import checked_json, parse_checked_json
-from store.manifest import (
+from fpo.canonical import checked_json, parse_checked_json
+from fpo.errors import CacheError, CacheMissing
+from fpo.store.files import Folder, explained, make_durable_dirs, refuse_links, replace_file
+from fpo.store.format.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
@@ -31,9 +30,10 @@ from store.manifest import (
     record_name,
     shard_name,
 )
-from store.objects import Objects
-from store.tags import read_tag, read_tags, refuse_other_tag, write_tag
-from store.use import Use, last_use, moment
+from fpo.store.objects import Objects
+from fpo.store.upkeep.describe import INPUTS, counted, data_label, feature_labels, reference_label
+from fpo.store.upkeep.tags import read_tag, read_tags, refuse_other_tag, write_tag
+from fpo.store.upkeep.use import Use, last_use, moment
 
 STATE = ".state"
 """What the store keeps about its caches besides them: who uses them, and what is being removed."""

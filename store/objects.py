@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
 
-from errors import CacheMissing
+from fpo.errors import CacheMissing
 
 
 class Objects(ABC):

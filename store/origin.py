@@ -13,11 +13,11 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from errors import CacheError
-from store.files import Folder
-from store.key import canonical_json
-from store.local import STATE, Store
-from store.manifest import MAX_RECORD_BYTES, ShardEntry, parse_record, record_name
+from fpo.canonical import canonical_json
+from fpo.errors import CacheError
+from fpo.store.files import Folder
+from fpo.store.format.manifest import MAX_RECORD_BYTES, ShardEntry, parse_record, record_name
+from fpo.store.local import STATE, Store
 
 MARK = "mark"
 """Where the mark stands in a record's provenance."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
-from store.cache import Cache
-from store.files import Folder, sha256_hex
-from store.format import encode_shard
-from store.local import Store
-from store.manifest import (
+from fpo.canonical import sha256_hex
+from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
+from fpo.store.cache import Cache
+from fpo.store.files import Folder
+from fpo.store.format.encoding import encode_shard
+from fpo.store.format.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
@@ -29,9 +29,10 @@ from store.manifest import (
     record_name,
     shard_name,
 )
-from store.origin import Origin
-from store.pairs import Pairs
-from store.shards import fetch_shard
+from fpo.store.format.pairs import Pairs
+from fpo.store.local import Store
+from fpo.store.origin import Origin
+from fpo.store.shards import fetch_shard
 
 REBUILT: dict[str, Any] = {"rebuilt": True}
 """Provenance of a shard whose record was lost with it."""

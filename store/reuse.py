@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from errors import CacheError, CacheMissing
-from store.cache import Cache
-from store.files import replace_file, sha256_hex
-from store.local import Store
-from store.manifest import MANIFEST, MAX_RECIPE_BYTES, RECIPE, parse_recipe
-from store.origin import Origin
-from store.pairs import I64, U8, U64, Pairs, starts_of
-from store.weights import memo_folder
+from fpo.canonical import sha256_hex
+from fpo.errors import CacheError, CacheMissing
+from fpo.memo import keep, memo_folder
+from fpo.store.cache import Cache
+from fpo.store.format.manifest import MANIFEST, MAX_RECIPE_BYTES, RECIPE, parse_recipe
+from fpo.store.format.pairs import I64, U8, U64, Pairs, starts_of
+from fpo.store.local import Store
+from fpo.store.origin import Origin
 
 GATHER_BYTES = 2**30
 """About how much of the gathered rows is in memory at a time, uncompressed."""
@@ -240,7 +240,7 @@ class ReusableRows:
             np.save(buffer, found, allow_pickle=False)
             # A read-only home is no reason to fail: the next call reads the shards again.
             with contextlib.suppress(OSError):
-                replace_file(path, buffer.getvalue())
+                keep(path, buffer.getvalue())
         return found
 
     def _bytes_per_pair(self, number: int) -> float:

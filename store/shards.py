@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from errors import CacheDamaged, CacheMissing
-from store.files import sha256_hex
-from store.format import MAX_FILE_BYTES, decode_shard
-from store.invariants import Bounds, Invalid
-from store.key import shard_digest
-from store.manifest import REPAIR_SHARD, ShardEntry, shard_name
-from store.objects import Objects, RemoteObjects
-from store.pairs import Pairs
+from fpo.canonical import sha256_hex
+from fpo.errors import CacheDamaged, CacheMissing
+from fpo.store.format.encoding import MAX_FILE_BYTES, decode_shard
+from fpo.store.format.invariants import Bounds, Invalid
+from fpo.store.format.key import shard_digest
+from fpo.store.format.manifest import REPAIR_SHARD, ShardEntry, shard_name
+from fpo.store.format.pairs import Pairs
+from fpo.store.objects import Objects, RemoteObjects
 
 Parsed = TypeVar("Parsed")
 

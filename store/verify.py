@@ -13,10 +13,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from errors import CacheDamaged, CacheError
-from store.files import TMP, printable
-from store.local import Store
-from store.manifest import (
+from fpo.errors import CacheDamaged, CacheError
+from fpo.store.files import TMP, printable
+from fpo.store.format.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
@@ -35,9 +34,10 @@ from store.manifest import (
     record_name,
     shard_name,
 )
-from store.objects import Objects, RemoteObjects
-from store.remote import RemoteStore, open_store
-from store.shards import fetch_shard, load_shard
+from fpo.store.local import Store
+from fpo.store.objects import Objects, RemoteObjects
+from fpo.store.remote.places import RemoteStore, open_store
+from fpo.store.shards import fetch_shard, load_shard
 
 Found = TypeVar("Found")
 Level = Literal["sizes", "checksums", "all"]

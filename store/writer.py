@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from store.claims import Claims
-from store.describe import counted
-from store.format import MAX_FILE_BYTES, encode_shard
-from store.invariants import Invalid
-from store.key import cache_key, pairs_digest
-from store.local import Store, finished_shards
-from store.manifest import (
+from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
+from fpo.store.claims import Claims
+from fpo.store.format.encoding import MAX_FILE_BYTES, encode_shard
+from fpo.store.format.invariants import Invalid
+from fpo.store.format.key import cache_key, pairs_digest
+from fpo.store.format.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
@@ -43,9 +41,11 @@ from store.manifest import (
     record_name,
     shard_name,
 )
-from store.origin import Origin
-from store.pairs import Pairs
-from store.shards import check_shard, entry_of, load_shard
+from fpo.store.format.pairs import Pairs
+from fpo.store.local import Store, finished_shards
+from fpo.store.origin import Origin
+from fpo.store.shards import check_shard, entry_of, load_shard
+from fpo.store.upkeep.describe import counted
 
 ADOPTED: dict[str, Any] = {"adopted": True}
 """Provenance of a shard that was found without a record."""

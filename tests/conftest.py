@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["scoring", "stage2_align.objectives", "stage2_align.measure"], "beartype.beartype")
+install_import_hook(["fpo.scoring", "fpo.objectives", "fpo.stage2_align.measure"], "beartype.beartype")
 
 import torch  # noqa: E402 - after the hook
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from errors import ModelError
-from scoring import choose_layout, extremes, install_scoring
-from scoring.families import silence_dropout
-from scoring.hookpoints import hookpoint_names
+from fpo.errors import ModelError
+from fpo.scoring import choose_layout, extremes, install_scoring
+from fpo.scoring.families import silence_dropout
+from fpo.scoring.hookpoints import hookpoint_names
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 # Tokens of prompt, chosen and rejected: beyond every window, chunk and original length below, an empty prompt,

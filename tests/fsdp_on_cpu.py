@@ -6,7 +6,6 @@ alone; here it takes the processes for such.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from accelerate.state import DistributedType, PartialState
@@ -23,7 +22,6 @@ def on_accelerators(self: PartialState, *args: Any, **kwargs: Any) -> None:
 PartialState.__init__ = on_accelerators
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from cli import main
+    from fpo.cli import main
 
     sys.exit(main())

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from interrupts import StopRequest
-from recipe import load_recipe
-from stage1_cache import find_cache
-from stage2_align.align import _trainer
-from stage2_align.arguments import training_arguments
+from fpo.interrupts import StopRequest
+from fpo.recipe import load_recipe
+from fpo.stage1_cache import find_cache
+from fpo.stage2_align.align import _trainer
+from fpo.stage2_align.arguments import training_arguments
 
 TOUCHES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"}
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-PROGRAM = (sys.executable, "-m", "cli")
+PROGRAM = (sys.executable, "-m", "fpo")
 
 
 def run_process(

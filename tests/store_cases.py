@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from store import (
+from fpo.canonical import checked_json, parse_checked_json
+from fpo.store import (
     CacheWriter,
     Features,
     Pairs,
@@ -20,9 +21,8 @@ from store import (
     scored_lengths,
     shard_digest,
 )
-from store.key import checked_json, parse_checked_json
-from store.manifest import recipe_facts
-from store.pairs import starts_of
+from fpo.store.format.manifest import recipe_facts
+from fpo.store.format.pairs import starts_of
 
 VOCAB = 100
 HOOKPOINTS: tuple[tuple[int, int | str], ...] = ((50, 4), (9, "all"))

@@ -11,9 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from store import open_cache, verify
-from store.archive import pack, unpack
-from store.key import canonical_json, checked_json, parse_checked_json
+from fpo.canonical import canonical_json, checked_json, parse_checked_json
+from fpo.store import open_cache, verify
+from fpo.store.format.archive import pack, unpack
 
 
 def shard_file(cache: Path, sid: int = 0) -> Path:

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["store"]):
-    from store.archive import pack, unpack
-    from store.format import decode_shard, encode_shard
-    from store.invariants import Invalid
-    from store.key import cache_key, canonical_json, checked_json, parse_checked_json, shard_digest
-    from store.manifest import manifest_bytes, parse_manifest, parse_recipe, recipe_facts
+with atheris.instrument_imports(include=["fpo.store"]):
+    from fpo.canonical import canonical_json, checked_json, parse_checked_json
+    from fpo.store.format.archive import pack, unpack
+    from fpo.store.format.encoding import decode_shard, encode_shard
+    from fpo.store.format.invariants import Invalid
+    from fpo.store.format.key import cache_key, shard_digest
+    from fpo.store.format.manifest import manifest_bytes, parse_manifest, parse_recipe, recipe_facts
 
 from store_cases import KEY, PLAN, World, make_pairs, same
 
-from errors import CacheError
-from store.files import sha256_hex
-from store.invariants import Bounds
+from fpo.canonical import sha256_hex
+from fpo.errors import CacheError
+from fpo.store.format.invariants import Bounds
 
 BOUNDS = Bounds(100, ((50, 4), (9, None)), 2)
 PAIRS = make_pairs([(2, 3, 1), (0, 1, 2)])

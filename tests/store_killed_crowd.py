@@ -24,8 +24,8 @@ import numpy as np
 from store_cases import World, make_pairs, make_recipe, same, tree
 from store_killed_writer import die_at
 
-from errors import CacheError, CacheIncomplete, CacheMissing
-from store import Pairs, cache_key, open_cache, verify
+from fpo.errors import CacheError, CacheIncomplete, CacheMissing
+from fpo.store import Pairs, cache_key, open_cache, verify
 
 SHARDS = 12
 FACTS = {"self_check": {"fvu": "0.12"}}

@@ -15,7 +15,7 @@ from pathlib import Path
 from store_cases import World
 from store_killed_writer import die_at
 
-from store import Store, gc, rm
+from fpo.store import Store, gc, rm
 
 
 def killed(how: str, root: Path, n: int) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from store_cases import World
 from store_killed_writer import die_at
 
-from store import pull, push
+from fpo.store import pull, push
 
 
 def die_at_request(n: int) -> None:

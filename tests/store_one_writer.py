@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from store_cases import make_pairs, make_recipe
 
-from store import CacheWriter, Pairs, open_cache, own_share_first, plan_shards
+from fpo.store import CacheWriter, Pairs, open_cache, own_share_first, plan_shards
 
 N = 24
 LENGTHS = [(n % 3, 1 + n % 4, 2 + n % 2) for n in range(N)]

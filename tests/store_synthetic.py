@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from store import CacheWriter, Features, Pairs, pair_digests, pairs_digest, shard_digest
+from fpo.store import CacheWriter, Features, Pairs, pair_digests, pairs_digest, shard_digest
 
 D_SAE, TOP_K, VOCAB = 1024, 4, 5000
 SHARD_PAIRS = 2048

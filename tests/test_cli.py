@@ -15,9 +15,9 @@ import typer.main
 from safetensors import SafetensorError
 from tiny_world import TinyWorld, build_tiny_world
 
-import cli
-from cli_store import _byte_bar, counted
-from errors import RunError
+from fpo import cli
+from fpo.commands.store import _byte_bar, counted
+from fpo.errors import RunError
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ def fpo(world: TinyWorld, *arguments: object, expect: int = 0) -> tuple[str, str
         "COLUMNS": "120",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "cli", *map(str, arguments)],
+        [sys.executable, "-m", "fpo", *map(str, arguments)],
         cwd=world.root,
         env=environment,
         capture_output=True,
@@ -71,7 +71,7 @@ def test_every_command_has_help_and_stands_in_the_readme(world: TinyWorld) -> No
 
 def test_a_run_folder_may_lie_in_the_home(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in --output=~/runs/mine, which no shell expands."""
-    import stage2_align
+    from fpo import stage2_align
 
     asked: list[Path] = []
 
@@ -238,7 +238,7 @@ def test_transfers_are_counted_in_mebibytes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Begun mebibytes count as whole ones: 3.5 MiB are 4."""
-    monkeypatch.setattr("progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("fpo.progress.LINE_SECONDS", 0.0)
     with _byte_bar("push") as advance:
         advance(2**20, 7 * 2**19)
         advance(7 * 2**19, 7 * 2**19)
@@ -248,16 +248,16 @@ def test_transfers_are_counted_in_mebibytes(
 
 
 def test_what_the_documents_point_to_is_there() -> None:
-    """Links lead to files, and processes are started by the command: `-m cli` would import a user's own modules."""
+    """Links lead to files, and processes are started by the command: `-m fpo` looks into the current folder first."""
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-        assert "-m cli" not in text, page.name
+        assert "-m fpo " not in text, page.name
 
 
 def test_a_users_own_modules_are_not_taken_for_ours(tmp_path: Path) -> None:
-    """The command, unlike `python -m cli`, does not look for modules in the folder where it is given."""
+    """All of ours is inside the package `fpo`; `-m` looks for modules in the current folder first."""
     for name in ("cli.py", "errors.py", "recipe.py", "progress.py", "store.py"):
         (tmp_path / name).write_text("raise SystemExit('not ours')")
     (tmp_path / "none").mkdir()
@@ -268,7 +268,9 @@ def test_a_users_own_modules_are_not_taken_for_ours(tmp_path: Path) -> None:
 
 
 def test_looking_at_a_store_imports_no_torch(world: TinyWorld) -> None:
-    code = "import sys, cli; sys.argv = ['fpo', 'store', 'ls']\ntry: cli.main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; from fpo import cli; sys.argv = ['fpo', 'store', 'ls']\ntry: cli.main()\nexcept SystemExit: pass\n"
+    )
     code += "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'"
     environment = {**os.environ, "FPO_STORE": str(world.store)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -29,7 +29,7 @@ from tiny_world import TinyWorld, build_tiny_world
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-import cli
+from fpo import cli
 
 # What the libraries warn of is for the user to read; it is no failure of the commands.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -753,7 +753,7 @@ def one_clear_line(err: str) -> bool:
 def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("data: []\n")
     done = subprocess.run(
-        [sys.executable, "-m", "cli", "cache", str(tmp_path / "mine.yaml")], capture_output=True, text=True
+        [sys.executable, "-m", "fpo", "cache", str(tmp_path / "mine.yaml")], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {tmp_path / 'mine.yaml'}: ")

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo import build as build_module
-from demo import evaluate as evaluate_module
-from demo.autoencoder import AutoencoderSettings, JumpReluSae, _batch_topk, record_activations
-from demo.build import WorldSettings, build_world, read_card, world_digest
-from demo.evaluate import evaluate, table
-from demo.grammar import STORIES, Grammar, gold_reward
-from demo.language_model import LanguageModelSettings
-from demo.preferences import PreferenceSettings, label_pairs, sample_openings, sample_preferences
-from demo.sampling import _inverse_transform, completion_logps, sample_completions
-from demo.words import HAPPY_WORDS, RULES, SAD_WORDS
-from errors import DataError, ModelError, RunError
+from fpo.demo import build as build_module
+from fpo.demo import evaluate as evaluate_module
+from fpo.demo.autoencoder import AutoencoderSettings, JumpReluSae, _batch_topk, record_activations
+from fpo.demo.build import WorldSettings, build_world, read_card, world_digest
+from fpo.demo.evaluate import evaluate, table
+from fpo.demo.grammar import STORIES, Grammar, gold_reward
+from fpo.demo.language_model import LanguageModelSettings
+from fpo.demo.preferences import PreferenceSettings, label_pairs, sample_openings, sample_preferences
+from fpo.demo.sampling import _inverse_transform, completion_logps, sample_completions
+from fpo.demo.words import HAPPY_WORDS, RULES, SAD_WORDS
+from fpo.errors import DataError, ModelError, RunError
 
 MINIATURE = WorldSettings(
     threads=1,

@@ -12,8 +12,8 @@ from family_models import CASES, PAGE, SHAPES, build, hookpoint, outcome, page, 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scoring import Layout, pack
-from scoring.hookpoints import capture
+from fpo.scoring import Layout, pack
+from fpo.scoring.hookpoints import capture
 
 pytestmark = pytest.mark.families
 

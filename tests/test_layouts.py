@@ -11,12 +11,12 @@ import torch
 from tiny_world import TinyWorld, build_tiny_world
 from transformers import AutoModelForCausalLM
 
-from errors import ModelError
-from recipe import Recipe
-from scoring import check as check_module
-from stage1_cache import build_caches
-from stage1_cache.score import ReferenceScorer
-from stage2_align import align, evaluate_run
+from fpo.errors import ModelError
+from fpo.recipe import Recipe
+from fpo.scoring import check as check_module
+from fpo.stage1_cache import build_caches
+from fpo.stage1_cache.score import ReferenceScorer
+from fpo.stage2_align import align, evaluate_run
 
 
 @pytest.fixture(autouse=True)

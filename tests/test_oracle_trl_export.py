@@ -16,10 +16,10 @@ from tiny_world import build_tiny_world
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scoring import install_scoring, pack, sum_logps
-from stage1_cache import build_caches
-from stage2_align.objectives import PairLogps, dpo
-from store import Pairs, export_trl
+from fpo.objectives.losses import PairLogps, dpo
+from fpo.scoring import install_scoring, pack, sum_logps
+from fpo.stage1_cache import build_caches
+from fpo.store import Pairs, export_trl
 
 pytestmark = [
     pytest.mark.oracle,

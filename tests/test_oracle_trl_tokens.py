@@ -14,9 +14,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from errors import DataError
-from stage1_cache.pairs import read_pairs
-from stage1_cache.tokenise import tokenise
+from fpo.errors import DataError
+from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.tokenise import tokenise
 
 pytestmark = [
     pytest.mark.oracle,

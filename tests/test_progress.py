@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import progress
-from progress import duration, progress_bar, say
+from fpo import progress
+from fpo.progress import duration, progress_bar, say
 
 
 class Clock:

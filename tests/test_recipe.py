@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-import trl_names
-from errors import RecipeError
-from recipe import (
+from fpo.errors import RecipeError
+from fpo.recipe import (
     OWNED_ARGUMENTS,
     PUBLISHING_ARGUMENTS,
     Fpo,
@@ -21,6 +20,7 @@ from recipe import (
     dump_recipe,
     load_recipe,
     reference_page,
+    trl_names,
     validate_recipe,
 )
 

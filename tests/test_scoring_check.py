@@ -14,10 +14,10 @@ from tiny_models import FAMILIES, ROWS_FAMILIES, layer_of, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, PreTrainedModel, T5Config
 
-from errors import ModelError
-from scoring import Layout, choose_layout, extremes, install_scoring, load_model, load_tokenizer, pack
-from scoring import check as check_module
-from scoring.families import silence_dropout
+from fpo.errors import ModelError
+from fpo.scoring import Layout, choose_layout, extremes, install_scoring, load_model, load_tokenizer, pack
+from fpo.scoring import check as check_module
+from fpo.scoring.families import silence_dropout
 
 # Longer than every window below, and a short pair behind it.
 LONG_AND_SHORT = [(20, 20, 12), (2, 3, 4)]
@@ -173,7 +173,7 @@ def test_a_state_that_a_longer_batch_leaves_behind_is_found() -> None:
 
 def test_a_wrong_mask_is_found_and_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "scoring.masks.attention_mask",
+        "fpo.scoring.masks.attention_mask",
         lambda pair, *_: torch.ones(pair.shape[0], 1, pair.shape[1], pair.shape[1], dtype=torch.bool).tril(),
     )
     assert checked(tiny_model("llama")) is Layout.ROWS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scoring.features import (
+from fpo.scoring.features import (
     ColumnSet,
     SparseRows,
     look_up,
@@ -16,8 +16,8 @@ from scoring.features import (
     sparse_rows,
     union,
 )
-from scoring.sae import Sae
-from scoring.sae_formats import SaeArrays, SaeFacts
+from fpo.scoring.sae.encoder import Sae
+from fpo.scoring.sae.formats import SaeArrays, SaeFacts
 
 
 def relu_identity(size: int = 5) -> Sae:

@@ -7,8 +7,8 @@ import torch
 from tiny_models import FAMILIES, LLAMA_LIKE, layer_of, tiny_model
 from torch import nn
 
-from errors import ModelError
-from scoring.hookpoints import (
+from fpo.errors import ModelError
+from fpo.scoring.hookpoints import (
     capture,
     check_hookpoint,
     final_norm_name,

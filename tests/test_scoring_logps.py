@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scoring import logps as logps_module
-from scoring.logps import sum_logps, token_logps
+from fpo.scoring import logps as logps_module
+from fpo.scoring.logps import sum_logps, token_logps
 
 
 class Capped(nn.Module):

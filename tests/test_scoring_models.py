@@ -20,12 +20,12 @@ from tiny_world import TinyWorld, build_tiny_world
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, T5Config
 
-from errors import ModelError, RecipeError
-from recipe import Policy
-from scoring import adapter_folder, load_model, load_tokenizer, model_config, model_folder, models, weight_files
-from scoring.models import is_quantised
-from stage1_cache import build_caches, find_cache
-from stage2_align import align
+from fpo.errors import ModelError, RecipeError
+from fpo.recipe import Policy
+from fpo.scoring import adapter_folder, load_model, load_tokenizer, model_config, model_folder, models, weight_files
+from fpo.scoring.models import is_quantised
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align import align
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +188,8 @@ def test_code_that_a_folder_brings_is_neither_run_nor_offered_to_run(folder: Pat
     edit(folder / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
     script = """
 import sys
-from errors import FpoError
-from scoring import load_tokenizer, model_config
+from fpo.errors import FpoError
+from fpo.scoring import load_tokenizer, model_config
 from pathlib import Path
 for load in (lambda: load_tokenizer(sys.argv[1], None), lambda: model_config(Path(sys.argv[1]))):
     try:
@@ -309,7 +309,7 @@ def test_integer_weights_and_what_is_quantised_stay_frozen() -> None:
 def test_a_quantised_policy_needs_an_adapter(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = world.recipe(training={"max_steps": 1})
     build_caches(recipe, tmp_path)
-    monkeypatch.setattr(sys.modules["stage2_align.align"], "is_quantised", lambda model: True)
+    monkeypatch.setattr(sys.modules["fpo.stage2_align.align"], "is_quantised", lambda model: True)
     with pytest.raises(RecipeError, match=r"policy\.lora: .*is quantised.*set policy\.lora"):
         align(recipe, find_cache(recipe, tmp_path), tmp_path / "run")
     with_lora = recipe.model_copy(update={"policy": Policy.model_validate({"lora": {"r": 2}})})

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from scoring.hookpoints import capture
-from scoring.packing import attention_mask, pack
-from scoring.scorer import install_scoring
+from fpo.scoring.hookpoints import capture
+from fpo.scoring.packing import attention_mask, pack
+from fpo.scoring.scorer import install_scoring
 
 # (prompt, chosen, rejected) token counts: very different lengths, one-token completions, a one-token prompt.
 SHAPES = [(12, 20, 3), (1, 1, 6), (4, 1, 1), (7, 2, 18), (1, 5, 2)]

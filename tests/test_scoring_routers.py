@@ -13,12 +13,12 @@ from tiny_world import build_tiny_world
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from errors import ModelError
-from scoring import install_scoring, pack, router_coefficient
-from stage1_cache import build_caches, find_cache
-from stage2_align import align
-from stage2_align.callbacks import read_metrics
-from stage2_align.run import METRICS_FILE
+from fpo.errors import ModelError
+from fpo.scoring import install_scoring, pack, router_coefficient
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align import align
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.run import METRICS_FILE
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -24,9 +24,9 @@ from tiny_saes import (
     write_sparsify,
 )
 
-import scoring.sae as sae_module
-from scoring.sae import Sae, load_sae
-from scoring.sae_formats import read_decoder
+import fpo.scoring.sae.encoder as sae_module
+from fpo.scoring.sae.encoder import Sae, load_sae
+from fpo.scoring.sae.formats import read_decoder
 
 Float64 = NDArray[np.float64]
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -310,7 +310,7 @@ def own_stories() -> dict[str, torch.Tensor]:
     """Output of every layer and of the final norm on the model's own stories, without the first token."""
     from transformers import AutoModelForCausalLM
 
-    from scoring.hookpoints import capture, final_norm_name, hookpoint_names
+    from fpo.scoring.hookpoints import capture, final_norm_name, hookpoint_names
 
     model = AutoModelForCausalLM.from_pretrained(DATA / "models/stories260K")
     names = [*hookpoint_names(model), final_norm_name(model)]

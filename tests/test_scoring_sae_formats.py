@@ -22,9 +22,9 @@ from tiny_saes import (
     write_sparsify,
 )
 
-from errors import SaeError
-from scoring.sae_files import Weights
-from scoring.sae_formats import (
+from fpo.errors import SaeError
+from fpo.scoring.sae.files import Weights
+from fpo.scoring.sae.formats import (
     SaeFacts,
     read_decoder,
     read_sae,

@@ -22,17 +22,17 @@ from tiny_saes import random_sae, write_saelens
 from tiny_world import D_SAE, TinyWorld, build_tiny_world
 from transformers import AutoModelForCausalLM
 
-import stage1_cache.score as score_module
-from errors import CacheMissing, DataError, FpoError, ModelError, RecipeError, SaeError, SelfCheckError
-from recipe import validate_recipe
-from scoring import install_scoring, pack
-from scoring.hookpoints import capture
-from scoring.sae import Sae
-from scoring.sae_formats import SaeArrays, SaeFacts
-from scoring.self_check import SelfCheck, check_sae
-from stage1_cache import build_caches, find_cache
-from stage1_cache.identity import cache_identities
-from store import Cache, Pairs, Store, cache_key, verify
+import fpo.stage1_cache.score as score_module
+from fpo.errors import CacheMissing, DataError, FpoError, ModelError, RecipeError, SaeError, SelfCheckError
+from fpo.recipe import validate_recipe
+from fpo.scoring import install_scoring, pack
+from fpo.scoring.hookpoints import capture
+from fpo.scoring.sae.encoder import Sae
+from fpo.scoring.sae.formats import SaeArrays, SaeFacts
+from fpo.scoring.self_check import SelfCheck, check_sae
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage1_cache.identity import cache_identities
+from fpo.store import Cache, Pairs, Store, cache_key, verify
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_second_call_hits_without_loading_the_model(
     assert [report.built_shards for report in first] == [3, 1]
     assert [report.cache.n_pairs for report in first] == [40, 10]
     monkeypatch.setattr(score_module, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("stage1_cache.identity.tokenise", lambda *_, **__: pytest.fail("the pairs were tokenised"))
+    monkeypatch.setattr("fpo.stage1_cache.identity.tokenise", lambda *_, **__: pytest.fail("the pairs were tokenised"))
     again = build_caches(world.recipe(), tmp_path)
     assert [report.built_shards for report in again] == [0, 0]
     assert [report.cache.digest for report in again] == [report.cache.digest for report in first]
@@ -159,8 +159,8 @@ def test_batch_size_changes_numbers_by_rounding_only(world: TinyWorld, tmp_path:
 BUILD = """
 import sys
 from pathlib import Path
-from recipe import load_recipe
-from stage1_cache import build_caches
+from fpo.recipe import load_recipe
+from fpo.stage1_cache import build_caches
 build_caches(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
@@ -303,7 +303,7 @@ def test_without_a_terminal_lines_say_where_stage_1_stands(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a line for every step instead of one a minute: three shards of 16, 16 and 8 pairs."""
-    monkeypatch.setattr("progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("fpo.progress.LINE_SECONDS", 0.0)
     build_caches(world.recipe(data={"eval_split": None}), tmp_path)
     said = capsys.readouterr().err
     rate = r"[\d,.e+]+"

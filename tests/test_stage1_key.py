@@ -17,14 +17,15 @@ from tiny_models import FAMILIES, tiny_model
 from tiny_world import TinyWorld, build_tiny_world
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import stage1_cache.score as score_module
-from errors import DataError, ModelError, RecipeError
-from recipe import load_recipe
-from scoring import load_tokenizer, model_config, significant_config
-from stage1_cache import build_caches
-from stage1_cache.identity import cache_identities
-from stage1_cache.pairs import read_pairs
-from store import cache_key, canonical_json
+import fpo.stage1_cache.score as score_module
+from fpo.canonical import canonical_json
+from fpo.errors import DataError, ModelError, RecipeError
+from fpo.recipe import load_recipe
+from fpo.scoring import load_tokenizer, model_config, significant_config
+from fpo.stage1_cache import build_caches
+from fpo.stage1_cache.identity import cache_identities
+from fpo.stage1_cache.pairs import read_pairs
+from fpo.store import cache_key
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,7 @@ def test_tokens_that_are_not_those_the_memo_names_are_scored_under_no_key(
     world = chat_world(tmp_path / "world")
     recipe = world.recipe()
     tokenizer = load_tokenizer(str(world.root / "model"), None, CHAT)
-    monkeypatch.setattr("stage1_cache.identity.load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr("fpo.stage1_cache.identity.load_tokenizer", lambda *_: tokenizer)
     remembered = cache_identities(recipe)[0].remembered
     tokenizer.chat_template = "w8 " + CHAT
     with monkeypatch.context() as patch:
@@ -361,7 +362,7 @@ def test_data_that_was_another_while_it_was_read_is_not_remembered(
         return read_pairs(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("stage1_cache.identity.read_pairs", stashed)
+        patch.setattr("fpo.stage1_cache.identity.read_pairs", stashed)
         of_another = cache_identities(world.recipe())[0].remembered["pairs"]["digest"]
     put(original)
     honest = cache_identities(world.recipe())[0]
@@ -402,7 +403,7 @@ def test_a_home_that_cannot_be_written_is_not_the_datas_fault(world: TinyWorld, 
     for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-m", "cli", "cache", world.recipe_file(), "--store", tmp_path / "store"],
+        [sys.executable, "-m", "fpo", "cache", world.recipe_file(), "--store", tmp_path / "store"],
         env=environment,
         capture_output=True,
         text=True,
@@ -412,7 +413,7 @@ def test_a_home_that_cannot_be_written_is_not_the_datas_fault(world: TinyWorld, 
     assert len(done.stderr.splitlines()) == 1
     environment["HF_HOME"] = str(tmp_path / "hf")
     done = subprocess.run(
-        [sys.executable, "-m", "cli", "cache", world.recipe_file(), "--store", tmp_path / "store"],
+        [sys.executable, "-m", "fpo", "cache", world.recipe_file(), "--store", tmp_path / "store"],
         env=environment,
         capture_output=True,
         text=True,

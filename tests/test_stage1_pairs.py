@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict, Image
 
-from errors import DataError
-from stage1_cache import pairs
-from stage1_cache.pairs import data_fingerprint, read_pairs
+from fpo.errors import DataError
+from fpo.stage1_cache import pairs
+from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
 
 REAL = Path(__file__).parents[2] / "shared/data/pairs"
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}

@@ -12,15 +12,15 @@ import pytest
 from store_forgery import forge
 from tiny_world import TinyWorld, build_tiny_world
 
-import stage1_cache.build as build_module
-import stage1_cache.score as score_module
-from errors import CacheConflict, CacheDamaged, SelfCheckError
-from stage1_cache import CacheReport, build_caches, recompute
-from stage1_cache.recompute import feature_distances
-from store import Cache, Features, Pairs, Store, open_cache, pull, verify
-from store.format import encode_shard
-from store.key import checked_json, parse_checked_json
-from store.manifest import parse_record, recipe_facts, record_name, shard_name
+import fpo.stage1_cache.build as build_module
+import fpo.stage1_cache.score as score_module
+from fpo.canonical import checked_json, parse_checked_json
+from fpo.errors import CacheConflict, CacheDamaged, SelfCheckError
+from fpo.stage1_cache import CacheReport, build_caches, recompute
+from fpo.stage1_cache.recompute import feature_distances
+from fpo.store import Cache, Features, Pairs, Store, open_cache, pull, verify
+from fpo.store.format.encoding import encode_shard
+from fpo.store.format.manifest import parse_record, recipe_facts, record_name, shard_name
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from tiny_world import TinyWorld, build_tiny_world
 
-from stage1_cache.fill import own_place
-from store import verify
+from fpo.stage1_cache.fill import own_place
+from fpo.store import verify
 
 N = 256
 ROOT = Path(__file__).parents[1]
 BUILD = """
 import json, sys
 from pathlib import Path
-from recipe import load_recipe
-from stage1_cache import build_caches
+from fpo.recipe import load_recipe
+from fpo.stage1_cache import build_caches
 recipe = load_recipe(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()

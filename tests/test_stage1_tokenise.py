@@ -11,12 +11,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from errors import DataError, ModelError
-from scoring import template_text
-from stage1_cache.drops import EXAMPLES, DropReport
-from stage1_cache.pairs import read_pairs
-from stage1_cache.texts import extract_prompt
-from stage1_cache.tokenise import TokenisedPairs, tokenise, tokenizer_identity
+from fpo.errors import DataError, ModelError
+from fpo.scoring import template_text
+from fpo.stage1_cache.drops import EXAMPLES, DropReport
+from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.texts import extract_prompt
+from fpo.stage1_cache.tokenise import TokenisedPairs, tokenise, tokenizer_identity
 
 PAIRS = Path(__file__).parents[2] / "shared/data/pairs"
 STORIES = Path(__file__).parents[2] / "shared/data/models/stories260K"

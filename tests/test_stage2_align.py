@@ -20,19 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from errors import CacheDamaged, ParityError, RecipeError, RunError
-from recipe import Recipe
-from scoring import Packed
-from stage1_cache import build_caches, find_cache
-from stage2_align import align, evaluate_run
-from stage2_align.align import load_policy
-from stage2_align.arguments import training_arguments
-from stage2_align.callbacks import read_metrics
-from stage2_align.measure import ObjectiveMeter, batch_metrics
-from stage2_align.run import METRICS_FILE, read_run
-from stage2_align.stream import PairStream
-from stage2_align.trainer import MetricSums
-from store import Cache, open_cache
+from fpo.errors import CacheDamaged, ParityError, RecipeError, RunError
+from fpo.recipe import Recipe
+from fpo.scoring import Packed
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align import align, evaluate_run
+from fpo.stage2_align.align import load_policy
+from fpo.stage2_align.arguments import training_arguments
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.run import METRICS_FILE, read_run
+from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.trainer import MetricSums
+from fpo.store import Cache, open_cache
 
 
 @pytest.fixture(scope="module")

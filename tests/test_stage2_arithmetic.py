@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_world import TinyWorld, build_tiny_world
 
-from errors import ParityError, RecipeError
-from recipe import Recipe
-from scoring import Packed, pack
-from stage1_cache import build_caches, find_cache
-from stage2_align import align, evaluate_run
-from stage2_align.align import load_policy
-from stage2_align.callbacks import read_metrics
-from stage2_align.measure import ObjectiveMeter
-from stage2_align.parity import OFFSET_TOLERANCE, check_parity, random_pairs
-from stage2_align.run import METRICS_FILE, read_run
-from stage2_align.stream import PairStream
+from fpo.errors import ParityError, RecipeError
+from fpo.recipe import Recipe
+from fpo.scoring import Packed, pack
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align import align, evaluate_run
+from fpo.stage2_align.align import load_policy
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.parity import OFFSET_TOLERANCE, check_parity, random_pairs
+from fpo.stage2_align.run import METRICS_FILE, read_run
+from fpo.stage2_align.stream import PairStream
 
 MIXED = {"autocast": "bfloat16"}
 STILL = {"bf16": True, "learning_rate": 0.0, "max_steps": 3, "save_strategy": "no"}

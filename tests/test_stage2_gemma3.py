@@ -17,16 +17,16 @@ from tiny_saes import random_sae, write_saelens
 from tiny_world import TinyWorld, build_tiny_world
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from interrupts import StopRequest
-from scoring import load_model
-from stage1_cache import build_caches, find_cache
-from stage1_cache.identity import cache_identities
-from stage2_align import align
-from stage2_align.align import _trainer, load_policy
-from stage2_align.arguments import training_arguments
-from stage2_align.callbacks import read_metrics
-from stage2_align.measure import ObjectiveMeter
-from stage2_align.run import METRICS_FILE
+from fpo.interrupts import StopRequest
+from fpo.scoring import load_model
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage1_cache.identity import cache_identities
+from fpo.stage2_align import align
+from fpo.stage2_align.align import _trainer, load_policy
+from fpo.stage2_align.arguments import training_arguments
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.run import METRICS_FILE
 
 TEXT = {
     "model_type": "gemma3_text",
@@ -98,7 +98,7 @@ def test_two_processes_train_it_and_the_run_holds_the_whole_model(world: TinyWor
     training = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "optim": "sgd"}
     recipe = world.recipe_file(training=training)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cli", "align", recipe, "--store", world.store, "--output", tmp_path / "run"]
+    command = [sys.executable, "-m", "fpo", "align", recipe, "--store", world.store, "--output", tmp_path / "run"]
     ranks = [
         subprocess.Popen(
             command,

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_world import TinyWorld, build_tiny_world
 
-from interrupts import StopRequest, interruptible
-from stage1_cache import build_caches, find_cache
-from stage2_align import align
-from stage2_align.callbacks import read_metrics
-from stage2_align.checkpoints import last_checkpoint
-from stage2_align.run import METRICS_FILE, read_run
+from fpo.interrupts import StopRequest, interruptible
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align import align
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.checkpoints import last_checkpoint
+from fpo.stage2_align.run import METRICS_FILE, read_run
 
 TRAINING = {"optim": "sgd", "learning_rate": 3e-3, "lr_scheduler_type": "constant", "logging_steps": 5}
 
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 def start(world: TinyWorld, recipe: Path, run: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     """fpo align in a process of its own; stderr can be read."""
-    command = [sys.executable, "-m", "cli", "align", recipe, "--store", world.store, "--output", run, *flags]
+    command = [sys.executable, "-m", "fpo", "align", recipe, "--store", world.store, "--output", run, *flags]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -152,7 +152,7 @@ def test_work_that_may_end_anywhere_ends_with_one_line(
 def test_stage_1_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
     world = build_tiny_world(tmp_path / "world", 400, 2)
     file = world.recipe_file(cache={"shard_pairs": 2})
-    command = [sys.executable, "-m", "cli", "cache", file, "--store", world.store]
+    command = [sys.executable, "-m", "fpo", "cache", file, "--store", world.store]
     process = subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

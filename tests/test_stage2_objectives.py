@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_align.objectives import PairLogps, dpo, feature_distance, fpo, simpo
+from fpo.objectives.losses import PairLogps, dpo, feature_distance, fpo, simpo
 
 
 def logps(*pairs: tuple[float, float], lengths: tuple[float, float] = (1.0, 1.0)) -> PairLogps:

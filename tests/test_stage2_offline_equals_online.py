@@ -19,13 +19,13 @@ from tiny_world import TinyWorld, build_tiny_world
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from recipe import Recipe
-from stage1_cache import build_caches
-from stage2_align import align
-from stage2_align.callbacks import read_metrics
-from stage2_align.order import cut_batches, epoch_blocks
-from stage2_align.run import METRICS_FILE
-from store import Cache, Pairs
+from fpo.recipe import Recipe
+from fpo.stage1_cache import build_caches
+from fpo.stage2_align import align
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.order import cut_batches, epoch_blocks
+from fpo.stage2_align.run import METRICS_FILE
+from fpo.store import Cache, Pairs
 
 STEPS = 20
 BATCH = 4

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stage2_align.order import cut_batches, epoch_blocks
+from fpo.stage2_align.order import cut_batches, epoch_blocks
 
 shards = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_world import TinyWorld, build_tiny_world
 
-from errors import RecipeError, RunError
-from recipe import Recipe, dump_recipe
-from stage1_cache import build_caches, find_cache
-from stage2_align import align, evaluate_run, evaluated_recipe, evaluated_store
-from stage2_align.arguments import FREE_ARGUMENTS, resolved, training_arguments
-from stage2_align.callbacks import read_metrics
-from stage2_align.checkpoints import SEAL_FILE, last_checkpoint, rotate
-from stage2_align.run import METRICS_FILE, RUN_FILE, locked, read_run, write_run
+from fpo.errors import RecipeError, RunError
+from fpo.recipe import Recipe, dump_recipe
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align import align, evaluate_run, evaluated_recipe, evaluated_store
+from fpo.stage2_align.arguments import FREE_ARGUMENTS, resolved, training_arguments
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.checkpoints import SEAL_FILE, last_checkpoint, rotate
+from fpo.stage2_align.run import METRICS_FILE, RUN_FILE, locked, read_run, write_run
 
 ENDLESS = {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
 
@@ -316,7 +316,7 @@ def test_broken_weights_are_not_saved_over_good_ones(world: TinyWorld, tmp_path:
 
 
 FILES_OF_AT_MOST = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2);"
-FILES_OF_AT_MOST += "sys.argv = ['fpo', *sys.argv[2:]]; import cli; cli.main()"
+FILES_OF_AT_MOST += "sys.argv = ['fpo', *sys.argv[2:]]; from fpo import cli; cli.main()"
 
 
 @pytest.mark.parametrize(

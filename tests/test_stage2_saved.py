@@ -18,19 +18,19 @@ from tiny_world import TinyWorld, build_adapted_world, build_tiny_world
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from errors import RunError
-from recipe import Recipe
-from scoring import Packed, model_folder, pack
-from stage1_cache import build_caches, find_cache
-from stage2_align import align, evaluate_run
-from stage2_align.align import load_policy
-from stage2_align.measure import ObjectiveMeter
-from stage2_align.run import read_run
-from stage2_align.trainer import PairTrainer
-from store import Cache, Pairs
+from fpo.errors import RunError
+from fpo.recipe import Recipe
+from fpo.scoring import Packed, model_folder, pack
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align import align, evaluate_run
+from fpo.stage2_align.align import load_policy
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.run import read_run
+from fpo.stage2_align.trainer import PairTrainer
+from fpo.store import Cache, Pairs
 
 # The package exports a function of the module's name.
-aligning = importlib.import_module("stage2_align.align")
+aligning = importlib.import_module("fpo.stage2_align.align")
 
 
 @pytest.fixture

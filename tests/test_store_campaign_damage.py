@@ -13,13 +13,13 @@ import pytest
 from store_cases import LENGTHS, PLAN, World, make_pairs, make_recipe, same
 from store_forgery import forge, members_of, problems, shard_file
 
-from errors import CacheError
-from stage2_align.stream import PairStream
-from store import CacheWriter, Store, open_cache
-from store.archive import pack
-from store.format import decode_shard
-from store.invariants import Invalid
-from store.key import checked_json, parse_checked_json
+from fpo.canonical import checked_json, parse_checked_json
+from fpo.errors import CacheError
+from fpo.stage2_align.stream import PairStream
+from fpo.store import CacheWriter, Store, open_cache
+from fpo.store.format.archive import pack
+from fpo.store.format.encoding import decode_shard
+from fpo.store.format.invariants import Invalid
 
 SHARDS = [f"shards/{sid:06d}.zarr.zip" for sid in range(3)]
 RECORDS = [f"records/{sid:06d}.json" for sid in range(3)]

@@ -20,8 +20,8 @@ import pytest
 from store_cases import World, tree
 from store_killed_writer import CALLS
 
-from errors import CacheError, CacheIncomplete, CacheMissing
-from store import Store, gc, open_cache, rm, tag, untag, verify
+from fpo.errors import CacheError, CacheIncomplete, CacheMissing
+from fpo.store import Store, gc, open_cache, rm, tag, untag, verify
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 NOBODY = 65534
@@ -329,7 +329,8 @@ def as_nobody(script, *args):
     here = Path(__file__).parent
     # Python itself may lie where only root reads: import first, then become the other user.
     head = f"import logging, os, sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
-    head += "from store_cases import World; from store import *; from errors import CacheError; args = sys.argv[1:]\n"
+    head += "from store_cases import World; from fpo.store import *; from fpo.errors import CacheError\n"
+    head += "args = sys.argv[1:]\n"
     head += f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     command = [sys.executable, "-c", head + script, *map(str, args)]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)

@@ -28,11 +28,11 @@ from store_forgery import (
     shard_file,
 )
 
-from errors import CacheDamaged, CacheError
-from store import CacheWriter, Pairs, Store, open_cache, pair_digests
-from store.invariants import MAX_PAIR_TOKENS
-from store.key import checked_json, parse_checked_json
-from store.manifest import MAX_MANIFEST_BYTES
+from fpo.canonical import checked_json, parse_checked_json
+from fpo.errors import CacheDamaged, CacheError
+from fpo.store import CacheWriter, Pairs, Store, open_cache, pair_digests
+from fpo.store.format.invariants import MAX_PAIR_TOKENS
+from fpo.store.format.manifest import MAX_MANIFEST_BYTES
 
 MB = 2**20
 SHARD = "shards/000000.zarr.zip"
@@ -333,7 +333,7 @@ import os, sys
 sys.path[:0] = [{here!r}]
 from pathlib import Path
 from store_forgery import problems, read_all
-from errors import CacheError
+from fpo.errors import CacheError
 store, calm = Path(sys.argv[1]), Path(sys.argv[2])
 read_all(calm), problems(calm)  # imports what is imported lazily
 def noted(path):

@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 from store_cases import World
 
-import store.claims
-from errors import CacheConflict
-from store import CacheWriter, verify
-from store.claims import Claims
-from store.files import Folder
+from fpo.errors import CacheConflict
+from fpo.store import CacheWriter, claims, verify
+from fpo.store.claims import Claims
+from fpo.store.files import Folder
 
 HOLDER = """
 import sys
 from pathlib import Path
-from store.claims import Claims
-from store.files import Folder
+from fpo.store.claims import Claims
+from fpo.store.files import Folder
 claim = Claims(Folder(Path(sys.argv[1]), Path(sys.argv[1]).parent)).take(3)
 print("held", flush=True)
 while sys.stdin.readline():
@@ -69,18 +68,18 @@ def test_a_shard_is_claimed_by_one_process_until_it_ends(folder, holder):
 def test_a_holder_without_a_sign_of_life_is_given_up_and_one_that_renews_is_not(folder, holder, monkeypatch):
     """Stopped, so its lock stays. Only our own monotonic clock counts, so clocks may jump or differ."""
     now = [0.0]
-    monkeypatch.setattr(store.claims.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
     ours = Claims(folder)
     assert ours.take(3) is None
     for _ in range(3):
-        now[0] += store.claims.PATIENCE_SECONDS - 1
+        now[0] += claims.PATIENCE_SECONDS - 1
         holder.stdin.write("\n")
         assert holder.stdout.readline() == "renewed\n"
         assert ours.take(3) is None
     holder.send_signal(signal.SIGSTOP)
     os.utime(folder.root / "tmp/000003.claim", (2**31, 2**31))  # a clock that jumped
     assert ours.take(3) is None
-    now[0] += store.claims.PATIENCE_SECONDS + 1
+    now[0] += claims.PATIENCE_SECONDS + 1
     assert ours.take(3) is not None
 
 
@@ -88,7 +87,7 @@ def test_without_locks_everybody_gets_every_claim(folder, monkeypatch):
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("store.use.fcntl.flock", no_locks)
+    monkeypatch.setattr("fpo.store.upkeep.use.fcntl.flock", no_locks)
     assert Claims(folder).take(3) is not None
     assert Claims(folder).take(3) is not None
 

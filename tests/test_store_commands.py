@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from store_cases import World
 
-import cli
-from store import gc, tag
+from fpo import cli
+from fpo.store import gc, tag
 
 EVIL = "\x1b]0;owned\x07\x9b31m\nerror: all is well\u202e"
 NAMES = {
@@ -129,7 +129,7 @@ def answered(world: World, answer: str) -> tuple[int, str]:
     """Exit code and output of `fpo store rm` on a terminal where somebody types this."""
     ours, theirs = pty.openpty()
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "cli", "store", "rm", world.key[:8], "--store", str(world.store.root)]
+    command = [sys.executable, "-m", "fpo", "store", "rm", world.key[:8], "--store", str(world.store.root)]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=root, text=True
     )

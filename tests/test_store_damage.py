@@ -9,21 +9,11 @@ import pytest
 from store_cases import LENGTHS, PLAN, World, make_pairs, make_recipe, tree
 from store_forgery import forge
 
-from errors import CacheDamaged, CacheError, CacheMissing
-from store import (
-    CacheWriter,
-    Store,
-    canonical_json,
-    default_store,
-    export_trl,
-    open_cache,
-    pair_digests,
-    shard_digest,
-    verify,
-)
-from store.format import encode_shard
-from store.key import checked_json, parse_checked_json
-from store.pairs import gather
+from fpo.canonical import canonical_json, checked_json, parse_checked_json
+from fpo.errors import CacheDamaged, CacheError, CacheMissing
+from fpo.store import CacheWriter, Store, default_store, export_trl, open_cache, pair_digests, shard_digest, verify
+from fpo.store.format.encoding import encode_shard
+from fpo.store.format.pairs import gather
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from store_cases import LENGTHS, World, make_pairs, make_recipe, tree
 
-from errors import CacheDamaged, CacheMissing
-from store import CacheWriter, Features, cache_key, diff, disk_usage, nearest, open_cache
-from store.difference import differences
-from store.usage import OVERHEAD
+from fpo.errors import CacheDamaged, CacheMissing
+from fpo.store import CacheWriter, Features, cache_key, diff, disk_usage, nearest, open_cache
+from fpo.store.upkeep.difference import differences
+from fpo.store.upkeep.usage import OVERHEAD
 
 INPUTS = {
     "reference": {"model": "google/gemma-2-2b-it", "revision": None, "adapter": None},

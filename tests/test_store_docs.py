@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from numcodecs import zstd
 
-from store import (
+from fpo.canonical import canonical_json
+from fpo.store import (
     CacheWriter,
     Features,
     Pairs,
     Store,
-    canonical_json,
     open_cache,
     pair_digests,
     pairs_digest,
     plan_shards,
     shard_digest,
 )
-from store.archive import unpack
+from fpo.store.format.archive import unpack
 
 PAGE = (Path(__file__).parents[1] / "docs/cache-format.md").read_text(encoding="utf-8")
 
@@ -90,5 +90,5 @@ def test_the_chunks_of_the_page_hold_what_the_code_writes(written):
 
 
 def test_the_store_loads_without_torch_and_scoring():
-    code = "import store, sys; assert not {'torch', 'transformers', 'scoring'} & set(sys.modules)"
+    code = "import fpo.store, sys; assert not {'torch', 'transformers', 'fpo.scoring'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from store_cases import World, make_pairs, make_recipe
 
-from errors import CacheConflict, CacheDamaged
-from store import CacheWriter, export_trl, open_cache
-from store.export import TRL_COLUMNS
+from fpo.errors import CacheConflict, CacheDamaged
+from fpo.store import CacheWriter, export_trl, open_cache
+from fpo.store.export import TRL_COLUMNS
 
 datasets = pytest.importorskip("datasets")
 

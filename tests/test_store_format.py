@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numcodecs import zstd
 from store_cases import HOOKPOINTS, KEY, LENGTHS, VOCAB, make_pairs, ragged_lengths, same
 
-from store.archive import pack, unpack
-from store.format import MAX_RAW_BYTES, decode_shard, encode_shard, schema
-from store.invariants import Bounds, Invalid
+from fpo.store.format.archive import pack, unpack
+from fpo.store.format.encoding import MAX_RAW_BYTES, decode_shard, encode_shard, schema
+from fpo.store.format.invariants import Bounds, Invalid
 
 BOUNDS = Bounds(VOCAB, ((50, 4), (9, None)), 2)
 PAIRS = make_pairs(LENGTHS)
@@ -248,7 +248,7 @@ def test_a_shard_of_another_cache_or_place_is_refused(key, sid):
 
 
 def test_too_large_a_shard_is_not_written(monkeypatch):
-    monkeypatch.setattr("store.format.MAX_RAW_BYTES", 100)
+    monkeypatch.setattr("fpo.store.format.encoding.MAX_RAW_BYTES", 100)
     with pytest.raises(Invalid, match="a shard holds at most 100"):
         encode_shard(PAIRS, KEY, 3, BOUNDS)
 

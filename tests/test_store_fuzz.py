@@ -35,13 +35,13 @@ from store_cases import (
 )
 from store_forgery import forge, forge_recipe, members_of, problems, read_all, shard_file
 
-from errors import CacheError
-from store import CacheWriter, canonical_json, open_cache, plan_shards, verify
-from store.archive import pack, unpack
-from store.format import decode_shard, encode_shard
-from store.invariants import Bounds, Invalid
-from store.key import checked_json, parse_checked_json
-from store.manifest import recipe_facts
+from fpo.canonical import canonical_json, checked_json, parse_checked_json
+from fpo.errors import CacheError
+from fpo.store import CacheWriter, open_cache, plan_shards, verify
+from fpo.store.format.archive import pack, unpack
+from fpo.store.format.encoding import decode_shard, encode_shard
+from fpo.store.format.invariants import Bounds, Invalid
+from fpo.store.format.manifest import recipe_facts
 
 BOUNDS = Bounds(VOCAB, ((50, 4), (9, None)), 2)
 PAIRS = make_pairs(LENGTHS)
@@ -122,7 +122,7 @@ def test_whatever_stands_in_the_arrays_the_invariants_hold_or_it_is_refused(data
         place = data.draw(st.integers(0, array.size - 1))
         array.reshape(-1)[place] = data.draw(values[array.dtype.name])
     with pytest.MonkeyPatch.context() as unchecked:
-        unchecked.setattr("store.format.check_pairs", lambda *_: None)
+        unchecked.setattr("fpo.store.format.encoding.check_pairs", lambda *_: None)
         forged = encode_shard(pairs, KEY, 3, BOUNDS)
     try:
         found = decode_shard(forged, KEY, 3, BOUNDS)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import zarr
 
-from store import open_cache, pair_digests, verify
-from store.format import schema
+from fpo.store import open_cache, pair_digests, verify
+from fpo.store.format.encoding import schema
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

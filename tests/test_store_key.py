@@ -10,20 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import CacheError, ModelError
-from store import (
-    cache_key,
-    canonical_json,
-    default_store,
-    file_digest,
-    file_facts,
-    forget,
-    plan_shards,
-    remember,
-    weights_digest,
-)
-from store.plan import permutation
-from store.weights import memo_folder
+from fpo.canonical import canonical_json
+from fpo.errors import CacheError, ModelError
+from fpo.memo import file_facts, forget, memo_folder, remember
+from fpo.scoring.weights import file_digest, weights_digest
+from fpo.store import cache_key, default_store, plan_shards
+from fpo.store.format.plan import permutation
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +154,7 @@ def test_truncated_and_missing_weights_are_named(tmp_path):
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as settled at once: the second of their times cannot be set back."""
-    monkeypatch.setattr("store.weights._SETTLED_NS", 0)
+    monkeypatch.setattr("fpo.scoring.weights._SETTLED_NS", 0)
 
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, memo, settled, monkeypatch):
@@ -283,7 +275,7 @@ def test_without_a_writable_home_everything_still_works(memo, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "denied")
 
-    monkeypatch.setattr("store.weights.replace_file", refuse)
+    monkeypatch.setattr("fpo.memo.keep", refuse)
     assert remember({"a": 1}, lambda: {"x": 1}) == {"x": 1}
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from store_cases import World, same, tree
 
-from errors import CacheIncomplete, CacheMissing
-from store import open_cache, verify
-from store.format import decode_shard
-from store.local import finished_shards
+from fpo.errors import CacheIncomplete, CacheMissing
+from fpo.store import open_cache, verify
+from fpo.store.format.encoding import decode_shard
+from fpo.store.local import finished_shards
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked writers")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from store_cases import World
 
-from errors import CacheError
-from store import Store, gc, open_cache, pull, push, rm, tag, untag, verify
+from fpo.errors import CacheError
+from fpo.store import Store, gc, open_cache, pull, push, rm, tag, untag, verify
 
 DAY = 86400
 OLD = time.time() - 400 * DAY
@@ -126,7 +126,7 @@ def test_a_folder_that_becomes_a_link_while_it_is_deleted_is_not_followed(world,
     victim = tmp_path / "victim"
     plant(world, "KEY/tmp", victim)
     before = snapshot(victim)
-    monkeypatch.setattr("store.files.refuse_links", lambda *_: None)
+    monkeypatch.setattr("fpo.store.files.refuse_links", lambda *_: None)
     with pytest.raises(CacheError, match="cannot remove"):
         world.store.folder(world.key).delete("tmp/precious")
     assert snapshot(victim) == before

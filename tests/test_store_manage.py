@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from store_cases import World, make_pairs, make_recipe, tree, unmarked
 
-import store.collect
-from errors import CacheDamaged, CacheError, CacheInUse, CacheMissing
-from store import CacheWriter, Store, gc, open_cache, rm, tag, untag, verify
+from fpo.errors import CacheDamaged, CacheError, CacheInUse, CacheMissing
+from fpo.store import CacheWriter, Store, gc, open_cache, rm, tag, untag, verify
+from fpo.store.upkeep import collect
 
 DAY = 86400
 
@@ -49,7 +49,7 @@ def age(world: World, key: str, days: float) -> None:
 def in_another_process(world: World, key: str) -> subprocess.Popen[str]:
     """Holds the cache open until its stdin closes."""
     root = str(world.store.root)
-    code = f"from store import open_cache; c = open_cache({root!r}, {key!r}); print('open', flush=True); input()"
+    code = f"from fpo.store import open_cache; c = open_cache({root!r}, {key!r}); print('open', flush=True); input()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -152,7 +152,7 @@ def test_a_store_that_cannot_be_written_is_read_without_account(world, monkeypat
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("store.use.make_durable_dirs", refuse)
+    monkeypatch.setattr("fpo.store.upkeep.use.make_durable_dirs", refuse)
     assert open_cache(world.store, world.key).n_pairs == 5
     assert world.store.summary(world.key).used is None
 
@@ -242,7 +242,7 @@ def test_rm_where_locks_do_not_work_says_what_to_do(world, monkeypatch):
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("store.use.fcntl.flock", no_locks)
+    monkeypatch.setattr("fpo.store.upkeep.use.fcntl.flock", no_locks)
     with pytest.raises(CacheError, match=r"has no locks.*delete its folder yourself"):
         rm(world.store, world.key)
 
@@ -289,14 +289,14 @@ def test_gc_keeps_what_is_young_tagged_or_damaged(world):
 
 def between_look_and_removal(monkeypatch, deed) -> None:
     """Another process does this once gc has looked at the cache and before it takes the lock."""
-    real = store.collect.is_used
+    real = collect.is_used
 
     def look(path):
         said = real(path)
         deed()
         return said
 
-    monkeypatch.setattr("store.collect.is_used", look)
+    monkeypatch.setattr("fpo.store.upkeep.collect.is_used", look)
 
 
 @pytest.mark.parametrize("deed", ["open", "tag"])
@@ -304,7 +304,7 @@ def test_what_is_used_or_tagged_since_gc_looked_stays(world, monkeypatch, deed):
     """Opened and closed again, so no lock tells of it."""
     age(world, world.key, 400)
     code = {"open": "open_cache(sys.argv[1], sys.argv[2])", "tag": "tag(sys.argv[1], sys.argv[2], 'kept')"}[deed]
-    script = [sys.executable, "-c", f"import sys; from store import *; {code}", str(world.store.root), world.key]
+    script = [sys.executable, "-c", f"import sys; from fpo.store import *; {code}", str(world.store.root), world.key]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     between_look_and_removal(monkeypatch, lambda: subprocess.run(script, env=env, check=True))
     (item,) = gc(world.store, unused_days=30, dry_run=False).items
@@ -433,8 +433,8 @@ def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path, how):
 
 READER = """
 import sys
-from errors import CacheIncomplete, CacheMissing
-from store import open_cache
+from fpo.errors import CacheIncomplete, CacheMissing
+from fpo.store import open_cache
 whole = missing = 0
 print("ready", flush=True)
 while not (whole and missing) or whole + missing < 400:

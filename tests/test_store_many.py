@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from store_cases import make_pairs, make_recipe
 
-import stage1_cache.fill as fill_module
-from store import CacheWriter, ReusableRows, Store, gc, nearest, open_cache
+import fpo.stage1_cache.fill as fill_module
+from fpo.store import CacheWriter, ReusableRows, Store, gc, nearest, open_cache
 
 QUICK, MANY = 60, 2000
 SHARDS = 5000

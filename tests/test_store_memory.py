@@ -17,17 +17,17 @@ from numcodecs import zstd
 from store_cases import World, make_pairs, make_recipe
 from store_forgery import forge, forge_recipe, members_of, shard_file
 
-from store import CacheWriter, Pairs, pair_digests
-from store.archive import pack
-from store.key import checked_json, parse_checked_json
+from fpo.canonical import checked_json, parse_checked_json
+from fpo.store import CacheWriter, Pairs, pair_digests
+from fpo.store.format.archive import pack
 
 GIB = 2**30
 
 RUN = """
 import sys
 sys.path[:0] = {path!r}
-from errors import FpoError
-from store import *
+from fpo.errors import FpoError
+from fpo.store import *
 store, key, scratch = sys.argv[1:]
 try:
     print({call})

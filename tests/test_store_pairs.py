@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import make_pairs, ragged_lengths, same
 
-from store import Pairs, pair_digests, pairs_digest, shard_digest
+from fpo.store import Pairs, pair_digests, pairs_digest, shard_digest
 
 
 def test_first_token_after_an_empty_prompt_is_not_scored():

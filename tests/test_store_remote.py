@@ -7,10 +7,10 @@ import pytest
 from store_cases import World, make_pairs, make_recipe, same, tree
 from store_servers import BUCKET, OtherWorld, dropping_proxy, s3_environment, s3_server, sealed
 
-from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from store import CacheWriter, Shelf, Store, open_cache, open_store, pull, push, tag, verify
-from store.bucket import BucketFolder
-from store.transfer import CLAIM
+from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
+from fpo.store import CacheWriter, Shelf, Store, open_cache, open_store, pull, push, tag, verify
+from fpo.store.remote.bucket import BucketFolder
+from fpo.store.remote.transfer import CLAIM
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto")
@@ -33,9 +33,9 @@ def s3(s3_port, monkeypatch, request):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Nothing here is worth waiting for."""
-    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 1.0)
-    monkeypatch.setattr("store.shards._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("fpo.store.remote.bucket.RETRY_SECONDS", 1.0)
+    monkeypatch.setattr("fpo.store.shards._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("fpo.store.remote.streaming.PATIENCE_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_an_object_whose_name_is_no_path_is_named_and_full_keys_still_work(world
 
 def test_a_listing_that_does_not_end_is_given_up_in_one_line(world, s3, monkeypatch):
     push(world.store, world.key, s3)
-    monkeypatch.setattr("store.pace.LISTING_SECONDS", 0.0)
+    monkeypatch.setattr("fpo.store.remote.pace.LISTING_SECONDS", 0.0)
     with pytest.raises(CacheError, match=r"cannot list .*: it did not end in 0 s; give the full key") as caught:
         open_store(s3).keys()
     assert "\n" not in str(caught.value)
@@ -253,7 +253,7 @@ def test_a_shard_that_arrives_damaged_is_told(world, s3, monkeypatch):
 
 
 def test_dropped_connections_on_the_way_to_s3_are_survived(world, s3, s3_port, monkeypatch, tmp_path):
-    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 10.0)
+    monkeypatch.setattr("fpo.store.remote.bucket.RETRY_SECONDS", 10.0)
     with dropping_proxy(s3_port, [0, 20, 150, 0, 400, 10, 1000]) as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         push(world.store, world.key, s3)

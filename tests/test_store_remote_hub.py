@@ -7,8 +7,8 @@ from store_cases import World, same, tree
 from store_fake_hub import REPO, _Handler, fake_hub
 from store_servers import OtherWorld
 
-from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from store import Shelf, Store, open_cache, open_store, pull, push, verify
+from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
+from fpo.store import Shelf, Store, open_cache, open_store, pull, push, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 
@@ -59,7 +59,7 @@ def test_a_cache_on_the_hub_reads_verifies_and_pulls_with_the_same_bytes(world, 
 
 
 def test_an_interrupted_push_to_the_hub_uploads_no_shard_twice(world, hub, monkeypatch):
-    from store.hub import HubRepo
+    from fpo.store.remote.hub import HubRepo
 
     real = HubRepo.publish
     monkeypatch.setattr(HubRepo, "publish", lambda self: real(self) if len(self.pending) == 1 else _cut())
@@ -160,7 +160,7 @@ def test_a_file_that_is_longer_than_the_hub_lists_is_not_read_to_its_end(world, 
 
 
 def test_a_listing_without_an_end_is_given_up(world, hub, monkeypatch):
-    monkeypatch.setattr("store.pace.MAX_LISTED", 5)
+    monkeypatch.setattr("fpo.store.remote.pace.MAX_LISTED", 5)
     for n in range(7):
         hub.add({f"shared/{n}.txt": b"x"})
     with pytest.raises(CacheError, match="has more than 5 names; use a place for caches alone"):

@@ -9,8 +9,8 @@ import pytest
 from store_cases import World, tree
 from store_servers import BUCKET, s3_environment, s3_server, web_server
 
-from errors import CacheIncomplete, CacheMissing
-from store import Store, open_cache, pull, push, verify
+from fpo.errors import CacheIncomplete, CacheMissing
+from fpo.store import Store, open_cache, pull, push, verify
 
 pytest.importorskip("obstore")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")

@@ -7,9 +7,9 @@ import pytest
 from store_cases import World, same, tree
 from store_servers import BUCKET, FAULTS, OtherWorld, s3_environment, sealed, web_server
 
-from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from store import CacheWriter, Shelf, Store, open_cache, open_store, pull, push, verify
-from store.bucket import BucketFolder
+from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
+from fpo.store import CacheWriter, Shelf, Store, open_cache, open_store, pull, push, verify
+from fpo.store.remote.bucket import BucketFolder
 
 obstore = pytest.importorskip("obstore")
 
@@ -19,9 +19,9 @@ SHARD = "shards/000001.zarr.zip"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Nothing here is worth waiting for."""
-    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 1.0)
-    monkeypatch.setattr("store.shards._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("fpo.store.remote.bucket.RETRY_SECONDS", 1.0)
+    monkeypatch.setattr("fpo.store.shards._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("fpo.store.remote.streaming.PATIENCE_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_opening_fetches_what_arrived_damaged_again_as_pull_does(world, web, tmp
 
 @pytest.mark.parametrize("name", ["recipe.json", "manifest.json", SHARD])
 def test_a_server_that_sends_a_byte_at_a_time_is_given_up_in_one_line(world, web, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("store.pace.WINDOW_SECONDS", 0.2)
+    monkeypatch.setattr("fpo.store.remote.pace.WINDOW_SECONDS", 0.2)
     web.dripping = name
     with pytest.raises(CacheError, match=rf"cannot read .*{name}: \d+ bytes arrived in .* s, at least 65536") as caught:
         pull(web.url, world.key, tmp_path / "there")
@@ -69,7 +69,7 @@ def test_a_server_that_sends_a_byte_at_a_time_is_given_up_in_one_line(world, web
 
 
 def test_a_server_that_never_answers_is_given_up_in_one_line(world, web, tmp_path, monkeypatch):
-    monkeypatch.setattr("store.pace.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("fpo.store.remote.pace.ANSWER_SECONDS", 0.2)
     web.mute = True
     with pytest.raises(CacheError, match="is not reachable") as caught:
         pull(web.url, world.key, tmp_path / "there")

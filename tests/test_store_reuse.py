@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from store_cases import World, make_pairs, make_recipe, same
 from store_forgery import forge, forge_recipe
 
-from store import CacheWriter, Pairs, ReusableRows, Store, open_cache, pull, push, rm, verify
-from store.format import encode_shard
-from store.manifest import recipe_facts
-from store.weights import memo_folder
+from fpo.memo import memo_folder
+from fpo.store import CacheWriter, Pairs, ReusableRows, Store, open_cache, pull, push, rm, verify
+from fpo.store.format.encoding import encode_shard
+from fpo.store.format.manifest import recipe_facts
 
 N = 12
 LENGTHS = [(n % 3, 1 + n % 4, 2 + n % 2) for n in range(N)]
@@ -128,7 +128,7 @@ def test_the_index_is_remembered_and_read_without_the_shards(tmp_path, monkeypat
     build(tmp_path, range(N))
     assert ReusableRows(tmp_path, SCORER).held(ALL.pair_digest) == N
     assert len(list(memo_folder().glob("rows-*.npy"))) == 1
-    monkeypatch.setattr("store.cache.Cache.shard", lambda *_: pytest.fail("a shard was read"))
+    monkeypatch.setattr("fpo.store.cache.Cache.shard", lambda *_: pytest.fail("a shard was read"))
     assert ReusableRows(tmp_path, SCORER).held(ALL.pair_digest) == N
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from store_synthetic import SHARD_PAIRS, write_cheap_cache
 
-from stage2_align.order import BLOCK_SHARDS, cut_batches, epoch_blocks
-from stage2_align.stream import PairStream
-from store import Cache, open_cache
+from fpo.stage2_align.order import BLOCK_SHARDS, cut_batches, epoch_blocks
+from fpo.stage2_align.stream import PairStream
+from fpo.store import Cache, open_cache
 
 QUICK, LARGE = 24 * SHARD_PAIRS + 77, 1_000_000
 MB = 2**20

@@ -11,8 +11,8 @@ import pytest
 from store_cases import World, same
 from store_servers import FAULTS, sealed, web_server
 
-from errors import CacheDamaged, CacheError
-from store import Shelf, open_cache
+from fpo.errors import CacheDamaged, CacheError
+from fpo.store import Shelf, open_cache
 
 pytest.importorskip("obstore")
 
@@ -22,10 +22,10 @@ SHARD = "shards/000001.zarr.zip"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Nothing here is worth waiting for."""
-    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 1.0)
-    monkeypatch.setattr("store.shards._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr("store.streaming._PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("fpo.store.remote.bucket.RETRY_SECONDS", 1.0)
+    monkeypatch.setattr("fpo.store.shards._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("fpo.store.remote.streaming.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("fpo.store.remote.streaming._PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -110,15 +110,15 @@ def test_a_fault_ahead_is_told_when_its_shard_is_read(world, web, tmp_path):
 
 
 def test_a_run_under_way_waits_for_a_server_that_is_away(world, web, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("store.bucket.RETRY_SECONDS", 0.0)
-    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr("fpo.store.remote.bucket.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("fpo.store.remote.streaming.PATIENCE_SECONDS", 60.0)
     cache = open_cache(web.url, world.key, Shelf(tmp_path / "shelf"))
     # Each look asks four times.
     web.fault = lambda asked, n, body: (503, b"", 0) if n <= 8 else (200, body, len(body))
     assert same(cache.shard(1), world.shard(1))
     assert sum("trying for another" in line for line in caplog.messages) == 2
     web.fault = lambda asked, n, body: (503, b"", 0)
-    monkeypatch.setattr("store.streaming.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("fpo.store.remote.streaming.PATIENCE_SECONDS", 0.1)
     with pytest.raises(CacheError, match=r"cannot read http.*/shards/000002\.zarr\.zip: .*503"):
         cache.shard(2)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from store_cases import PLAN, World, make_pairs, make_recipe, same, tree, unmarked
 
-from errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete
-from store import CacheWriter, Store, open_cache, verify
-from store.files import Folder
+from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete
+from fpo.store import CacheWriter, Store, open_cache, verify
+from fpo.store.files import Folder
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_without_hard_links_files_are_still_created_once(world, monkeypatch, cod
 
 def test_without_any_way_not_to_replace_the_store_refuses(world, monkeypatch):
     failing("link", errno.EPERM, monkeypatch)
-    monkeypatch.setattr("store.files.sys.platform", "plan9")
+    monkeypatch.setattr("fpo.store.files.sys.platform", "plan9")
     with pytest.raises(CacheError, match=r"cannot write .*recipe\.json"):
         world.writer()
 

@@ -12,8 +12,8 @@ import pytest
 from store_cases import same
 from store_one_writer import PLAN, RECIPE, N, scored_by
 
-from store import CacheWriter, open_cache, own_share_first, verify
-from store.manifest import parse_record, record_name
+from fpo.store import CacheWriter, open_cache, own_share_first, verify
+from fpo.store.format.manifest import parse_record, record_name
 
 HERE = Path(__file__).parent
 

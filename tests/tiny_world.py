@@ -17,7 +17,7 @@ from tiny_saes import random_sae, write_saelens
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from recipe import Recipe, validate_recipe
+from fpo.recipe import Recipe, validate_recipe
 
 WORDS = [f"w{n}" for n in range(90)]
 D_SAE = 48

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from store import (
+from fpo.store import (
     CacheWriter,
     Features,
     Pairs,

@@ -1,0 +1,5 @@
+"""`python -m fpo` is the command `fpo`."""
+
+from fpo.cli import main
+
+main()

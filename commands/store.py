@@ -1,0 +1,448 @@
+"""The `fpo store` commands: look at caches, name them, doubt them, move them, hand them on, remove them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fpo.errors import FpoError
+from fpo.progress import Progress, progress_bar
+from fpo.recipe import load_recipe
+from fpo.store import (
+    RemoteStore,
+    Store,
+    Summary,
+    TransferReport,
+    counted,
+    default_store,
+    diff,
+    disk_usage,
+    export_trl,
+    gc,
+    is_url,
+    open_cache,
+    open_store,
+    printable,
+    pull,
+    push,
+    removable,
+    rm,
+    tag,
+    untag,
+    verify,
+)
+
+store_app = typer.Typer(help="The caches of a store: look, name, doubt, move, remove.", no_args_is_help=True)
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Folder or URL of caches (s3, gs, az, hf, https); else $FPO_STORE, else ~/.cache/fpo"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Key = Annotated[str, typer.Argument(help="Cache key, any unique prefix of it, or a tag.", metavar="KEY")]
+Url = Annotated[str, typer.Argument(help="Where to: a URL or a folder.", metavar="URL")]
+
+
+def quiet_libraries() -> None:
+    """Loading bars and chatter of the libraries off: one progress bar at a time is ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # peft 0.21 asks transformers 5.23 by the old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # What a file lacks is said by the error; a log line before it would only be in another tongue.
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+
+
+def store_root(option: str | None) -> str:
+    """--store, else $FPO_STORE, else ~/.cache/fpo."""
+    return option or str(default_store())
+
+
+def existing_root(option: str | None) -> str:
+    """`store_root`; a folder that was named and is not there is an error, not an empty store."""
+    root = store_root(option)
+    named = option or os.environ.get("FPO_STORE")
+    if named and not is_url(root) and not Path(root).expanduser().exists():
+        raise FpoError(f"there is no folder {root}; check --store and FPO_STORE, or make one with: fpo cache RECIPE")
+    return root
+
+
+@store_app.command("ls")
+def store_ls(store: StoreOption = None, as_json: AsJson = False) -> None:
+    """List the caches: size, pairs, what they were made from, age, last use, complete or how far."""
+    opened = open_store(existing_root(store))
+    summaries = opened.summaries()
+    if as_json:
+        print(json.dumps([_summary_facts(summary) for summary in summaries], indent=2))
+        return
+    if summaries:
+        print(f"{'KEY':<14}{'PAIRS':>10}{'SIZE':>11}  {'STATE':<16}{'CREATED':<12}{'USED':<12}TAGS")
+    else:
+        print(f"no caches in {store_root(store)}")
+    for summary in summaries:
+        print(
+            f"{summary.key[:12]:<14}{summary.n_pairs:>10,}{size(summary.n_bytes):>11}  {summary.state:<16}"
+            f"{_age(summary.created):<12}{_age(summary.used):<12}{', '.join(summary.tags) or '-'}"
+        )
+        _print_names(summary)
+    here = {summary.key for summary in summaries}
+    for name, key in opened.tags().items() if isinstance(opened, Store) else ():
+        if key not in here:
+            print(f"the tag {name} names {key[:12]}, which is not here; pull it, or: fpo store untag {name}")
+
+
+@store_app.command("show")
+def store_show(
+    key: Key,
+    store: StoreOption = None,
+    usage: Annotated[bool, typer.Option("--usage", help="Bytes of every array; reads all shards.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a complete cache was made from, its self-check and drop report, and with --usage where its bytes go."""
+    opened = open_store(store_root(store))
+    cache = open_cache(opened, key)
+    facts: dict[str, Any] = {
+        "key": cache.key,
+        "manifest_digest": cache.digest,
+        "recipe": cache.recipe,
+        "manifest": cache.manifest.model_dump(mode="json"),
+    }
+    if usage:
+        with _shard_bar("usage") as advance:
+            facts["usage"] = [vars(array) for array in disk_usage(cache, advance)]
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"key         {cache.key}\nmanifest    {cache.digest}")
+    print(
+        f"pairs       {cache.n_pairs:,} in {counted(len(cache.shard_pairs), 'shard')}, "
+        f"{cache.manifest.n_tokens:,} tokens, {size(cache.manifest.n_bytes)}"
+    )
+    for name, label in _made_from(opened, cache.key):
+        print(f"{name:<12}{label}")
+    for section in ("scorer", "pairs"):
+        print(f"{section}\n{_indented(cache.recipe[section])}")
+    for name, fact in cache.manifest.facts.items():
+        print(f"{printable(name)}\n{_indented(with_numbers(fact))}")
+    if usage:
+        print(f"{'ARRAY':<32}{'ON DISK':>12}{'IN MEMORY':>12}")
+        for array in facts["usage"]:
+            print(f"{array['name']:<32}{size(array['stored']):>12}{size(array['raw']):>12}")
+
+
+@store_app.command("diff")
+def store_diff(
+    here: Annotated[str, typer.Argument(metavar="A")],
+    there: Annotated[str, typer.Argument(metavar="B")],
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Why two caches are not one: the fields that differ, with both values."""
+    report = diff(store_root(store), here, there)
+    if as_json:
+        facts = {part: [vars(one) for one in getattr(report, part)] for part in ("recipe", "inputs")}
+        print(json.dumps({"here": report.here, "there": report.there, **facts}, indent=2))
+        return
+    if not report.recipe:
+        print("the same cache")
+    for difference in report.recipe:
+        print(difference)
+    if report.inputs:
+        print("made from:")
+        for difference in report.inputs:
+            print(f"  {difference}")
+
+
+@store_app.command("tag")
+def store_tag(
+    key: Key,
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits, . _ -", metavar="NAME")],
+    store: StoreOption = None,
+) -> None:
+    """Give a cache a name that works wherever a key does; a tag that exists moves."""
+    tagged = tag(store_root(store), key, name)
+    moved = f" (was {tagged.before[:12]})" if tagged.before and tagged.before != tagged.key else ""
+    print(f"{tagged.name} -> {tagged.key[:12]}{moved}")
+
+
+@store_app.command("untag")
+def store_untag(name: Annotated[str, typer.Argument(metavar="NAME")], store: StoreOption = None) -> None:
+    """Take a name away; the cache stays."""
+    tagged = untag(store_root(store), name)
+    print(f"{tagged.name} no longer names {tagged.key[:12]}")
+
+
+@store_app.command("verify")
+def store_verify(
+    key: Key,
+    store: StoreOption = None,
+    level: Annotated[
+        Literal["sizes", "checksums", "all"],
+        typer.Option(help="Of the shards: their size; every byte; also decoding and every invariant."),
+    ] = "all",
+    recompute: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also score N random pairs again; needs --recipe.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose reference and SAEs score them.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random pairs.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Doubt a cache. Exit code 1 where anything is wrong, naming every file."""
+    if recompute is not None and recipe is None:
+        raise FpoError("--recompute needs --recipe: a cache holds the digests of its reference, not where it lies")
+    root = store_root(store)
+    with _shard_bar("verify") as advance:
+        report = verify(root, key, advance, level)
+    facts: dict[str, Any] = {
+        "key": report.key,
+        "shards": report.shards,
+        "pairs": report.pairs,
+        "problems": report.problems,
+    }
+    if report.ok and recompute is not None and recipe is not None:
+        facts["recompute"] = _recomputed(root, report.key, recompute, recipe, seed)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    elif report.ok:
+        print(f"{report.key[:12]}: {counted(report.shards, 'shard')}, {report.pairs:,} pairs: {_PASSED[level]}")
+        if "recompute" in facts:
+            found = facts["recompute"]
+            print(
+                f"{found['pairs']} pairs scored again: token log-probs differ by {found['worst']:.2g} nats at most per "
+                f"pair (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} % of a "
+                f"completion (tolerance {100 * found['feature_tolerance']:g} %)"
+            )
+    if not report.ok:
+        lines = "\n".join(f"  {problem}" for problem in report.problems)
+        raise FpoError(f"{report.key[:12]}: {counted(len(report.problems), 'problem')}\n{lines}")
+
+
+_PASSED = {
+    "sizes": "sizes are as the manifest says",
+    "checksums": "every byte is as the manifest says",
+    "all": "all as the manifest says",
+}
+
+
+@store_app.command("push")
+def store_push(key: Key, url: Url, store: StoreOption = None, threads: int = 8, as_json: AsJson = False) -> None:
+    """Copy a complete cache to another store; only missing objects move, every byte is verified."""
+    with _byte_bar("push") as advance:
+        report = push(store_root(store), key, url, threads=threads, on_object=advance)
+    _print_transfer("pushed", report, as_json)
+
+
+@store_app.command("pull")
+def store_pull(
+    key: Key,
+    url: Annotated[str, typer.Argument(help="Where from: a URL or a folder.", metavar="URL")],
+    store: StoreOption = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Read a complete copy too and replace damage.")] = False,
+    threads: int = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a complete cache from another store; an interrupted pull continues."""
+    with _byte_bar("pull") as advance:
+        report = pull(url, key, store_root(store), threads=threads, repair=repair, on_object=advance)
+    _print_transfer("pulled", report, as_json)
+
+
+@store_app.command("export")
+def store_export(
+    key: Key,
+    folder: Annotated[Path, typer.Argument(help="New folder.", metavar="FOLDER")],
+    to: Annotated[Literal["trl"], typer.Option("--to", help="For whom.")],
+    store: StoreOption = None,
+) -> None:
+    """Write a cache as a `datasets` folder that TRL's own DPOTrainer trains from (docs/export.md)."""
+    quiet_libraries()
+    with _shard_bar("export") as advance:
+        report = export_trl(open_cache(store_root(store), key), folder, advance)
+    print(f"exported {report.n_pairs:,} pairs of {report.key[:12]} to {report.folder}, {size(report.n_bytes)}")
+
+
+@store_app.command("rm")
+def store_rm(
+    key: Key,
+    store: StoreOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """Remove a cache that nobody uses; says what would go, and asks. Tagged ones stay until fpo store untag."""
+    opened = Store(existing_root(store))
+    doomed = removable(opened, key)
+    print(f"{doomed.key[:12]}  {doomed.n_pairs:,} pairs, {size(doomed.n_bytes)}, {doomed.state}")
+    _print_names(doomed)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise FpoError(f"nothing is removed without a yes; to remove it: fpo store rm {doomed.key[:12]} --yes")
+        typer.confirm("remove it?", abort=True)
+    removed = rm(opened, doomed.key)
+    print(f"removed {removed.key[:12]} ({size(removed.n_bytes)})")
+
+
+@store_app.command("gc")
+def store_gc(
+    store: StoreOption = None,
+    unused_days: Annotated[
+        float | None, typer.Option(help="Also complete caches that nobody opened for so long.")
+    ] = None,
+    unfinished_days: Annotated[float, typer.Option(help="Unfinished caches that nobody worked on for so long.")] = 14,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Collect what killed processes left and caches nobody uses; tagged ones and those in use stay."""
+    found = gc(existing_root(store), unused_days, unfinished_days, dry_run=not yes)
+    if as_json:
+        items = [{**vars(item), "path": str(item.path)} for item in found.items]
+        facts = {"dry_run": found.dry_run, "bytes": found.n_bytes, "items": items}
+        print(json.dumps({**facts, "notes": found.notes, "problems": found.problems}, indent=2))
+    else:
+        for item in found.items:
+            kept = ", in use, kept" if item.in_use else ""
+            name = item.key[:12] if item.key else printable(item.path.name)
+            print(f"{size(item.n_bytes):>11}  {name}: {item.reason}{kept}")
+        for note in found.notes:
+            print(f"{'':>11}  {note}")
+        verb = "would be freed; add --yes to remove" if found.dry_run else "freed"
+        print(f"{size(found.n_bytes):>11}  {verb}")
+    if found.problems:
+        lines = "\n".join(f"  {problem}" for problem in found.problems)
+        raise FpoError(f"{counted(len(found.problems), 'thing')} could not be looked at or removed\n{lines}")
+
+
+def size(n_bytes: int) -> str:
+    """1.5 MiB"""
+    value = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _recomputed(root: str, key: str, count: int, recipe: Path, seed: int) -> dict[str, Any]:
+    quiet_libraries()
+    from fpo.stage1_cache import recompute
+
+    return vars(recompute(load_recipe(recipe), open_cache(root, key, counts=False), count, seed))
+
+
+def _summary_facts(summary: Summary) -> dict[str, Any]:
+    return {
+        "key": summary.key,
+        "state": summary.state,
+        "complete": summary.complete,
+        "pairs": summary.n_pairs,
+        "bytes": summary.n_bytes,
+        "created": summary.created.isoformat(),
+        "used": summary.used.isoformat() if summary.used else None,
+        "tags": list(summary.tags),
+        "reference": summary.reference,
+        "features": summary.features,
+        "data": summary.data,
+        "problem": summary.problem,
+    }
+
+
+def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(vars(report), indent=2))
+        return
+    print(
+        f"{verb} {report.key[:12]} to {report.target}: {counted(report.moved, 'object')} moved "
+        f"({size(report.n_bytes)}), {report.present} there already, {report.seconds:.1f} s; "
+        f"manifest {report.manifest_digest[:12]}"
+    )
+    if report.tag:
+        print(f"tag {report.tag} stands for it there, too")
+    for name in report.repaired:
+        print(f"repaired {name}")
+
+
+def _print_names(summary: Summary) -> None:
+    for label in (summary.reference, *summary.features, summary.data):
+        if label:
+            print(f"{'':<14}{label}")
+
+
+def _made_from(store: Store | RemoteStore, key: str) -> list[tuple[str, str]]:
+    """The names behind the digests, as `ls` shows them."""
+    if not isinstance(store, Store):
+        return []
+    summary = store.summary(key)
+    named = [("reference", summary.reference), *(("feature", label) for label in summary.features)]
+    return [(name, label) for name, label in [*named, ("data", summary.data)] if label]
+
+
+def with_numbers(value: Any) -> Any:
+    """Facts are spelled as text, so that their bytes never change; people read numbers."""
+    if isinstance(value, dict):
+        return {name: with_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(f"{float(value):.3g}")
+    return value
+
+
+_NUMBER = re.compile(r"-?[0-9]{1,20}\.[0-9]{1,20}(e[+-]?[0-9]{1,3})?")
+
+
+def _indented(value: Any) -> str:
+    return "\n".join(f"  {line}" for line in json.dumps(value, indent=2).splitlines())
+
+
+def _age(moment: datetime | None) -> str:
+    if moment is None:
+        return "-"
+    seconds = (datetime.now(UTC) - moment).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"
+
+
+@contextmanager
+def _shard_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    with _counting("shards", label) as advance:
+        yield advance
+
+
+@contextmanager
+def _byte_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    with _counting("MiB", label) as advance:
+        yield lambda done, total: advance(-(-done // 2**20), -(-total // 2**20))
+
+
+@contextmanager
+def _counting(unit: str, label: str) -> Iterator[Callable[[int, int], None]]:
+    """How far it is; the total is known when the first is done."""
+    bars: list[Progress] = []
+
+    def advance(done: int, total: int) -> None:
+        if not bars:
+            bars.append(progress_bar(total, unit, label))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield advance
+    finally:
+        for bar in bars:
+            bar.close()

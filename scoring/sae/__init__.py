@@ -1,0 +1,1 @@
+"""Sparse autoencoders: files of every format, read into one canonical encoder."""

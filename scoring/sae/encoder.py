@@ -1,0 +1,212 @@
+"""
+The SAE encoder: what a hookpoint's output says in features. Only the encoder is loaded; the decoder is read
+for the self-check's FVU alone and then dropped.
+
+Everything is computed in float32, whatever the model's dtype and autocast say: bfloat16 flips 0.25-0.5 % of
+the active features. An elementwise SAE (ReLU, JumpReLU, gated) gives single features from single columns of
+the encoder. A coupled one (TopK, GroupMax) needs all columns to know which features are active.
+
+Dimension key:  N tokens   D d_in   F d_sae   K columns   R completions
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fpo.scoring.sae.formats import SaeArrays, read_sae
+
+# Bytes of dense float32 activations (tokens x d_sae) that the chunked methods hold at a time.
+MEMORY_BUDGET = 256 * 2**20
+
+Decoder = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+class Sae:
+    """
+    The encoder of one SAE, as tensors; frozen, and no nn.Module, so no optimiser or wrapper finds it.
+
+    Inputs are the hookpoint's raw output in any float dtype; activations are float32. Every method is
+    differentiable in its input unless it says otherwise.
+    """
+
+    def __init__(self, arrays: SaeArrays) -> None:
+        self.facts = arrays.facts
+        self.activation = arrays.activation
+        self.input_norm = arrays.input_norm
+        self.k = arrays.k
+        # One row per feature: a feature's encoder is then contiguous, and gathering k of them is cheap.
+        self.weight_FD = _tensor(np.ascontiguousarray(arrays.W.T))
+        self.bias_F = _tensor(arrays.b)
+        self.threshold_F = None if arrays.threshold is None else _tensor(arrays.threshold)
+        self.gain_F = None if arrays.gain is None else _tensor(arrays.gain)
+        self.magnitude_bias_F = None if arrays.magnitude_bias is None else _tensor(arrays.magnitude_bias)
+
+    def to(self, device: torch.device | str) -> Sae:
+        """A copy of this SAE on `device`; it shares the tensors that are there already."""
+        moved = object.__new__(Sae)
+        moved.__dict__ = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()
+        }
+        return moved
+
+    def encode(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        """All activations, float32. Holds N x d_sae of them: use the pooled methods for many tokens."""
+        with _full_precision(x):
+            x = self._normalised(x)
+            if self.facts.elementwise:
+                return self._elementwise(x, slice(None))
+            h_NF = functional.linear(x, self.weight_FD, self.bias_F)
+            return h_NF.relu() * self._support(h_NF)
+
+    def encode_columns(self, x: Float[Tensor, "N D"], columns: Int[Tensor, " K"]) -> Float[Tensor, "N K"]:
+        """
+        `encode(x)[:, columns]`, with its gradient.
+
+        An elementwise SAE touches these columns alone; a coupled one also finds out, in chunks of
+        MEMORY_BUDGET and without a gradient, which features are active.
+        """
+        with _full_precision(x):
+            x = self._normalised(x)
+            if self.facts.elementwise:
+                return self._elementwise(x, columns)
+            active_NK = self._active(x, columns)
+            return functional.linear(x, self.weight_FD[columns], self.bias_F[columns]).relu() * active_NK
+
+    @torch.no_grad()
+    def pooled_mean(self, x: Float[Tensor, "N D"], lengths: Sequence[int]) -> Float[Tensor, "R F"]:
+        """
+        Mean activations over the tokens of each completion, 0 where it has none. No gradient.
+
+        x holds the completions back to back, `lengths` tokens each; ValueError where they do not add up to N.
+        Beside the result, at most MEMORY_BUDGET of activations is held.
+        """
+        _check_lengths(x, lengths)
+        sums_RF = torch.zeros(len(lengths), self.facts.d_sae, device=x.device)
+        ends = np.cumsum(lengths)
+        for start, chunk in self._chunks(x):
+            f_NF = self.encode(chunk)
+            for row in range(int(np.searchsorted(ends, start, side="right")), len(lengths)):
+                first, last = int(ends[row]) - lengths[row] - start, int(ends[row]) - start
+                if first >= len(chunk):
+                    break
+                sums_RF[row] += f_NF[max(first, 0) : last].sum(0)
+        return sums_RF / _divisors(lengths, x.device)
+
+    def pooled_columns(
+        self, x: Float[Tensor, "N D"], lengths: Sequence[int], columns: Int[Tensor, "R K"]
+    ) -> Float[Tensor, "R K"]:
+        """Mean activations of each completion's own `columns` over its tokens; else as pooled_mean."""
+        _check_lengths(x, lengths)
+        completions = zip(torch.split_with_sizes(x, list(lengths)), columns, strict=True)
+        sums_RK = torch.stack([self.encode_columns(tokens, own).sum(0) for tokens, own in completions])
+        return sums_RK / _divisors(lengths, x.device)
+
+    @torch.no_grad()
+    def fvu_and_l0(self, x: Float[Tensor, "N D"], decoder: Decoder) -> tuple[float, float]:
+        """
+        Fraction of the variance of x over tokens that the SAE misses, and active features per token.
+
+        FVU = sum (x - reconstruction)^2 / sum (x - mean over tokens)^2: 0 is perfect, the mean gives 1.
+        `decoder` is what read_decoder returns. A centred SAE is held against the centred x.
+        """
+        W_dec, b_dec = (_tensor(array).to(x.device) for array in decoder)
+        missed, active = 0.0, 0
+        with _full_precision(x):
+            target = self._centred(x.float())
+            for _, chunk in self._chunks(target):
+                f_NF = self.encode(chunk)
+                offset, scale = self._offset_and_scale(chunk)
+                error = (f_NF @ W_dec + b_dec) * scale + offset - chunk
+                missed += float(error.double().square().sum())
+                active += int((f_NF > 0).sum())
+            variance = float((target - target.mean(0)).double().square().sum())
+        return (missed / variance if variance else math.nan), active / len(x)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.facts.center_input else x
+
+    def _offset_and_scale(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Per token, what the input norm subtracts and then divides by."""
+        if self.input_norm == "layer_norm":
+            # SAELens' own: unbiased deviation, epsilon outside the root. Tensor.std warns at no tokens.
+            mean = x.mean(-1, keepdim=True)
+            return mean, (x - mean).norm(dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + 1e-5
+        if self.input_norm == "constant_norm_rescale":
+            return 0.0, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return 0.0, 1.0
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        x = self._centred(x.float())
+        if self.input_norm == "none":
+            return x
+        offset, scale = self._offset_and_scale(x)
+        return (x - offset) / scale
+
+    def _elementwise(self, x: Tensor, columns: Tensor | slice) -> Tensor:
+        """Activations of these columns, from a normalised x."""
+        weight_KD, bias_K = self.weight_FD[columns], self.bias_F[columns]
+        if self.gain_F is not None:
+            assert self.magnitude_bias_F is not None
+            u_NK = functional.linear(x, weight_KD)
+            magnitude_NK = (u_NK * self.gain_F[columns] + self.magnitude_bias_F[columns]).relu()
+            return magnitude_NK * (u_NK + bias_K > 0)
+        h_NK = functional.linear(x, weight_KD, bias_K)
+        return h_NK.relu() if self.threshold_F is None else h_NK.relu() * (h_NK > self.threshold_F[columns])
+
+    def _support(self, h_NF: Tensor) -> Bool[Tensor, "N F"]:
+        """Which features a coupled SAE lets through."""
+        assert self.k is not None
+        mask_NF = torch.zeros_like(h_NF, dtype=torch.bool)
+        if self.activation == "topk":
+            return mask_NF.scatter_(1, h_NF.detach().topk(self.k, sorted=False).indices, True)
+        groups = (len(h_NF), self.k, self.facts.d_sae // self.k)
+        mask_NF.view(groups).scatter_(2, h_NF.detach().view(groups).argmax(2, keepdim=True), True)
+        return mask_NF
+
+    @torch.no_grad()
+    def _active(self, x: Tensor, columns: Tensor) -> Bool[Tensor, "N K"]:
+        """Which of these columns a coupled SAE lets through, from a normalised x."""
+        active_NK = torch.empty(len(x), len(columns), dtype=torch.bool, device=x.device)
+        for start, chunk in self._chunks(x):
+            h_NF = functional.linear(chunk, self.weight_FD, self.bias_F)
+            active_NK[start : start + len(chunk)] = self._support(h_NF)[:, columns]
+        return active_NK
+
+    def _chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first token, tokens) in pieces whose dense activations fit the memory budget."""
+        step = max(1, MEMORY_BUDGET // (4 * self.facts.d_sae))
+        return ((start, x[start : start + step]) for start in range(0, len(x), step))
+
+
+def load_sae(source: str, hookpoint: str | None = None) -> Sae:
+    """
+    Read an SAE's encoder from a folder, a params.npz or the hub onto the CPU; sae_formats says which and how.
+
+    Raises SaeError for what is missing or not supported.
+    """
+    return Sae(read_sae(source, hookpoint))
+
+
+def _tensor(array: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def _divisors(lengths: Sequence[int], device: torch.device) -> Float[Tensor, "R 1"]:
+    return torch.tensor(lengths, dtype=torch.float32, device=device).clamp_min(1)[:, None]
+
+
+def _check_lengths(x: Tensor, lengths: Sequence[int]) -> None:
+    if sum(lengths) != len(x):
+        raise ValueError(f"the lengths add up to {sum(lengths)} tokens, x has {len(x)}")

@@ -1,0 +1,267 @@
+"""
+The three JSON files of a cache: recipe.json names it, records commit shards, the manifest seals it.
+
+recipe.json is canonical JSON whose sha256 is the cache's name. Records and manifest are JSON in one fixed
+spelling with a checksum of themselves inside, so that a changed byte shows without a second source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from fpo.canonical import canonical_json, checked_json, parse_checked_json, parse_json, sha256_hex
+from fpo.errors import CacheDamaged, CacheError
+from fpo.store.files import printable
+from fpo.store.format.encoding import MAX_FILE_BYTES
+from fpo.store.format.invariants import MAX_SHARD_PAIRS, Bounds, Invalid, check_counts
+from fpo.store.format.key import FORMAT_VERSION, pairs_digest
+
+RECIPE = "recipe.json"
+MANIFEST = "manifest.json"
+SHARDS = "shards"
+RECORDS = "records"
+
+MAX_RECIPE_BYTES = 2**20
+MAX_RECORD_BYTES = 2**16
+MAX_MANIFEST_BYTES = 2**24
+"""Largest files that are written or read: a manifest takes about 310 bytes per shard."""
+
+MAX_SHARDS = 2**15
+"""Of one cache: 67 million pairs, or 2 TiB uncompressed."""
+
+_MANIFEST_VALUES, _SHARD_VALUES = 2**14, 8
+"""Most values in the JSON of a manifest, and more for each of its shards: hostile JSON takes 30 times its size."""
+
+MAX_HOOKPOINTS = 256
+"""Of one cache."""
+
+REPAIR = "restore it from a copy, or delete the whole cache and run fpo cache again"
+REPAIR_SHARD = "put it back with: fpo cache RECIPE --rebuild, or fpo store pull KEY URL --repair"
+REPAIR_RECORD = "delete it and run fpo cache again, with --rebuild where the cache is complete"
+
+Parsed = TypeVar("Parsed")
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def shard_name(sid: int) -> str:
+    """Names come from the number alone, never from a file's contents."""
+    return f"{SHARDS}/{sid:06d}.zarr.zip"
+
+
+def record_name(sid: int) -> str:
+    return f"{RECORDS}/{sid:06d}.json"
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ShardEntry(_Closed):
+    """What the manifest and a record say about one shard."""
+
+    shard: Count
+    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+    """Bytes of the shard file."""
+    sha256: Sha256
+    n_pairs: Count
+    n_tokens: Count
+    pairs_digest: Sha256
+    """What it holds, see `shard_digest`: those of all shards together are the recipe's `pairs.digest`."""
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> ShardEntry:
+        try:
+            check_counts(self.n_pairs, self.n_tokens)
+        except Invalid as error:
+            raise ValueError(f"shard {self.shard}: {error}") from None
+        return self
+
+
+class Record(ShardEntry):
+    """The commit of one shard: a shard without a record does not exist."""
+
+    key: Sha256
+    provenance: dict[str, Any]
+    """How it came to be (versions, device, time): for people, never compared."""
+
+
+class Manifest(_Closed):
+    """What a complete cache contains. The sha256 of its file is the cache's output address."""
+
+    format: Literal[1]
+    key: Sha256
+    n_pairs: Count
+    n_tokens: Count
+    shards: tuple[ShardEntry, ...] = Field(strict=False, max_length=MAX_SHARDS)
+    facts: dict[str, Any]
+    """What its maker adds: the self-check's result, the drop report."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Manifest:
+        if [entry.shard for entry in self.shards] != list(range(len(self.shards))):
+            raise ValueError("shards are not numbered 0, 1, 2, ...")
+        for name in ("n_pairs", "n_tokens"):
+            total = sum(getattr(entry, name) for entry in self.shards)
+            if total != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, its shards add up to {total}")
+        return self
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all shard files."""
+        return sum(entry.size for entry in self.shards)
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+
+class _FeatureFacts(_Open):
+    d_sae: Annotated[int, Field(gt=0, lt=2**32 - 1)]
+    top_k: Annotated[int, Field(gt=0, lt=2**32 - 1)] | Literal["all"]
+
+
+class _ExtraFacts(_Open):
+    top_logits: Annotated[int, Field(ge=0, lt=2**32 - 1)] = 0
+
+
+class _ScorerFacts(_Open):
+    vocab_size: Annotated[int, Field(gt=0, lt=2**32 - 1)]
+    features: tuple[_FeatureFacts, ...] = Field(strict=False, max_length=MAX_HOOKPOINTS)
+    extras: _ExtraFacts = _ExtraFacts()
+
+
+class _PairsFacts(_Open):
+    digest: Sha256
+    n_pairs: Count
+    seed: int
+    shard_pairs: tuple[Annotated[int, Field(ge=0, le=MAX_SHARD_PAIRS)], ...] = Field(
+        strict=False, max_length=MAX_SHARDS
+    )
+
+
+Checked = TypeVar("Checked", Record, Manifest)
+
+
+class RecipeFacts(_Open):
+    """The part of recipe.json that the store itself reads."""
+
+    format: Literal[1]
+    scorer: _ScorerFacts
+    pairs: _PairsFacts
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> RecipeFacts:
+        if sum(self.pairs.shard_pairs) != self.pairs.n_pairs:
+            raise ValueError(f"pairs.shard_pairs adds up to {sum(self.pairs.shard_pairs)}, not {self.pairs.n_pairs}")
+        return self
+
+    @property
+    def bounds(self) -> Bounds:
+        top_ks = [None if f.top_k == "all" else f.top_k for f in self.scorer.features]
+        widths = [f.d_sae for f in self.scorer.features]
+        return Bounds(self.scorer.vocab_size, tuple(zip(widths, top_ks, strict=True)), self.scorer.extras.top_logits)
+
+
+def recipe_facts(recipe: dict[str, Any]) -> RecipeFacts:
+    """Raises ValueError naming the field that does not fit."""
+    try:
+        return RecipeFacts.model_validate(recipe)
+    except ValidationError as error:
+        raise ValueError(_first(error)) from None
+
+
+def recipe_bytes(recipe: dict[str, Any]) -> bytes:
+    """Raises ValueError for what nobody could read again, as those of record and manifest do."""
+    return _bounded(RECIPE, canonical_json(recipe), MAX_RECIPE_BYTES)
+
+
+def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
+    """recipe.json of cache `key`. Raises CacheDamaged, or CacheError for another format version."""
+    if sha256_hex(data) != key:
+        raise CacheDamaged(
+            f"{where} has the sha256 {sha256_hex(data)[:12]}..., its folder is named {key[:12]}...; {REPAIR}"
+        )
+    return _parsed(where, lambda: _recipe(data))
+
+
+def record_bytes(record: Record) -> bytes:
+    return _bounded("a record", checked_json(record.model_dump()), MAX_RECORD_BYTES)
+
+
+def parse_record(data: bytes, key: str, sid: int, where: str) -> Record:
+    """Raises CacheDamaged naming `where`."""
+    record = _parsed(where, lambda: _spelled_so(Record, data, MAX_RECORD_BYTES), REPAIR_RECORD)
+    if (record.key, record.shard) != (key, sid):
+        raise CacheDamaged(
+            f"{where} is the record of shard {record.shard} of cache {record.key[:12]}..., "
+            f"not of shard {sid} of {key[:12]}...; {REPAIR_RECORD}"
+        )
+    return record
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    return _bounded(MANIFEST, checked_json(manifest.model_dump()), MAX_MANIFEST_BYTES)
+
+
+def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Manifest:
+    """Raises CacheDamaged naming `where`, also where the manifest does not fit the recipe."""
+    most = _MANIFEST_VALUES + _SHARD_VALUES * len(facts.pairs.shard_pairs)
+    manifest = _parsed(where, lambda: _spelled_so(Manifest, data, most))
+    if manifest.key != key:
+        raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...; {REPAIR}")
+    if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
+        raise CacheDamaged(f"{where} lists other shards than {RECIPE}'s pairs.shard_pairs; {REPAIR}")
+    found = pairs_digest(entry.pairs_digest for entry in manifest.shards)
+    if found != facts.pairs.digest:
+        raise CacheDamaged(
+            f"{where} lists other pairs than the key stands for: they have the digest {found[:12]}..., "
+            f"{RECIPE} says {facts.pairs.digest[:12]}...; {REPAIR}"
+        )
+    return manifest
+
+
+def _recipe(data: bytes) -> dict[str, Any]:
+    recipe = parse_json(data, MAX_RECIPE_BYTES)
+    if not isinstance(recipe, dict) or canonical_json(recipe) != data:
+        raise ValueError("it is not canonical JSON")
+    if type(recipe.get("format")) is not int or recipe["format"] != FORMAT_VERSION:
+        raise CacheError(
+            f"this cache has format {printable(str(recipe.get('format')))}, this version of fpo reads "
+            f"{FORMAT_VERSION}; use the version that wrote it, or build the cache again with fpo cache"
+        )
+    recipe_facts(recipe)
+    return recipe
+
+
+def _spelled_so(model: type[Checked], data: bytes, most_values: int) -> Checked:
+    parsed = model.model_validate(parse_checked_json(data, most_values))
+    # pydantic takes true and 1.0 for the format 1; another reader may not.
+    if checked_json(parsed.model_dump()) != data:
+        raise ValueError("it is not spelled as this format writes it")
+    return parsed
+
+
+def _bounded(what: str, data: bytes, limit: int) -> bytes:
+    if len(data) > limit:
+        raise ValueError(f"{what} would have {len(data)} bytes, at most {limit} are read")
+    return data
+
+
+def _parsed(where: str, parse: Callable[[], Parsed], repair: str = REPAIR) -> Parsed:
+    try:
+        return parse()
+    except ValidationError as error:
+        raise CacheDamaged(f"{where} is damaged: {_first(error)}; {repair}") from None
+    except (ValueError, TypeError) as error:
+        raise CacheDamaged(f"{where} is damaged: {printable(str(error), 300)}; {repair}") from None
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    field = printable(".".join(str(part) for part in problem["loc"]))
+    return f"{field}: {problem['msg']}" if field else problem["msg"]

@@ -1,0 +1,1 @@
+"""Keeping a store in order: names, uses and locks, collecting, comparing, measuring."""
