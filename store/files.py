@@ -61,6 +61,10 @@ class Folder(Objects):
         self.root = root
         self.anchor = root if anchor is None else anchor
 
+    def inside(self, name: str) -> Folder:
+        """The folder `name` in this one, reached from the same anchor."""
+        return Folder(self.root / name, self.anchor)
+
     def where(self, name: str) -> str:
         """How messages call an object."""
         return str(self.root / name)

@@ -9,12 +9,17 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Self
 
 from fpo.errors import CacheMissing
 
 
 class Objects(ABC):
-    """The objects of one cache."""
+    """The objects of one cache, or of a column of it."""
+
+    @abstractmethod
+    def inside(self, name: str) -> Self:
+        """The place one level down."""
 
     @abstractmethod
     def where(self, name: str) -> str:
@@ -87,7 +92,3 @@ class RemoteObjects(Objects):
     @abstractmethod
     def modified(self, name: str) -> datetime:
         """When an object was written (UTC). Raises CacheMissing."""
-
-    @abstractmethod
-    def inside(self, name: str) -> RemoteObjects:
-        """The place one level down."""

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 from fpo.canonical import sha256_hex
 from fpo.errors import CacheDamaged, CacheMissing
-from fpo.store.format.encoding import MAX_FILE_BYTES, decode_shard
+from fpo.store.format.encoding import MAX_FILE_BYTES, Rows, counts_of, decode_shard
+from fpo.store.format.groups import Groups
 from fpo.store.format.invariants import Bounds, Invalid
 from fpo.store.format.key import shard_digest
 from fpo.store.format.manifest import REPAIR_SHARD, ShardEntry, shard_name
-from fpo.store.format.pairs import Pairs
 from fpo.store.objects import Objects, RemoteObjects
 
 Parsed = TypeVar("Parsed")
@@ -24,9 +24,9 @@ FETCH_ATTEMPTS = 4
 _FIRST_PAUSE = 0.1
 
 
-def load_shard(folder: Objects, key: str, entry: ShardEntry, bounds: Bounds) -> Pairs:
+def load_shard(folder: Objects, key: str, entry: ShardEntry, bounds: Bounds) -> Rows:
     """
-    The pairs of a committed shard. Size, checksum, encoding and invariants are checked.
+    The rows of a committed shard of a cache or column. Size, checksum, encoding and invariants are checked.
 
     Raises CacheDamaged naming the file, both values and the next step.
     """
@@ -36,15 +36,16 @@ def load_shard(folder: Objects, key: str, entry: ShardEntry, bounds: Bounds) -> 
     except CacheMissing as error:
         raise CacheDamaged(f"{error}; {REPAIR_SHARD}") from None
     found, actual = check_shard(folder, key, entry.shard, data, bounds, entry)
-    if (actual.n_pairs, actual.n_tokens) != (entry.n_pairs, entry.n_tokens):
+    if actual.counts != entry.counts:
         raise CacheDamaged(
-            f"{where} has {actual.n_pairs} pairs and {actual.n_tokens} tokens, "
-            f"the manifest says {entry.n_pairs} and {entry.n_tokens}; {REPAIR_SHARD}"
+            "{} has {} groups, {} completions and {} tokens, the manifest says {}, {} and {}; {}".format(
+                where, *actual.counts, *entry.counts, REPAIR_SHARD
+            )
         )
-    if actual.pairs_digest != entry.pairs_digest:
+    if actual.rows_digest != entry.rows_digest:
         raise CacheDamaged(
-            f"{where} holds other pairs than the key stands for: they have the digest {actual.pairs_digest[:12]}..., "
-            f"the manifest says {entry.pairs_digest[:12]}...; {REPAIR_SHARD}"
+            f"{where} holds other groups than the key stands for: they have the digest {actual.rows_digest[:12]}..., "
+            f"the manifest says {entry.rows_digest[:12]}...; {REPAIR_SHARD}"
         )
     return found
 
@@ -92,9 +93,9 @@ def fetch_shard(place: Objects, entry: ShardEntry) -> bytes:
 
 def check_shard(
     folder: Objects, key: str, sid: int, data: bytes, bounds: Bounds, entry: ShardEntry | None = None
-) -> tuple[Pairs, ShardEntry]:
+) -> tuple[Rows, ShardEntry]:
     """
-    Bytes of shard `sid` -> its pairs and what a record says about it; held against `entry` where known.
+    Bytes of shard `sid` -> its rows and what a record says about it; held against `entry` where known.
 
     Raises CacheDamaged naming the file.
     """
@@ -107,19 +108,28 @@ def check_shard(
             f"{where} has the sha256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...; {REPAIR_SHARD}"
         )
     try:
-        pairs = decode_shard(data, key, sid, bounds)
+        rows = decode_shard(data, key, sid, bounds)
     except Invalid as error:
         raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR_SHARD}") from None
-    return pairs, entry_of(sid, data, pairs)
+    return rows, entry_of(sid, data, rows)
 
 
-def entry_of(sid: int, data: bytes, pairs: Pairs) -> ShardEntry:
-    """What manifest and record say about shard `sid` of these bytes, which hold these pairs."""
+def entry_of(sid: int, data: bytes, rows: Rows) -> ShardEntry:
+    """What manifest and record say about shard `sid` of these bytes, which hold these rows."""
+    n_groups, n_completions, n_tokens = counts_of(rows)
     return ShardEntry(
         shard=sid,
         size=len(data),
         sha256=sha256_hex(data),
-        n_pairs=len(pairs),
-        n_tokens=pairs.n_tokens,
-        pairs_digest=shard_digest(pairs.pair_id, pairs.pair_digest),
+        n_groups=n_groups,
+        n_completions=n_completions,
+        n_tokens=n_tokens,
+        rows_digest=rows_digest(rows),
     )
+
+
+def rows_digest(rows: Rows) -> str:
+    """Whose rows these are, as `ShardEntry.rows_digest` has it."""
+    if isinstance(rows, Groups):
+        return shard_digest(rows.group_id, rows.n_completions, rows.completion_digest, rows.score, rows.weight)
+    return sha256_hex(rows.group_id.astype("<u8").tobytes())

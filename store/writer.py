@@ -1,7 +1,7 @@
 """
-Filling a cache: any number of writers, in any order, killed at any moment.
+Filling a cache or one of its columns: any number of writers, in any order, killed at any moment.
 
-A shard is committed by its record, the cache by its manifest; each is created once and never replaced, so
+A shard is committed by its record, the whole by its manifest; each is created once and never replaced, so
 the first writer wins and whoever comes later adopts what stands there. What a killed writer leaves is either
 committed, adopted by the next one, or a file in tmp/ that nobody reads.
 """
@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
-from fpo.store.claims import Claims
-from fpo.store.format.encoding import MAX_FILE_BYTES, encode_shard
+from fpo.store.format.encoding import MAX_FILE_BYTES, Rows, encode_shard
 from fpo.store.format.invariants import Invalid
-from fpo.store.format.key import cache_key, pairs_digest
+from fpo.store.format.key import cache_key, groups_digest
 from fpo.store.format.manifest import (
+    COLUMNS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
@@ -28,6 +28,7 @@ from fpo.store.format.manifest import (
     RECIPE,
     RECORDS,
     SHARDS,
+    ColumnFacts,
     Manifest,
     Record,
     ShardEntry,
@@ -41,7 +42,6 @@ from fpo.store.format.manifest import (
     record_name,
     shard_name,
 )
-from fpo.store.format.pairs import Pairs
 from fpo.store.local import Store, finished_shards
 from fpo.store.origin import Origin
 from fpo.store.shards import check_shard, entry_of, load_shard
@@ -52,34 +52,38 @@ ADOPTED: dict[str, Any] = {"adopted": True}
 
 
 class CacheWriter:
-    """Creates the cache of a recipe, or goes on where another writer stopped."""
+    """Creates the cache or column of a recipe, or goes on where another writer stopped."""
 
     def __init__(
         self, store: Store | Path | str, recipe: dict[str, Any], plan: Sequence[NDArray[np.integer[Any]]]
     ) -> None:
         """
-        recipe: {"format": 1, "scorer": {...}, "pairs": {...}}, see docs/cache-format.md.
-        plan: the pair ids of every shard, as `plan_shards` returns them.
+        recipe: {"format", "scorer", "groups"} of a cache, {"format", "base", "column", "shard_groups"} of a column, see
+            docs/cache-format.md.
+        plan: the group ids of every shard.
 
         Raises ValueError where recipe and plan disagree, CacheError where the store cannot be written.
         """
         self.facts = recipe_facts(recipe)
         self.plan = [np.asarray(ids, dtype=np.uint64) for ids in plan]
-        if tuple(len(ids) for ids in self.plan) != self.facts.pairs.shard_pairs:
-            raise ValueError("recipe pairs.shard_pairs must be [len(ids) for ids in plan]")
-        if self.plan and len(np.unique(np.concatenate(self.plan))) != self.facts.pairs.n_pairs:
-            raise ValueError("the plan holds a pair twice")
+        if tuple(len(ids) for ids in self.plan) != self.facts.shard_groups:
+            raise ValueError("the recipe's shard_groups must be [len(ids) for ids in plan]")
+        if self.plan and len(np.unique(np.concatenate(self.plan))) != sum(self.facts.shard_groups):
+            raise ValueError("the plan holds a group twice")
         self.key, data = cache_key(recipe), recipe_bytes(recipe)
         store = store if isinstance(store, Store) else Store(store)
-        self._use = store.use(self.key)
-        self.folder = store.folder(self.key)
+        base = self.facts.base if isinstance(self.facts, ColumnFacts) else self.key
+        self._use = store.use(base)
+        self.folder = store.folder(base)
+        if isinstance(self.facts, ColumnFacts):
+            self.folder = self.folder.inside(f"{COLUMNS}/{self.key}")
         self.folder.prepare(SHARDS, RECORDS)
         self._origin = Origin(store, make_secret=True)
         if not self.folder.create(RECIPE, data):
             parse_recipe(self.folder.read(RECIPE, MAX_RECIPE_BYTES), self.key, self.folder.where(RECIPE))
         self._seen: set[int] = set()
         self._adopt_unrecorded()
-        self._refuse_other_pairs()
+        self._refuse_other_rows()
 
     def missing(self) -> list[int]:
         """The shards that still have to be written, as the folder says now: another writer may be at work."""
@@ -92,25 +96,21 @@ class CacheWriter:
         """Whether shard `sid` is committed, by its own files: listings may be late, and many are slow."""
         return len(self.folder.sizes([record_name(sid), shard_name(sid)])) == 2
 
-    def claims(self) -> Claims:
-        """What tells the writers of this cache who computes what."""
-        return Claims(self.folder)
-
-    def write(self, sid: int, pairs: Pairs, provenance: dict[str, Any]) -> None:
+    def write(self, sid: int, rows: Rows, provenance: dict[str, Any]) -> None:
         """
         Commit shard `sid`. Where another writer was faster, its shard stays and this one is dropped.
 
         provenance: JSON, how the shard came to be (versions, device, seconds); floats allowed, NaN not.
-        Raises ValueError for pairs that are not the plan's, CacheError where an invariant does not hold
+        Raises ValueError for rows that are not the plan's, CacheError where an invariant does not hold
         (a NaN from the model) or the disk refuses.
         """
-        if not np.array_equal(pairs.pair_id, self.plan[sid]):
-            raise ValueError(f"shard {sid} must hold the pairs {_few(self.plan[sid])}, got {_few(pairs.pair_id)}")
+        if not np.array_equal(rows.group_id, self.plan[sid]):
+            raise ValueError(f"shard {sid} must hold the groups {_few(self.plan[sid])}, got {_few(rows.group_id)}")
         try:
-            data = encode_shard(pairs, self.key, sid, self.facts.bounds)
+            data = encode_shard(rows, self.key, sid, self.facts.bounds)
         except Invalid as error:
             raise CacheError(f"shard {sid} is not written to {self.folder.root}: {error}") from None
-        entry = entry_of(sid, data, pairs)
+        entry = entry_of(sid, data, rows)
         provenance = provenance | self._origin.mark(self.key, entry)
         while not self.folder.create(shard_name(sid), data):
             standing = self._standing_shard(sid)
@@ -143,7 +143,8 @@ class CacheWriter:
         manifest = Manifest(
             format=1,
             key=self.key,
-            n_pairs=sum(entry.n_pairs for entry in entries),
+            n_groups=sum(entry.n_groups for entry in entries),
+            n_completions=sum(entry.n_completions for entry in entries),
             n_tokens=sum(entry.n_tokens for entry in entries),
             shards=entries,
             facts=facts,
@@ -167,29 +168,31 @@ class CacheWriter:
     def _check_shards(self, entries: Sequence[ShardEntry]) -> None:
         for entry in entries:
             self._load(entry)
-        found = pairs_digest(entry.pairs_digest for entry in entries)
-        if found != self.facts.pairs.digest:
+        if isinstance(self.facts, ColumnFacts):
+            return
+        found = groups_digest(entry.rows_digest for entry in entries)
+        if found != self.facts.groups.digest:
             raise CacheConflict(
-                f"the pairs written to {self.folder.root} have the digest {found[:12]}..., "
-                f"its recipe says {self.facts.pairs.digest[:12]}...; move that folder away and build it again"
+                f"the groups written to {self.folder.root} have the digest {found[:12]}..., "
+                f"its recipe says {self.facts.groups.digest[:12]}...; move that folder away and build it again"
             )
 
-    def _load(self, entry: ShardEntry) -> Pairs:
+    def _load(self, entry: ShardEntry) -> Rows:
         name = shard_name(entry.shard)
         try:
-            pairs = load_shard(self.folder, self.key, entry, self.facts.bounds)
+            rows = load_shard(self.folder, self.key, entry, self.facts.bounds)
         except CacheDamaged as error:
             raise CacheDamaged(
                 f"{error}\n  or delete only it and {self.folder.where(record_name(entry.shard))}, "
                 "and run the same command again: one shard is computed anew"
             ) from None
-        if not np.array_equal(pairs.pair_id, self.plan[entry.shard]):
+        if not np.array_equal(rows.group_id, self.plan[entry.shard]):
             raise CacheConflict(
-                f"{self.folder.where(name)} is committed with the pairs {_few(pairs.pair_id)}, this writer has "
+                f"{self.folder.where(name)} is committed with the groups {_few(rows.group_id)}, this writer has "
                 f"{_few(self.plan[entry.shard])} there: the rows of another dataset; use another store, or remove that "
                 f"cache: fpo store rm {self.key[:12]}"
             )
-        return pairs
+        return rows
 
     def _adopt_unrecorded(self) -> None:
         """Shards whose writer was killed before their record: recorded if they are whole, else removed."""
@@ -203,7 +206,7 @@ class CacheWriter:
                     self.folder.sync(SHARDS)
                     self._record(entry, ADOPTED)
 
-    def _refuse_other_pairs(self) -> None:
+    def _refuse_other_rows(self) -> None:
         """One look before anything is computed: raises where what is committed here is not this plan's."""
         done = finished_shards(self.folder, len(self.plan))
         if done:
@@ -217,10 +220,10 @@ class CacheWriter:
         """What a record says about the object `name`, if that is shard `sid` as planned, else None."""
         try:
             data = self.folder.read(name, MAX_FILE_BYTES)
-            pairs, entry = check_shard(self.folder, self.key, sid, data, self.facts.bounds)
+            rows, entry = check_shard(self.folder, self.key, sid, data, self.facts.bounds)
         except (CacheDamaged, CacheMissing):
             return None
-        return entry if np.array_equal(pairs.pair_id, self.plan[sid]) else None
+        return entry if np.array_equal(rows.group_id, self.plan[sid]) else None
 
     def _discard(self, sid: int) -> None:
         """

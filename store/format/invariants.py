@@ -1,7 +1,7 @@
 """
 What must hold in every shard, whatever its checksum says.
 
-Dimension key:  P pairs   T tokens   C scored completion tokens   N kept features   m top logits
+Dimension key:  G groups   K completions   T tokens   C scored completion tokens   N entries   R rows   m top logits
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpo.store.format.key import pair_digests
-from fpo.store.format.pairs import F32, Features, Pairs, TopLogits, lengths_of, scored_lengths
+from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, TopLogits
+from fpo.store.format.groups import Groups, scored_lengths, segment_lengths
+from fpo.store.format.key import completion_digests
+from fpo.store.format.ragged import F32, U32, U64, starts_of
 
 LOGP_SLACK = 1e-3
 """A log-prob is at most 0; rounding in another kernel's log-sum-exp may leave this much above."""
@@ -21,11 +23,14 @@ LOGP_SLACK = 1e-3
 SUM_RTOL, SUM_ATOL = 1e-5, 1e-3
 """`ref_logps` against the sum of the stored `token_logps`: float32 rounding of each is 6e-8 relative."""
 
+NAN_BITS = 0x7FC00000
+"""The one NaN that a `score` may be: other bit patterns would be other bytes for the same fact."""
 
-MAX_SHARD_PAIRS = 2**16
+MAX_SHARD_GROUPS = 2**16
+MAX_SHARD_COMPLETIONS = 2**18
 MAX_SHARD_TOKENS = 2**20
-MAX_PAIR_TOKENS = 2**22
-"""Of one shard; a pair that is longer than MAX_SHARD_TOKENS has a shard alone (see `plan`)."""
+MAX_GROUP_TOKENS = 2**22
+"""Of one shard; a group that is longer than MAX_SHARD_TOKENS has a shard alone (see `plan`)."""
 
 
 class Invalid(ValueError):
@@ -33,107 +38,162 @@ class Invalid(ValueError):
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """The sizes that a recipe promises."""
+class BaseBounds:
+    """The sizes that a cache's recipe promises."""
 
     vocab_size: int
-    features: tuple[tuple[int, int | None], ...]
-    """(d_sae, top_k) per hookpoint; top_k None keeps every non-zero feature."""
-
-    top_logits: int
-    """m; 0: no top logits."""
+    score_mask: bool
 
 
-def check_counts(n_pairs: int, n_tokens: int) -> None:
-    """Raises Invalid for more pairs or tokens than a shard holds: asked before anything is allocated for them."""
-    most = MAX_SHARD_TOKENS if n_pairs != 1 else MAX_PAIR_TOKENS
-    if n_pairs > MAX_SHARD_PAIRS or n_tokens > most:
+@dataclass(frozen=True)
+class ColumnBounds:
+    """The sizes that a column's recipe promises; 0 and None where they are no matter of its kind."""
+
+    kind: str
+    d_sae: int = 0
+    top_k: int | None = None
+    """None keeps every non-zero feature."""
+    m: int = 0
+    vocab_size: int = 0
+
+
+Bounds = BaseBounds | ColumnBounds
+
+
+def check_counts(n_groups: int, n_completions: int, n_tokens: int) -> None:
+    """Raises Invalid for more than a shard holds: asked before anything is allocated for it."""
+    most = MAX_SHARD_TOKENS if n_groups != 1 else MAX_GROUP_TOKENS
+    if n_groups > MAX_SHARD_GROUPS or n_completions > MAX_SHARD_COMPLETIONS or n_tokens > most:
         raise Invalid(
-            f"{n_pairs} pairs with {n_tokens} tokens, a shard holds at most {MAX_SHARD_PAIRS} pairs and "
-            f"{MAX_SHARD_TOKENS} tokens, or one pair of at most {MAX_PAIR_TOKENS}"
+            f"{n_groups} groups with {n_completions} completions and {n_tokens} tokens, a shard holds at most "
+            f"{MAX_SHARD_GROUPS}, {MAX_SHARD_COMPLETIONS} and {MAX_SHARD_TOKENS}, or one group of at most "
+            f"{MAX_GROUP_TOKENS} tokens"
         )
 
 
-def check_pairs(pairs: Pairs, bounds: Bounds) -> None:
+def check_group_ids(group_id: U64) -> None:
+    """Raises Invalid for what is no list of different groups."""
+    _array("group_id", group_id, np.uint64, (len(group_id),))
+    if len(np.unique(group_id)) != len(group_id):
+        raise Invalid("group_id holds the same group twice")
+
+
+def check_groups(groups: Groups, bounds: BaseBounds) -> None:
     """Raises Invalid with the array, the place and the value, at the first thing that does not hold."""
-    P = len(pairs.pair_id)
-    check_counts(P, len(pairs.input_ids))
-    _array("pair_id", pairs.pair_id, np.uint64, (P,))
-    _array("pair_digest", pairs.pair_digest, np.uint8, (P, 16))
-    _array("input_ids", pairs.input_ids, np.uint32, (len(pairs.input_ids),))
-    _splits("splits", pairs.splits, 3 * P, len(pairs.input_ids))
-    _below("input_ids", pairs.input_ids, bounds.vocab_size, "vocab_size")
-    if len(np.unique(pairs.pair_id)) != P:
-        raise Invalid("pair_id holds the same pair twice")
-    wrong = (pair_digests(pairs.input_ids, pairs.splits) != pairs.pair_digest).any(axis=1)
+    G, K = len(groups.group_id), len(groups.completion_digest)
+    check_counts(G, K, len(groups.input_ids))
+    check_group_ids(groups.group_id)
+    _array("n_completions", groups.n_completions, np.uint32, (G,))
+    if int(groups.n_completions.sum(dtype=np.uint64)) != K or not groups.n_completions.all():
+        raise Invalid(f"n_completions holds a 0, or does not add up to the {K} rows of completion_digest")
+    _array("completion_digest", groups.completion_digest, np.uint8, (K, 16))
+    _array("input_ids", groups.input_ids, np.uint32, (len(groups.input_ids),))
+    _splits("splits", groups.splits, G + K, len(groups.input_ids))
+    _below("input_ids", groups.input_ids, bounds.vocab_size, "vocab_size")
+    scored = starts_of(scored_lengths(*segment_lengths(groups.splits, groups.n_completions), groups.n_completions))
+    _check_mask(groups, int(scored[-1]), bounds)
+    made = completion_digests(groups.input_ids, groups.splits, groups.n_completions, groups.score_mask)
+    wrong = (made != groups.completion_digest).any(axis=1)
+    if wrong.any():
+        raise Invalid(f"completion_digest[{int(wrong.argmax())}] is not the digest of that completion's tokens")
+    _check_labels(groups)
+    _check_logps(groups, int(scored[-1]))
+
+
+def check_column(column: Column, n_groups: int, n_completions: int, bounds: ColumnBounds) -> None:
+    """Raises Invalid with the array, the place and the value, at the first thing that does not hold."""
+    kind = KINDS[bounds.kind]
+    if type(column) is not kind:
+        raise Invalid(f"it holds {type(column).__name__}, the recipe says {bounds.kind}")
+    rows = n_groups if kind.PER == "group" else n_completions
+    entries = len(getattr(column, kind.ENTRIES[0]))
+    _splits("splits", column.splits, rows, entries)
+    if isinstance(column, Features):
+        _check_features(column, rows, bounds)
+    elif isinstance(column, TopLogits):
+        _array("indices", column.indices, np.uint32, (entries, bounds.m))
+        _array("logps", column.logps, np.float32, (entries, bounds.m))
+        _below("indices", column.indices, bounds.vocab_size, "vocab_size")
+        _log_probs("logps", column.logps)
+    elif isinstance(column, HiddenGram):
+        _array("products", column.products, np.float32, (entries,))
+        _finite("products", column.products)
+
+
+def check_beside(column: Column, groups: Groups) -> None:
+    """Raises Invalid where a column does not have the rows, or the entries, that these groups ask for."""
+    rows = len(groups) if column.PER == "group" else len(groups.completion_digest)
+    if len(column) != rows:
+        raise Invalid(f"it has {len(column)} rows, the groups ask for {rows}")
+    if isinstance(column, TopLogits) and not np.array_equal(column.splits, groups.scored_splits):
+        raise Invalid("its splits are not those of the scored tokens")
+    if isinstance(column, HiddenGram):
+        n = groups.n_completions.astype(np.int64)
+        if not np.array_equal(column.lengths, n * n):
+            raise Invalid("its rows are not the squares of the groups' completions")
+
+
+def _check_mask(groups: Groups, C: int, bounds: BaseBounds) -> None:
+    mask = groups.score_mask
+    if (mask is not None) != bounds.score_mask:
+        raise Invalid(f"score_mask {'is missing' if mask is None else 'is there'}, the recipe says {bounds.score_mask}")
+    if mask is not None:
+        _array("score_mask", mask, np.uint8, (C,))
+        if mask.size and mask.max() > 1:
+            raise Invalid(f"score_mask holds {int(mask.max())}: a token counts (1) or not (0)")
+
+
+def _check_labels(groups: Groups) -> None:
+    G, K = len(groups), len(groups.completion_digest)
+    _array("score", groups.score, np.float32, (K,))
+    _array("weight", groups.weight, np.float32, (G,))
+    said = np.isfinite(groups.score) | (groups.score.view(np.uint32) == NAN_BITS)
+    if not said.all():
+        raise Invalid(f"score[{int((~said).argmax())}] is neither a number nor the NaN that says nothing")
+    if not (np.isfinite(groups.weight) & (groups.weight > 0)).all():
+        raise Invalid("weight holds what is no number above 0")
+
+
+def _check_logps(groups: Groups, C: int) -> None:
+    K = len(groups.completion_digest)
+    _array("token_logps", groups.token_logps, np.float32, (C,))
+    _array("ref_logps", groups.ref_logps, np.float32, (K,))
+    _log_probs("token_logps", groups.token_logps)
+    _finite("ref_logps", groups.ref_logps)
+    counting = groups.token_logps if groups.score_mask is None else groups.token_logps * groups.score_mask
+    running = np.concatenate([[0.0], np.cumsum(counting, dtype=np.float64)])
+    sums = running[groups.scored_splits[1:]] - running[groups.scored_splits[:-1]]
+    wrong = np.abs(groups.ref_logps - sums) > SUM_ATOL + SUM_RTOL * np.abs(sums)
     if wrong.any():
         row = int(wrong.argmax())
-        raise Invalid(f"pair_digest[{row}] is not the digest of that pair's token ids (pair {pairs.pair_id[row]})")
-    _check_logps(pairs)
-    if len(pairs.features) != len(bounds.features):
-        raise Invalid(f"it has {len(pairs.features)} hookpoints, the recipe has {len(bounds.features)}")
-    for n, (features, (d_sae, top_k)) in enumerate(zip(pairs.features, bounds.features, strict=True)):
-        _check_features(f"features/{n}", features, P, d_sae, top_k)
-    _check_top_logits(pairs.top_logits, len(pairs.token_logps), bounds)
+        raise Invalid(f"ref_logps[{row}] is {groups.ref_logps[row]:.9g}, its token_logps sum to {sums[row]:.9g}")
 
 
-def _check_logps(pairs: Pairs) -> None:
-    P = len(pairs)
-    scored = scored_lengths(pairs.lengths).ravel()
-    _array("token_logps", pairs.token_logps, np.float32, (int(scored.sum()),))
-    _array("ref_logps", pairs.ref_logps, np.float32, (P, 2))
-    _log_probs("token_logps", pairs.token_logps)
-    _finite("ref_logps", pairs.ref_logps)
-    running = np.concatenate([[0.0], np.cumsum(pairs.token_logps, dtype=np.float64)])
-    splits = pairs.completion_splits
-    sums = (running[splits[1:]] - running[splits[:-1]]).reshape(P, 2)
-    wrong = np.abs(pairs.ref_logps - sums) > SUM_ATOL + SUM_RTOL * np.abs(sums)
-    if wrong.any():
-        row, side = np.argwhere(wrong)[0]
-        raise Invalid(
-            f"ref_logps[{row}, {side}] is {pairs.ref_logps[row, side]:.9g}, "
-            f"its token_logps sum to {sums[row, side]:.9g}"
-        )
-
-
-def _check_features(name: str, features: Features, P: int, d_sae: int, top_k: int | None) -> None:
+def _check_features(features: Features, rows: int, bounds: ColumnBounds) -> None:
     N = len(features.indices)
-    _array(f"{name}/indices", features.indices, np.uint32, (N,))
-    _array(f"{name}/acts", features.acts, np.float32, (N,))
-    _splits(f"{name}/splits", features.splits, 2 * P, N)
-    _array(f"{name}/active", features.active, np.uint32, (P, 2))
-    _array(f"{name}/tail_sq", features.tail_sq, np.float32, (P, 2))
-    _below(f"{name}/indices", features.indices, d_sae, "d_sae")
-    _finite(f"{name}/acts", features.acts)
-    _finite(f"{name}/tail_sq", features.tail_sq)
-    _below(f"{name}/active", features.active, d_sae + 1, "d_sae + 1")
+    _array("indices", features.indices, np.uint32, (N,))
+    _array("acts", features.acts, np.float32, (N,))
+    _array("active", features.active, np.uint32, (rows,))
+    _array("tail_sq", features.tail_sq, np.float32, (rows,))
+    _below("indices", features.indices, bounds.d_sae, "d_sae")
+    _finite("acts", features.acts)
+    _finite("tail_sq", features.tail_sq)
+    _below("active", features.active, bounds.d_sae + 1, "d_sae + 1")
     if (features.tail_sq < 0).any():
-        raise Invalid(f"{name}/tail_sq holds a negative sum of squares")
+        raise Invalid("tail_sq holds a negative sum of squares")
     falls = features.indices[1:] <= features.indices[:-1]
     starts = features.splits[1:-1]
-    # Between two completions the indices may fall; N itself and 0 are no place between two entries.
+    # Between two rows the indices may fall; N itself and 0 are no place between two entries.
     falls[(starts[(starts > 0) & (starts < N)] - 1).astype(np.int64)] = False
     if falls.any():
-        raise Invalid(f"{name}/indices does not ascend inside a completion, at entry {int(falls.argmax()) + 1}")
-    kept = lengths_of(features.splits).reshape(P, 2)
-    most = features.active.astype(np.int64) if top_k is None else np.minimum(features.active, top_k)
+        raise Invalid(f"indices does not ascend inside a row, at entry {int(falls.argmax()) + 1}")
+    kept, active = features.lengths, features.active.astype(np.int64)
+    most = active if bounds.top_k is None else np.minimum(active, bounds.top_k)
     if (kept > most).any():
-        row, side = np.argwhere(kept > most)[0]
+        row = int((kept > most).argmax())
         raise Invalid(
-            f"{name} keeps {kept[row, side]} features of pair row {row} side {side}, "
-            f"with {features.active[row, side]} active and top_k {'all' if top_k is None else top_k}"
+            f"row {row} keeps {kept[row]} features, with {active[row]} active and top_k {bounds.top_k or 'all'}"
         )
-
-
-def _check_top_logits(top: TopLogits | None, C: int, bounds: Bounds) -> None:
-    m = bounds.top_logits
-    if (top is None) != (m == 0):
-        raise Invalid(f"top_logits {'are missing' if top is None else 'are there'}, the recipe says {m}")
-    if top is not None:
-        _array("top_logits/indices", top.indices, np.uint32, (C, m))
-        _array("top_logits/logps", top.logps, np.float32, (C, m))
-        _below("top_logits/indices", top.indices, bounds.vocab_size, "vocab_size")
-        _log_probs("top_logits/logps", top.logps)
 
 
 def _array(name: str, array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> None:
@@ -149,7 +209,7 @@ def _splits(name: str, splits: NDArray[np.uint64], segments: int, total: int) ->
         raise Invalid(f"{name} does not rise from 0 to {total}")
 
 
-def _below(name: str, array: NDArray[np.uint32], limit: int, limit_name: str) -> None:
+def _below(name: str, array: U32, limit: int, limit_name: str) -> None:
     if array.size and int(array.max()) >= limit:
         raise Invalid(f"{name} holds {int(array.max())}, {limit_name} is {limit}")
 

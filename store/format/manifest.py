@@ -1,8 +1,9 @@
 """
-The three JSON files of a cache: recipe.json names it, records commit shards, the manifest seals it.
+The three JSON files of a cache, and of each of its columns: recipe.json names it, records commit shards, the manifest
+seals it.
 
-recipe.json is canonical JSON whose sha256 is the cache's name. Records and manifest are JSON in one fixed
-spelling with a checksum of themselves inside, so that a changed byte shows without a second source.
+recipe.json is canonical JSON whose sha256 is the name of the cache or column. Records and manifest are JSON in one
+fixed spelling with a checksum of themselves inside, so that a changed byte shows without a second source.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from fpo.canonical import canonical_json, checked_json, parse_checked_json, parse_json, sha256_hex
 from fpo.errors import CacheDamaged, CacheError
 from fpo.store.files import printable
+from fpo.store.format.columns import Spec
 from fpo.store.format.encoding import MAX_FILE_BYTES
-from fpo.store.format.invariants import MAX_SHARD_PAIRS, Bounds, Invalid, check_counts
-from fpo.store.format.key import FORMAT_VERSION, pairs_digest
+from fpo.store.format.invariants import MAX_SHARD_GROUPS, BaseBounds, Bounds, ColumnBounds, Invalid, check_counts
+from fpo.store.format.key import FORMAT_VERSION, groups_digest
 
 RECIPE = "recipe.json"
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 RECORDS = "records"
+COLUMNS = "columns"
+"""Holds a folder per column, named by its key."""
 
 MAX_RECIPE_BYTES = 2**20
 MAX_RECORD_BYTES = 2**16
@@ -30,13 +34,10 @@ MAX_MANIFEST_BYTES = 2**24
 """Largest files that are written or read: a manifest takes about 310 bytes per shard."""
 
 MAX_SHARDS = 2**15
-"""Of one cache: 67 million pairs, or 2 TiB uncompressed."""
+"""Of one cache or column: 67 million groups, or 2 TiB uncompressed."""
 
-_MANIFEST_VALUES, _SHARD_VALUES = 2**14, 8
+_MANIFEST_VALUES, _SHARD_VALUES = 2**14, 9
 """Most values in the JSON of a manifest, and more for each of its shards: hostile JSON takes 30 times its size."""
-
-MAX_HOOKPOINTS = 256
-"""Of one cache."""
 
 REPAIR = "restore it from a copy, or delete the whole cache and run fpo cache again"
 REPAIR_SHARD = "put it back with: fpo cache RECIPE --rebuild, or fpo store pull KEY URL --repair"
@@ -67,15 +68,23 @@ class ShardEntry(_Closed):
     size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
     """Bytes of the shard file."""
     sha256: Sha256
-    n_pairs: Count
+    n_groups: Count
+    n_completions: Count
     n_tokens: Count
-    pairs_digest: Sha256
-    """What it holds, see `shard_digest`: those of all shards together are the recipe's `pairs.digest`."""
+    """0 in a column: the tokens stand in the base."""
+    rows_digest: Sha256
+    """Whose rows it holds, see `shard_digest`: those of all shards together are the recipe's `groups.digest`. In a
+    column, the sha256 of its group_id (uint64, little-endian)."""
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Groups, completions and tokens."""
+        return self.n_groups, self.n_completions, self.n_tokens
 
     @model_validator(mode="after")
     def _within_limits(self) -> ShardEntry:
         try:
-            check_counts(self.n_pairs, self.n_tokens)
+            check_counts(*self.counts)
         except Invalid as error:
             raise ValueError(f"shard {self.shard}: {error}") from None
         return self
@@ -90,11 +99,12 @@ class Record(ShardEntry):
 
 
 class Manifest(_Closed):
-    """What a complete cache contains. The sha256 of its file is the cache's output address."""
+    """What a complete cache or column contains. The sha256 of its file is the output address."""
 
     format: Literal[1]
     key: Sha256
-    n_pairs: Count
+    n_groups: Count
+    n_completions: Count
     n_tokens: Count
     shards: tuple[ShardEntry, ...] = Field(strict=False, max_length=MAX_SHARDS)
     facts: dict[str, Any]
@@ -104,7 +114,7 @@ class Manifest(_Closed):
     def _adds_up(self) -> Manifest:
         if [entry.shard for entry in self.shards] != list(range(len(self.shards))):
             raise ValueError("shards are not numbered 0, 1, 2, ...")
-        for name in ("n_pairs", "n_tokens"):
+        for name in ("n_groups", "n_completions", "n_tokens"):
             total = sum(getattr(entry, name) for entry in self.shards)
             if total != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, its shards add up to {total}")
@@ -120,57 +130,108 @@ class _Open(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
 
-class _FeatureFacts(_Open):
-    d_sae: Annotated[int, Field(gt=0, lt=2**32 - 1)]
-    top_k: Annotated[int, Field(gt=0, lt=2**32 - 1)] | Literal["all"]
-
-
-class _ExtraFacts(_Open):
-    top_logits: Annotated[int, Field(ge=0, lt=2**32 - 1)] = 0
+Width = Annotated[int, Field(gt=0, lt=2**32 - 1)]
+ShardGroups = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MAX_SHARD_GROUPS)], ...], Field(strict=False, max_length=MAX_SHARDS)
+]
 
 
 class _ScorerFacts(_Open):
-    vocab_size: Annotated[int, Field(gt=0, lt=2**32 - 1)]
-    features: tuple[_FeatureFacts, ...] = Field(strict=False, max_length=MAX_HOOKPOINTS)
-    extras: _ExtraFacts = _ExtraFacts()
+    vocab_size: Width
 
 
-class _PairsFacts(_Open):
+class _GroupsFacts(_Open):
     digest: Sha256
-    n_pairs: Count
+    n_groups: Count
+    n_completions: Count
+    score_mask: bool
     seed: int
-    shard_pairs: tuple[Annotated[int, Field(ge=0, le=MAX_SHARD_PAIRS)], ...] = Field(
-        strict=False, max_length=MAX_SHARDS
-    )
+    shard_groups: ShardGroups
+
+
+class _ColumnFacts(_Open):
+    kind: Literal["features", "prompt_features", "top_logits", "hidden_gram"]
+    d_sae: Width | None = None
+    top_k: Width | Literal["all"] | None = None
+    m: Width | None = None
+    vocab_size: Width | None = None
+
+    @model_validator(mode="after")
+    def _says_its_sizes(self) -> _ColumnFacts:
+        needed = {"top_logits": ("m", "vocab_size"), "hidden_gram": ()}.get(self.kind, ("d_sae", "top_k"))
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"a column of {self.kind} needs {missing[0]}")
+        return self
 
 
 Checked = TypeVar("Checked", Record, Manifest)
 
 
-class RecipeFacts(_Open):
-    """The part of recipe.json that the store itself reads."""
+class BaseFacts(_Open):
+    """The part of a cache's recipe.json that the store itself reads."""
 
     format: Literal[1]
     scorer: _ScorerFacts
-    pairs: _PairsFacts
+    groups: _GroupsFacts
 
     @model_validator(mode="after")
-    def _adds_up(self) -> RecipeFacts:
-        if sum(self.pairs.shard_pairs) != self.pairs.n_pairs:
-            raise ValueError(f"pairs.shard_pairs adds up to {sum(self.pairs.shard_pairs)}, not {self.pairs.n_pairs}")
+    def _adds_up(self) -> BaseFacts:
+        if sum(self.groups.shard_groups) != self.groups.n_groups:
+            raise ValueError(
+                f"groups.shard_groups adds up to {sum(self.groups.shard_groups)}, not {self.groups.n_groups}"
+            )
         return self
 
     @property
+    def shard_groups(self) -> tuple[int, ...]:
+        """Groups of every shard."""
+        return self.groups.shard_groups
+
+    @property
     def bounds(self) -> Bounds:
-        top_ks = [None if f.top_k == "all" else f.top_k for f in self.scorer.features]
-        widths = [f.d_sae for f in self.scorer.features]
-        return Bounds(self.scorer.vocab_size, tuple(zip(widths, top_ks, strict=True)), self.scorer.extras.top_logits)
+        return BaseBounds(self.scorer.vocab_size, self.groups.score_mask)
+
+
+class ColumnFacts(_Closed):
+    """What a column's recipe.json says."""
+
+    format: Literal[1]
+    base: Sha256
+    """Key of its cache."""
+    column: dict[str, Any]
+    """Its spec, see `columns`."""
+    shard_groups: ShardGroups
+    """Groups of every shard: the base's, cut further where the column takes more."""
+
+    @model_validator(mode="after")
+    def _known(self) -> ColumnFacts:
+        _ColumnFacts.model_validate(self.column)
+        return self
+
+    @property
+    def spec(self) -> Spec:
+        return self.column
+
+    @property
+    def bounds(self) -> Bounds:
+        facts = _ColumnFacts.model_validate(self.column)
+        return ColumnBounds(
+            facts.kind,
+            facts.d_sae or 0,
+            None if facts.top_k in (None, "all") else facts.top_k,
+            facts.m or 0,
+            facts.vocab_size or 0,
+        )
+
+
+RecipeFacts = BaseFacts | ColumnFacts
 
 
 def recipe_facts(recipe: dict[str, Any]) -> RecipeFacts:
     """Raises ValueError naming the field that does not fit."""
     try:
-        return RecipeFacts.model_validate(recipe)
+        return (ColumnFacts if "base" in recipe else BaseFacts).model_validate(recipe)
     except ValidationError as error:
         raise ValueError(_first(error)) from None
 
@@ -210,17 +271,19 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Manifest:
     """Raises CacheDamaged naming `where`, also where the manifest does not fit the recipe."""
-    most = _MANIFEST_VALUES + _SHARD_VALUES * len(facts.pairs.shard_pairs)
+    most = _MANIFEST_VALUES + _SHARD_VALUES * len(facts.shard_groups)
     manifest = _parsed(where, lambda: _spelled_so(Manifest, data, most))
     if manifest.key != key:
         raise CacheDamaged(f"{where} is the manifest of cache {manifest.key[:12]}..., not of {key[:12]}...; {REPAIR}")
-    if tuple(entry.n_pairs for entry in manifest.shards) != facts.pairs.shard_pairs:
-        raise CacheDamaged(f"{where} lists other shards than {RECIPE}'s pairs.shard_pairs; {REPAIR}")
-    found = pairs_digest(entry.pairs_digest for entry in manifest.shards)
-    if found != facts.pairs.digest:
+    if tuple(entry.n_groups for entry in manifest.shards) != facts.shard_groups:
+        raise CacheDamaged(f"{where} lists other shards than {RECIPE}'s shard_groups; {REPAIR}")
+    if isinstance(facts, ColumnFacts):
+        return manifest
+    found = groups_digest(entry.rows_digest for entry in manifest.shards)
+    if (found, manifest.n_completions) != (facts.groups.digest, facts.groups.n_completions):
         raise CacheDamaged(
-            f"{where} lists other pairs than the key stands for: they have the digest {found[:12]}..., "
-            f"{RECIPE} says {facts.pairs.digest[:12]}...; {REPAIR}"
+            f"{where} lists other groups than the key stands for: they have the digest {found[:12]}..., "
+            f"{RECIPE} says {facts.groups.digest[:12]}...; {REPAIR}"
         )
     return manifest
 
@@ -233,6 +296,11 @@ def _recipe(data: bytes) -> dict[str, Any]:
         raise CacheError(
             f"this cache has format {printable(str(recipe.get('format')))}, this version of fpo reads "
             f"{FORMAT_VERSION}; use the version that wrote it, or build the cache again with fpo cache"
+        )
+    if "pairs" in recipe:
+        raise CacheError(
+            "this cache was written before format 1 was final: it holds pairs, not groups; "
+            "build it again with fpo cache"
         )
     recipe_facts(recipe)
     return recipe

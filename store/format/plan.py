@@ -1,57 +1,81 @@
 """
-Which pairs share a shard: a pure function of the pairs' sizes and a seed, so that any number of writers
+Which groups share a shard: a pure function of the groups' sizes and a seed, so that any number of writers
 agree on it without talking.
 
-Pairs are shuffled once, here: reading shards in blocks is then statistically a shuffle of all pairs.
+Groups are shuffled once, here: reading shards in blocks is then statistically a shuffle of all groups.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpo.store.format.pairs import I64, scored_lengths, starts_of
+from fpo.store.format.ragged import I64, lengths_of, starts_of
 
-_FIXED_BYTES_PER_PAIR = 8 + 16 + 3 * 8 + 2 * 4
-"""pair_id, pair_digest, three splits, ref_logps."""
+SHARD_BYTES = 64 * 2**20
+"""A shard is closed before its arrays take more, uncompressed."""
+
+_BYTES_PER_GROUP = 8 + 4 + 4 + 8
+"""group_id, n_completions, weight, the prompt's split."""
+_BYTES_PER_COMPLETION = 16 + 8 + 4 + 4
+"""completion_digest, split, score, ref_logps."""
 
 
 def plan_shards(
-    lengths: NDArray[np.integer[Any]],
-    feature_bytes: NDArray[np.integer[Any]],
+    n_tokens: NDArray[np.integer[Any]],
+    n_completions: NDArray[np.integer[Any]],
     seed: int,
-    max_pairs: int = 2048,
+    max_groups: int = 2048,
     max_tokens: int = 2**20,
-    max_bytes: int = 64 * 2**20,
+    max_bytes: int = SHARD_BYTES,
 ) -> list[I64]:
     """
-    The pair ids of every shard, in shard order.
+    The groups (positions) of every shard, in shard order.
 
-    lengths: (P, 3) tokens of prompt, chosen and rejected.
-    feature_bytes: (P,) upper bound of what features and extras of the pair take, uncompressed.
+    n_tokens, n_completions: (G,) of every group.
     seed: at least 0, below 2**64.
-    A shard is closed before it exceeds a limit; a pair that exceeds one by itself gets its own shard.
+    A shard is closed before it exceeds a limit; a group that exceeds one by itself gets its own shard.
     """
-    counts = np.asarray(lengths, dtype=np.int64).reshape(-1, 3)
-    order = permutation(len(counts), seed)
-    tokens = counts.sum(axis=1)
-    n_bytes = 4 * tokens + 4 * scored_lengths(counts).sum(axis=1) + _FIXED_BYTES_PER_PAIR
-    n_bytes += np.asarray(feature_bytes, dtype=np.int64)
-    token_starts, byte_starts = starts_of(tokens[order]), starts_of(n_bytes[order])
-    shards = []
+    tokens, completions = np.asarray(n_tokens, dtype=np.int64), np.asarray(n_completions, dtype=np.int64)
+    order = permutation(len(tokens), seed)
+    # Ids, log-probs and a mask take 4 + 4 + 1 bytes a token at most.
+    n_bytes = 9 * tokens + _BYTES_PER_GROUP + _BYTES_PER_COMPLETION * completions
+    ends = _cut(max_groups, (tokens[order], max_tokens), (n_bytes[order], max_bytes))
+    return [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] if ends else []
+
+
+def cut_shards(
+    shard_groups: Sequence[int], n_bytes: NDArray[np.integer[Any]], max_bytes: int = SHARD_BYTES
+) -> list[int]:
+    """
+    Groups of every shard of a column: those of the base's shards, each cut further where the column takes more.
+
+    shard_groups: of the base. n_bytes: (G,) what the column takes of each group at most, in the order of the shards.
+    """
+    starts = starts_of(np.array(shard_groups, dtype=np.int64)).tolist()
+    sizes = np.asarray(n_bytes, dtype=np.int64)
+    found: list[int] = []
+    for start, end in itertools.pairwise(starts):
+        ends = _cut(max(end - start, 1), (sizes[start:end], max_bytes))
+        found += lengths_of(np.array([0, *ends])).tolist() or [0]
+    return found
+
+
+def _cut(max_rows: int, *limits: tuple[I64, int]) -> list[int]:
+    """Where each run of rows ends that exceeds neither so many rows nor a limit on a sum; at least one row each."""
+    n = len(limits[0][0])
+    running = [(starts_of(sizes), limit) for sizes, limit in limits]
+    ends: list[int] = []
     start = 0
-    while start < len(order):
-        ends = (
-            start + max_pairs,
-            int(np.searchsorted(token_starts, token_starts[start] + max_tokens, side="right")) - 1,
-            int(np.searchsorted(byte_starts, byte_starts[start] + max_bytes, side="right")) - 1,
-        )
-        end = min(max(min(ends), start + 1), len(order))
-        shards.append(order[start:end])
-        start = end
-    return shards
+    while start < n:
+        most = [int(np.searchsorted(sums, sums[start] + limit, side="right")) - 1 for sums, limit in running]
+        start = min(max(min(start + max_rows, *most), start + 1), n)
+        ends.append(start)
+    return ends
 
 
 def permutation(n: int, seed: int) -> I64:

@@ -1,0 +1,150 @@
+"""
+The columns of a cache: which are there, which of them serves what is asked for, and their rows beside the base's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fpo.errors import CacheDamaged, CacheError, CacheMissing
+from fpo.store.format.columns import KINDS, Column, Spec, column_name, covers, cut
+from fpo.store.format.encoding import ColumnRows
+from fpo.store.format.groups import Groups
+from fpo.store.format.invariants import Invalid, check_beside
+from fpo.store.format.key import FORMAT_VERSION, cache_key
+from fpo.store.format.manifest import (
+    COLUMNS,
+    MANIFEST,
+    MAX_RECIPE_BYTES,
+    RECIPE,
+    REPAIR_SHARD,
+    ColumnFacts,
+    parse_recipe,
+    recipe_facts,
+    shard_name,
+)
+from fpo.store.objects import Objects, RemoteObjects
+from fpo.store.sealed import Sealed
+from fpo.store.shards import fetch_parsed
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+MAX_COLUMNS = 256
+"""Of one cache: more are not listed."""
+
+
+def column_recipe(base: str, spec: Spec, shard_groups: Sequence[int]) -> dict[str, object]:
+    """The recipe.json of the column `spec` beside the cache `base`, whose shards hold so many groups."""
+    return {"format": FORMAT_VERSION, "base": base, "column": spec, "shard_groups": list(shard_groups)}
+
+
+def column_keys(folder: Objects) -> list[str]:
+    """The columns beside the cache in `folder`, complete or not, sorted."""
+    return [name for name in folder.names(COLUMNS) if _KEY.fullmatch(name)][:MAX_COLUMNS]
+
+
+def column_facts(folder: Objects, base: str, key: str) -> ColumnFacts:
+    """What the recipe of a column says. Raises CacheDamaged for one that does not belong to this base."""
+    place = folder.inside(f"{COLUMNS}/{key}")
+
+    def parse(data: bytes) -> ColumnFacts:
+        facts = recipe_facts(parse_recipe(data, key, place.where(RECIPE)))
+        if not isinstance(facts, ColumnFacts) or facts.base != base:
+            raise CacheDamaged(f"{place.where(RECIPE)} is no column of cache {base[:12]}; remove {place.where('')}")
+        return facts
+
+    return fetch_parsed(place, RECIPE, MAX_RECIPE_BYTES, parse)[1]
+
+
+@dataclass(frozen=True)
+class HeldColumn:
+    """A complete column, as its recipe says."""
+
+    key: str
+    spec: Spec
+
+
+def held_columns(folder: Objects, base: str, shard_groups: Sequence[int], wanted: Sequence[Spec]) -> list[HeldColumn]:
+    """
+    The complete columns beside a cache, sorted by key; on a server without a listing, those of exactly the `wanted`
+    specs that are cut as the base is. What cannot be read is left out: `verify` tells.
+    """
+    if isinstance(folder, RemoteObjects) and not folder.listable:
+        keys = [cache_key(column_recipe(base, spec, shard_groups)) for spec in wanted]
+    else:
+        keys = column_keys(folder)
+    return list(_complete(folder, base, keys))
+
+
+def _complete(folder: Objects, base: str, keys: Sequence[str]) -> Iterator[HeldColumn]:
+    for key in keys:
+        try:
+            if folder.inside(f"{COLUMNS}/{key}").sizes([MANIFEST]):
+                yield HeldColumn(key, column_facts(folder, base, key).spec)
+        except (CacheMissing, CacheError):
+            continue
+
+
+def serving(held: Sequence[HeldColumn], spec: Spec) -> HeldColumn | None:
+    """The column that covers `spec` with the least beyond it; None where none does."""
+    fitting = [column for column in held if covers(column.spec, spec)]
+    return min(fitting, key=lambda column: (column.spec != spec, _excess(column.spec), column.key), default=None)
+
+
+def _excess(spec: Spec) -> float:
+    return float("inf") if spec.get("top_k") == "all" else float(spec.get("top_k", 0) + spec.get("m", 0))
+
+
+class OpenColumn:
+    """A complete column beside its base, read as the spec that was asked for."""
+
+    def __init__(self, folder: Objects, held: HeldColumn, wanted: Spec) -> None:
+        """folder: of the column. Raises as `Sealed` does."""
+        self.sealed = Sealed(folder, held.key)
+        self.held, self.wanted = held.spec, wanted
+
+    def names(self, start: int, end: int) -> list[str]:
+        """The shard files that hold the groups from `start` to `end` of the cache's order."""
+        return [shard_name(sid) for sid in self._sids(start, end)]
+
+    def rows(self, groups: Groups, start: int) -> Column:
+        """
+        The rows of these groups, a shard of the base that begins at group `start` of the cache's order.
+
+        Raises CacheDamaged where they are rows of others.
+        """
+        parts = [self.sealed.shard(sid) for sid in self._sids(start, start + len(groups))]
+        found = [part.column for part in parts if isinstance(part, ColumnRows)]
+        ids = [part.group_id for part in parts]
+        column = KINDS[self.held["kind"]].concat(found)
+        try:
+            if not np.array_equal(np.concatenate(ids), groups.group_id):
+                raise Invalid("it holds other groups than the base")
+            check_beside(column, groups)
+        except Invalid as error:
+            raise CacheDamaged(f"{self.sealed.folder.where('')} is damaged: {error}; {REPAIR_SHARD}") from None
+        return cut(column, self.held, self.wanted)
+
+    def _sids(self, start: int, end: int) -> list[int]:
+        """Shards that begin in this range; an empty base shard has one of its own."""
+        starts, counts = self.sealed.starts, np.diff(self.sealed.starts)
+        inside = (starts[:-1] >= start) & (starts[1:] <= end) & ((counts > 0) | (start == end))
+        return [int(sid) for sid in np.flatnonzero(inside)]
+
+
+def lacks(where: str, spec: Spec) -> CacheMissing:
+    """A base without a column: how to add it."""
+    return CacheMissing(
+        f"{where} has no column of {column_name(spec)} [{_short(spec)}]; add it with: fpo cache RECIPE "
+        "(the base stays, one pass for the column)"
+    )
+
+
+def _short(spec: Spec) -> str:
+    sae = spec.get("sae")
+    weights = sae.get("weights") if isinstance(sae, dict) else None
+    return str(weights)[:8] if weights else cache_key({"column": spec})[:8]
