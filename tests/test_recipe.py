@@ -9,20 +9,19 @@ import pytest
 import yaml
 
 from fpo.errors import RecipeError
+from fpo.objectives import Fpo, Simpo
 from fpo.recipe import (
     OWNED_ARGUMENTS,
     PUBLISHING_ARGUMENTS,
-    Fpo,
     Recipe,
-    Section,
-    Simpo,
-    _training_fields,
     dump_recipe,
     load_recipe,
     reference_page,
     trl_names,
     validate_recipe,
 )
+from fpo.recipe.training import training_fields
+from fpo.section import Section
 
 MINIMAL: dict[str, Any] = {
     "reference": {"model": "some/model"},
@@ -141,7 +140,7 @@ def test_what_sends_a_run_away_comes_from_the_command_line_and_is_written_nowher
 
 def test_every_argument_of_transformers_is_ours_or_does_something() -> None:
     """A name that transformers no longer has cannot be refused by name; a new one must be looked at."""
-    known = set(_training_fields())
+    known = set(training_fields())
     assert set(OWNED_ARGUMENTS) - known == {"max_length"}
     assert set(PUBLISHING_ARGUMENTS) <= known
     assert not set(trl_names.ARGUMENTS) & known
