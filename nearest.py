@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 LIKENESS = 0.6
-"""From here on one name passes for the other, mistyped: `bf16` and `bfloat16` have 0.67, `hook` and `hookpoint` 0.62."""
+"""From here on a name passes for another, mistyped: `bf16` and `bfloat16` have 0.67, `hook` and `hookpoint` 0.62."""
 
 
 def nearest(name: str, valid: Iterable[str], likeness: float = LIKENESS) -> str | None:

@@ -15,7 +15,7 @@ field is checked here before anything heavy loads.
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, Dtype, HalfDtype, training_arithmetic
 from fpo.recipe.experiment import Recipe, check_arithmetic
 from fpo.recipe.loading import dump_recipe, load_recipe, validate_recipe
-from fpo.recipe.page import reference_page
+from fpo.recipe.page import recipe_schema, reference_page
 from fpo.recipe.sections import CacheOptions, Data, Feature, Lora, Policy, Reference
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS
 
@@ -36,6 +36,7 @@ __all__ = [
     "check_arithmetic",
     "dump_recipe",
     "load_recipe",
+    "recipe_schema",
     "reference_page",
     "training_arithmetic",
     "validate_recipe",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from fpo.objectives import OBJECTIVES
 from fpo.recipe.experiment import Recipe
 from fpo.recipe.sections import CacheOptions, Data, Feature, Lora, Policy, Reference
-from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS
+from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS, training_fields
 from fpo.section import Section
 
 _PAGE = (
@@ -62,3 +62,12 @@ def _type_name(annotation: Any) -> str:
         return "section"
     names = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
     return names.get(annotation, "list" if get_origin(annotation) is list else "mapping")
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe's file, with the documentation of every field; of `training` it knows the names."""
+    schema = Recipe.model_json_schema()
+    ours = (*OWNED_ARGUMENTS, *PUBLISHING_ARGUMENTS)
+    names: dict[str, Any] = {name: {} for name in training_fields() if name not in ours}
+    schema["properties"]["training"] |= {"properties": names, "additionalProperties": False}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -16,10 +17,12 @@ from fpo.recipe import (
     Recipe,
     dump_recipe,
     load_recipe,
+    recipe_schema,
     reference_page,
     trl_names,
     validate_recipe,
 )
+from fpo.recipe.parsing import parse_yaml
 from fpo.recipe.training import training_fields
 from fpo.section import Section
 
@@ -28,6 +31,9 @@ MINIMAL: dict[str, Any] = {
     "features": [{"sae": "some/sae", "hookpoint": "model.layers.3", "top_k": 64}],
     "data": {"source": "pairs.jsonl"},
 }
+
+
+READY = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -282,7 +288,7 @@ def test_a_dumped_recipe_reads_back_the_same(tmp_path: Path) -> None:
     assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", READY, ids=lambda p: p.name)
 def test_every_ready_recipe_is_valid_and_begins_with_its_command(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith(f"# fpo align recipes/{path.name}")
     assert isinstance(load_recipe(path), Recipe)
@@ -299,6 +305,29 @@ def test_every_field_is_documented() -> None:
         if not field.description
     ]
     assert undocumented == []
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda p: p.name)
+def test_every_ready_recipe_fits_the_schema_for_editors(path: Path) -> None:
+    jsonschema.validate(parse_yaml(path.read_text(encoding="utf-8"), path.name), recipe_schema())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"objective": {"name": "fpo", "betta": 1}},
+        {"objective": {"name": "fpoo"}},
+        {"reference": {"model": "m", "dtype": "bf16"}},
+        {"features": [{"sae": "some/sae", "hookpoint": "model.layers.3", "top_k": "al"}]},
+        {"training": {"learning_rte": 1e-6}},
+        {"training": {"output_dir": "x"}},
+    ],
+    ids=str,
+)
+def test_what_the_recipe_refuses_the_schema_refuses(wrong: dict[str, Any]) -> None:
+    jsonschema.validate(MINIMAL, recipe_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**MINIMAL, **wrong}, recipe_schema())
 
 
 def test_the_reference_page_is_the_one_in_docs() -> None:
