@@ -189,7 +189,9 @@ class _LazyScorer:
         """The scorer, checked on this cache's longest and shortest pairs. Raises ModelError."""
         if self._checked[-1:] != [identity.split]:
             tokens = identity.tokens
-            self._loaded.check(*token_rows(tokens.input_ids, tokens.splits, extremes(tokens.lengths)))
+            self._loaded.check(
+                *token_rows(tokens.input_ids, tokens.splits, extremes(tokens.splits, tokens.n_completions))
+            )
             self._checked.append(identity.split)
         return self._loaded
 
@@ -226,7 +228,7 @@ def _sample(identity: CacheIdentity, layout: Layout) -> Packed:
     order = np.concatenate(identity.plan())
     needed = int(np.searchsorted(np.cumsum(tokens.lengths[order, 1:].sum(1)), SELF_CHECK_TOKENS)) + 1
     ids, splits = token_rows(tokens.input_ids, tokens.splits, order[:needed])
-    return pack(ids, splits, layout)
+    return pack(ids, splits, tokens.n_completions[:needed], layout)
 
 
 def _build(

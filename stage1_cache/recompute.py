@@ -55,7 +55,7 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     worst = worst_features = 0.0
     total = 0
     for where, stored in _sample(cache, count, seed):
-        few = stored.take(extremes(stored.lengths))
+        few = stored.take(extremes(stored.splits, stored.n_completions))
         scorer.check(few.input_ids, few.splits)
         again = scorer.score(stored.pair_id, stored.pair_digest, stored.input_ids, stored.splits)
         means = _mean_differences(stored, again)

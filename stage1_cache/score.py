@@ -74,7 +74,7 @@ class ReferenceScorer:
         Choose the layout that is right for these pairs, the data's longest and shortest (`scoring.extremes`), and look
         at what the hookpoints give. Raises ModelError where the model cannot be scored.
         """
-        self.layout = choose_layout(self.model, input_ids, splits)
+        self.layout = choose_layout(self.model, input_ids, splits, _two_each(splits))
         self._check_widths()
 
     def score(
@@ -120,13 +120,18 @@ class ReferenceScorer:
         with mixed_precision(self.device, self.arithmetic.autocast):
             scores: Scores = self.model(**packed._asdict())
         features = [
-            pool_top_features(sae, residual, packed.lengths, top_k)
+            pool_top_features(sae, packed.counting(residual), packed.counts, top_k)
             for (_, sae, top_k), residual in zip(self.saes, scores.residuals, strict=True)
         ]
         return _BatchResult(packed.lengths, scores, features)
 
     def _packed(self, input_ids: np.ndarray, splits: np.ndarray) -> Packed:
-        return Packed(*(tensor.to(self.device) for tensor in pack(input_ids, splits, self.layout)))
+        return Packed(*(tensor.to(self.device) for tensor in pack(input_ids, splits, _two_each(splits), self.layout)))
+
+
+def _two_each(splits: np.ndarray) -> np.ndarray:
+    """Completions of each group, where every group is a pair."""
+    return np.full(len(splits) // 3, 2, np.uint32)
 
 
 class _BatchResult:

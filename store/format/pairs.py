@@ -113,6 +113,11 @@ class Pairs:
         """(P, 3) token counts of prompt, chosen and rejected."""
         return lengths_of(self.splits).reshape(-1, 3)
 
+    @property
+    def n_completions(self) -> U32:
+        """(P,) two each."""
+        return np.full(len(self), 2, np.uint32)
+
     @cached_property
     def completion_splits(self) -> I64:
         """
