@@ -1,6 +1,6 @@
 """
-The keys of what a recipe asks for, a cache and its columns: what decides the numbers, and nothing else. Paths, names, batch size, device and
-library versions are not in it, nor anything of policy, objective or training.
+The keys of what a recipe asks for, a cache and its columns: what decides the numbers, and nothing else. Paths, names,
+batch size, device and library versions are not in them, nor anything of policy, objective or training.
 
 No model is loaded here. Digests of big files and of the tokenised groups are remembered, so a second call costs
 seconds.
@@ -213,7 +213,7 @@ class CacheIdentity:
         tokens = self.tokens
         completions, _ = gather(self.completion_starts, rows)
         at, splits = gather(tokens.splits, segments_of(tokens.n_completions, rows))
-        scored = gather(self._scored_splits, completions)[0]
+        scored = gather(self.scored_splits, completions)[0]
         return Labelled(
             group_id=tokens.group_id[rows],
             n_completions=tokens.n_completions[rows],
@@ -226,15 +226,20 @@ class CacheIdentity:
         )
 
     @cached_property
-    def _scored_splits(self) -> np.ndarray:
+    def scored_splits(self) -> np.ndarray:
         """(K+1,) where the scored tokens of each completion start."""
         tokens = self.tokens
         return starts_of(scored_lengths(*segment_lengths(tokens.splits, tokens.n_completions), tokens.n_completions))
 
+    @cached_property
+    def scored_tokens(self) -> np.ndarray:
+        """(G,) scored tokens of every group."""
+        return _summed(lengths_of(self.scored_splits), self.completion_starts)
+
     def _column_bytes(self, spec: Spec) -> np.ndarray:
         """(G,) what a column takes of every group at most, or about: pooled features have no known end."""
         n = self.tokens.n_completions.astype(np.int64)
-        scored = _summed(lengths_of(self._scored_splits), self.completion_starts)
+        scored = self.scored_tokens
         match spec["kind"]:
             case "top_logits":
                 return 8 * spec["m"] * scored

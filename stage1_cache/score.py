@@ -35,7 +35,7 @@ from fpo.scoring import (
     pack,
     pool_top_features,
 )
-from fpo.store import Column, Features, HiddenGram, PromptFeatures, Spec, TokenLogps, TopLogits
+from fpo.store import Column, Features, HiddenGram, PromptFeatures, Spec, TokenLogps, TopLogits, Want
 from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of
 from fpo.store.format.ragged import gather, starts_of
 
@@ -84,15 +84,12 @@ class ReferenceScorer:
         self.model = model if is_quantised(model) else model.to(self.device)
         self.arithmetic = arithmetic
         self.batch_tokens = batch_tokens
-        self.specs = tuple(specs)
         self.saes = {hookpoint: sae.to(self.device) for hookpoint, sae in saes.items()}
-        kinds = [spec["kind"] for spec in specs]
-        self._prompts = "prompt_features" in kinds
         install_scoring(
             self.model,
             tuple(self.saes),
             max((spec["m"] for spec in specs if spec["kind"] == "top_logits"), default=0),
-            hidden_sums="hidden_gram" in kinds,
+            hidden_sums=any(spec["kind"] == "hidden_gram" for spec in specs),
         )
         self.layout = Layout.PACKED
 
@@ -107,10 +104,11 @@ class ReferenceScorer:
     def score(
         self,
         groups: TokenGroups,
+        wants: Sequence[Want],
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Column]:
         """
-        The log-probs of all completions, then the rows of every column of `specs`, in the order of the groups.
+        The rows of each want - log-probs, or a column of `specs` - in the order of the groups, of which there is one.
 
         progress  called with (completions, tokens) after each batch
         """
@@ -118,7 +116,7 @@ class ReferenceScorer:
         batches = list(micro_batches(groups, self.batch_tokens))
         for rows in batches:
             batch = take(groups, rows)
-            parts.append(self._score_batch(batch))
+            parts.append(self._score_batch(batch, wants))
             if progress is not None:
                 progress(int(batch.n_completions.sum()), len(batch.input_ids))
         return _in_order(groups, batches, parts)
@@ -136,28 +134,30 @@ class ReferenceScorer:
                 )
 
     @torch.inference_mode()
-    def _score_batch(self, groups: TokenGroups) -> list[Column]:
-        packed = self.packed(groups)
+    def _score_batch(self, groups: TokenGroups, wants: Sequence[Want]) -> list[Column]:
+        prompts = any(want is not None and want["kind"] == "prompt_features" for want in wants)
+        packed = self.packed(groups, prompts)
         with mixed_precision(self.device, self.arithmetic.autocast):
             scores: Scores = self.model(**packed._asdict())
-        columns: list[Column] = [TokenLogps(_splits(packed.lengths), _numpy(scores.token_logps, np.float32))]
-        return columns + [self._column(spec, scores, packed, groups) for spec in self.specs]
+        return [self._column(want, scores, packed, groups) for want in wants]
 
-    def _column(self, spec: Spec, scores: Scores, packed: Packed, groups: TokenGroups) -> Column:
-        match spec["kind"]:
+    def _column(self, want: Want, scores: Scores, packed: Packed, groups: TokenGroups) -> Column:
+        if want is None:
+            return TokenLogps(_splits(packed.lengths), _numpy(scores.token_logps, np.float32))
+        match want["kind"]:
             case "features":
-                residual = scores.residuals[self._place(spec)][packed.counted]
-                return _features(Features, self._pooled(spec, residual, packed.counts))
+                residual = scores.residuals[self._place(want)][packed.counted]
+                return _features(Features, self._pooled(want, residual, packed.counts))
             case "prompt_features":
-                residual = scores.prompt_residuals[self._place(spec)]
-                return _features(PromptFeatures, self._pooled(spec, residual, packed.prompt_lengths))
+                residual = scores.prompt_residuals[self._place(want)]
+                return _features(PromptFeatures, self._pooled(want, residual, packed.prompt_lengths))
             case "top_logits":
-                indices, logps = scores.top_indices, scores.top_logps
+                indices, logps = scores.top_indices[:, : want["m"]], scores.top_logps[:, : want["m"]]
                 return TopLogits(_splits(packed.lengths), _numpy(indices, np.uint32), _numpy(logps, np.float32))
             case "hidden_gram":
                 assert scores.hidden_sums is not None
                 return hidden_gram(scores.hidden_sums.cpu(), groups.n_completions)
-        raise AssertionError(spec)
+        raise AssertionError(want)
 
     def _place(self, spec: Spec) -> int:
         return list(self.saes).index(spec["hookpoint"])
@@ -165,7 +165,7 @@ class ReferenceScorer:
     def _pooled(self, spec: Spec, residual: Tensor, lengths: Tensor) -> PooledFeatures:
         return pool_top_features(self.saes[spec["hookpoint"]], residual, lengths, spec["top_k"])
 
-    def packed(self, groups: TokenGroups) -> Packed:
+    def packed(self, groups: TokenGroups, prompts: bool = False) -> Packed:
         """The groups as the model reads them, on its device."""
         packed = pack(
             groups.input_ids,
@@ -173,7 +173,7 @@ class ReferenceScorer:
             groups.n_completions,
             self.layout,
             score_mask=groups.score_mask,
-            prompts=self._prompts,
+            prompts=prompts,
         )
         return Packed(*(tensor.to(self.device) for tensor in packed))
 
