@@ -21,7 +21,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fpo.objectives.losses import PairLogps, dpo
+from fpo.objectives import PairLogps
+from fpo.objectives.dpo import dpo
 from fpo.scoring import Packed, install_scoring, pack, sum_logps
 from fpo.stage1_cache.pairs import read_pairs
 from fpo.stage1_cache.tokenise import tokenise

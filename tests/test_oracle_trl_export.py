@@ -16,7 +16,8 @@ from tiny_world import build_tiny_world
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fpo.objectives.losses import PairLogps, dpo
+from fpo.objectives import PairLogps
+from fpo.objectives.dpo import dpo
 from fpo.scoring import install_scoring, pack, sum_logps
 from fpo.stage1_cache import build_caches
 from fpo.store import Pairs, export_trl

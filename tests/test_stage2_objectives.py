@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpo.objectives.losses import PairLogps, dpo, feature_distance, fpo, simpo
+from fpo.objectives import PairLogps, feature_distance
+from fpo.objectives.dpo import dpo
+from fpo.objectives.fpo import fpo
+from fpo.objectives.simpo import simpo
 
 
 def logps(*pairs: tuple[float, float], lengths: tuple[float, float] = (1.0, 1.0)) -> PairLogps:
