@@ -65,6 +65,7 @@ class Cache:
         self._use, self._shelf = use, shelf
         self.folder, self.key = folder, key
         self.base = self._streamed(Sealed(folder, key))
+        """Recipe, manifest and shards of the cache itself; `columns` are read beside it."""
         if not isinstance(self.base.facts, BaseFacts):
             raise CacheDamaged(f"{folder.where('')} is a column, not a cache; move it away")
         self.facts: BaseFacts = self.base.facts

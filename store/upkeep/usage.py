@@ -69,10 +69,8 @@ def _arrays(sealed: Sealed, entry: ShardEntry) -> dict[str, tuple[int, int]]:
     except Invalid as error:
         where = sealed.folder.where(shard_name(entry.shard))
         raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR_SHARD}") from None
-    return {
-        array: (
-            len(members.get(chunk_name(array, spec), b"")),
-            math.prod(shapes[array]) * np.dtype(spec.dtype).itemsize,
-        )
-        for array, spec in schema(bounds).items()
-    }
+    found = {}
+    for array, spec in schema(bounds).items():
+        in_memory = math.prod(shapes[array]) * np.dtype(spec.dtype).itemsize
+        found[array] = len(members.get(chunk_name(array, spec), b"")), in_memory
+    return found
