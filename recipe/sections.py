@@ -137,8 +137,14 @@ class CacheOptions(Section):
     top_logits: NonNegativeInt = 0
     """Also keep the reference's most likely tokens at each completion position: how many of them."""
 
+    prompt_features: bool = False
+    """Also keep every hookpoint's features of the prompts, pooled over a prompt's own tokens."""
+
+    hidden_gram: bool = False
+    """Also keep the inner products of the completions' summed last hidden states, which displacement is told from."""
+
     shard_pairs: Annotated[int, Field(gt=0, le=2**16)] = 2048
-    """A shard closes at this many pairs (or 2^20 tokens, or 64 MiB): what a killed run can lose."""
+    """A shard closes at this many groups (or 2^20 tokens, or 64 MiB): what a killed run can lose."""
 
     seed: NonNegativeInt = 0
     """Seed of the permutation that assigns pairs to shards."""

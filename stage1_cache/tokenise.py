@@ -49,30 +49,18 @@ _TOKENIZER_FILES = [
 
 
 @dataclass(frozen=True)
-class TokenisedPairs:
-    """P pairs as token ids: part 3p is pair p's prompt, 3p+1 its chosen, 3p+2 its rejected completion."""
-
-    pair_id: npt.NDArray[np.uint64]
-    """(P,) row in the dataset, ascending."""
+class TokenisedGroups:
+    group_id: npt.NDArray[np.uint64]
+    n_completions: npt.NDArray[np.uint32]
     input_ids: npt.NDArray[np.uint32]
-    """(T,) the parts back to back; a prompt is held once."""
     splits: npt.NDArray[np.uint64]
-    """(3P+1,) where each part starts, and T."""
+    score_mask: npt.NDArray[np.uint8] | None
+    score: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
     drops: DropReport
 
     def __len__(self) -> int:
-        return len(self.pair_id)
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(P, 3) tokens of prompt, chosen, rejected."""
-        starts = self.splits.astype(np.int64)
-        return (starts[1:] - starts[:-1]).reshape(-1, 3)
-
-    @property
-    def n_completions(self) -> npt.NDArray[np.uint32]:
-        """(P,) two each."""
-        return np.full(len(self), 2, np.uint32)
+        return len(self.group_id)
 
 
 def tokenise(
@@ -83,7 +71,7 @@ def tokenise(
     chat_template: str | None = None,
     today: str | None = None,
     batch_size: int = 256,
-) -> TokenisedPairs:
+) -> TokenisedGroups:
     """
     Token ids of the pairs of `read_pairs`, in the dataset's order.
 
@@ -187,13 +175,18 @@ class _Builder:
             self.report.note(what, row)
         return None
 
-    def result(self) -> TokenisedPairs:
+    def result(self) -> TokenisedGroups:
         if not self.report.kept:
             advice = "; raise data.max_length" if "prompt_fills_max_length" in self.report.dropped else ""
             total, *reasons = self.report.lines()
             raise DataError("\n".join([f"no pair is left to score: {total}{advice}", *reasons]))
-        return TokenisedPairs(
-            pair_id=np.frombuffer(self.pair_id, np.uint64),
+        G = len(self.pair_id)
+        return TokenisedGroups(
+            group_id=np.frombuffer(self.pair_id, np.uint64),
+            n_completions=np.full(G, 2, np.uint32),
+            score_mask=None,
+            score=np.full(2 * G, np.nan, np.float32),
+            weight=np.ones(G, np.float32),
             input_ids=np.frombuffer(self.input_ids, np.uint32),
             splits=np.frombuffer(self.splits, np.uint64),
             drops=self.report,

@@ -76,6 +76,12 @@ class Groups:
         return segment_lengths(self.splits, self.n_completions)
 
     @cached_property
+    def sizes(self) -> I64:
+        """(G,) tokens of every group: its prompt once, and its completions."""
+        ends = self.splits.astype(np.int64)[starts_of(self.n_completions.astype(np.int64) + 1)]
+        return np.asarray(ends[1:] - ends[:-1], dtype=np.int64)
+
+    @cached_property
     def scored_splits(self) -> I64:
         """(K+1,) where each completion starts in `token_logps`."""
         return starts_of(scored_lengths(*self.lengths, self.n_completions))
