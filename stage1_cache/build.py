@@ -21,7 +21,7 @@ from fpo.memo import remember
 from fpo.progress import is_first_rank, say
 from fpo.recipe import Recipe
 from fpo.scoring import Layout, Packed, adapter_folder, extremes, load_sae, model_folder, pack
-from fpo.scoring.sae.formats import read_decoder
+from fpo.scoring.sae import read_decoder
 from fpo.scoring.self_check import check_sae
 from fpo.stage1_cache.drops import DropReport
 from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks

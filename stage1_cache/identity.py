@@ -33,8 +33,8 @@ from fpo.scoring import (
     weight_files,
 )
 from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
-from fpo.scoring.sae.formats import SaeFacts, sae_config, sae_facts, sae_weight_files
-from fpo.scoring.weights import file_digest, weights_digest
+from fpo.scoring.sae import SaeFacts, sae_config, sae_facts, sae_weights_digest
+from fpo.scoring.weights import weights_digest
 from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
 from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
 from fpo.store import FORMAT_VERSION, pair_digests, pairs_digest, plan_shards, shard_digest
@@ -294,12 +294,10 @@ def _adapter_identity(folder: Path) -> dict[str, Any]:
 
 def _feature_identity(feature: Feature) -> dict[str, Any]:
     facts = sae_facts(feature.sae, feature.hookpoint)
-    files = sae_weight_files(feature.sae, feature.hookpoint)
-    is_npz = files[0].suffix == ".npz"
     return {
         "hookpoint": canonical_hookpoint(feature.hookpoint),
         "sae": {
-            "weights": file_digest(files[0]) if is_npz else weights_digest(files),
+            "weights": sae_weights_digest(feature.sae, feature.hookpoint),
             "config": sae_config(feature.sae, feature.hookpoint),
         },
         "d_sae": facts.d_sae,
