@@ -105,7 +105,8 @@ class Scaled(Format):
         d_in, d_sae = files.matrix("W_E")
         check_config_sizes(files, d_in, d_sae)
         files.check_shapes({"b_E": (d_sae,)})
-        return SaeHeader(SaeFacts(d_in, d_sae, "relu", True, self.name, None, None, False))
+        facts = SaeFacts(d_in, d_sae, "relu", True, self.name, None, None, False)
+        return SaeHeader(facts, options={"scale": repr(files.config["scale"])})
 
     def read(self, files: SaeFiles) -> SaeArrays:
         W = files.tensors.read("W_E") * np.float32(files.config["scale"])
@@ -137,6 +138,7 @@ def test_a_new_format_is_one_class_in_the_registry(tmp_path):
     expected = np.maximum(2 * x.astype(np.float64) @ t["W_enc"] + t["b_enc"], 0)
     np.testing.assert_allclose(load_sae(source).encode(torch.from_numpy(x)).numpy(), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(read_decoder(source)[0], t["W_dec"])
+    assert sae_config(source)["scale"] == "2.0"
     assert sae_facts(WRITERS["saelens"](tmp_path / "old", t)).format == "saelens"
     assert "act_fn gelu is not supported: supported: relu" in refusal(write_scaled(tmp_path / "gelu", t, "gelu"))
     (tmp_path / "empty").mkdir()

@@ -14,7 +14,8 @@ Dimension key:  D d_in   F d_sae
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -62,6 +63,8 @@ class SaeHeader:
     """The decoder's bias is subtracted from the input."""
     rescale_acts_by_decoder_norm: bool = False
     """Feature j's pre-activation is multiplied by the norm of its decoder row."""
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
+    """What else of the configuration decides the activations, in the format's own words; a float as its repr."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -76,6 +79,7 @@ class SaeHeader:
             "apply_b_dec_to_input": self.apply_b_dec_to_input,
             "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm,
             "center_input": self.facts.center_input,
+            **self.options,
         }
 
     def arrays(
