@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -167,6 +168,37 @@ def test_a_file_deeper_in_the_folder_belongs_to_the_folder_of_its_configuration(
     (source / "checkpoints").mkdir()
     (source / "sae_weights.safetensors").rename(source / "checkpoints/final.safetensors")
     assert sae_facts(str(source)) == sae_facts(str(source / "checkpoints/final.safetensors"))
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("member", "content"),
+    [
+        ("W_enc.npy", npy("-" * 9000 + "1")),
+        ("W_enc.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (6, 10000000000)}")),
+        ("W_enc.npy", b""),
+    ],
+    ids=["nested", "larger than the file", "empty"],
+)
+def test_an_npz_that_is_made_to_harm_is_refused(member, content, tmp_path):
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
+        archive.writestr(member, content)
+    assert "cannot be read" in refusal(str(tmp_path))
+
+
+def test_a_member_that_is_no_npy_is_refused_where_it_is_read(tmp_path):
+    """np.savez names its members W_enc.npy; a zip of the same bytes may say W_enc."""
+    t = random_sae()
+    written = Path(write_gemma_scope(tmp_path / "a", t)) / "params.npz"
+    (tmp_path / "b").mkdir()
+    with zipfile.ZipFile(written) as whole, zipfile.ZipFile(tmp_path / "b/params.npz", "w") as renamed:
+        for name in whole.namelist():
+            renamed.writestr(name.removesuffix(".npy"), whole.read(name))
+    with pytest.raises(SaeError, match=r"W_enc in .* cannot be read"):
+        load_sae(str(tmp_path / "b"))
 
 
 def test_the_digest_of_the_weights_is_of_tensors_or_of_bytes(tmp_path):

@@ -24,7 +24,23 @@ from fpo.scoring.weights import byte_ranges
 
 Shape = tuple[int, ...]
 
+# zipfile, zlib, numpy and safetensors, on files that are cut, foreign or made to harm; a RuntimeError is a zip with a
+# password, or a header that nests too deeply.
+_UNREADABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    OSError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    SafetensorError,
+)
+
 _DTYPES = ("F64", "F32", "F16", "BF16")
+
+_MAX_NPY_HEADER = 2**10
+"""Characters; a real one has about 100, and Python's parser runs out of memory on some thousands of signs in a row."""
 
 _MAX_EXPANSION, _SLACK_BYTES = 8, 2**20
 """
@@ -41,9 +57,9 @@ class Weights:
         self._is_npz = path.suffix == ".npz"
         try:
             self.shapes = _npz_shapes(path) if self._is_npz else _safetensors_shapes(path)
-        except (ValueError, OSError, zipfile.BadZipFile, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise SaeError(
-                f"SAE {source}: {path} cannot be read ({error}); is the file complete? "
+                f"SAE {source}: {path} cannot be read ({_line(error)}); is the file complete? "
                 f"Git LFS pointers and broken downloads look like this"
             ) from error
 
@@ -51,8 +67,8 @@ class Weights:
         """One tensor, float32. Raises SaeError where it is damaged, not a float, or not finite."""
         try:
             values = self._read_npz(name) if self._is_npz else self._read_safetensors(name)
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
-            raise SaeError(f"SAE {self._source}: {name} in {self._path} cannot be read ({error})") from error
+        except _UNREADABLE as error:
+            raise SaeError(f"SAE {self._source}: {name} in {self._path} cannot be read ({_line(error)})") from error
         if not np.isfinite(values).all():
             raise SaeError(f"SAE {self._source}: {name} in {self._path} has values that are not finite")
         return values
@@ -94,11 +110,16 @@ def _npz_shapes(path: Path) -> dict[str, Shape]:
                 read_header = (
                     np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 )
-                shape, _, dtype = read_header(file)
+                shape, _, dtype = read_header(file, max_header_size=_MAX_NPY_HEADER)
                 if prod(shape) * dtype.itemsize > archive.getinfo(member).file_size:
                     raise ValueError(f"{member} claims the shape {shape}")
                 shapes[member.removesuffix(".npy")] = shape
     return shapes
+
+
+def _line(error: Exception) -> str:
+    """The first line: numpy's further ones advise to trust the file."""
+    return str(error).partition("\n")[0]
 
 
 def _refuse_expansion(n_bytes: int, held: int) -> None:
