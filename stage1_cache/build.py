@@ -22,7 +22,7 @@ from fpo.progress import is_first_rank, say
 from fpo.recipe import Feature, Recipe
 from fpo.scoring import adapter_folder, extremes, load_sae, model_folder
 from fpo.scoring.hookpoints import canonical_hookpoint
-from fpo.scoring.sae.formats import read_decoder
+from fpo.scoring.sae import read_decoder
 from fpo.scoring.self_check import check_sae
 from fpo.stage1_cache.drops import DropReport
 from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_check, self_check_of

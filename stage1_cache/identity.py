@@ -34,8 +34,8 @@ from fpo.scoring import (
     weight_files,
 )
 from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
-from fpo.scoring.sae.formats import sae_config, sae_facts, sae_weight_files
-from fpo.scoring.weights import file_digest, weights_digest
+from fpo.scoring.sae import sae_config, sae_facts, sae_weights_digest
+from fpo.scoring.weights import weights_digest
 from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
 from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
 from fpo.store import (
@@ -420,12 +420,10 @@ def _adapter_identity(folder: Path) -> dict[str, Any]:
 def feature_spec(feature: Feature) -> Spec:
     """What decides the pooled features of a hookpoint."""
     facts = sae_facts(feature.sae, feature.hookpoint)
-    files = sae_weight_files(feature.sae, feature.hookpoint)
-    is_npz = files[0].suffix == ".npz"
     return {
         "hookpoint": canonical_hookpoint(feature.hookpoint),
         "sae": {
-            "weights": file_digest(files[0]) if is_npz else weights_digest(files),
+            "weights": sae_weights_digest(feature.sae, feature.hookpoint),
             "config": sae_config(feature.sae, feature.hookpoint),
         },
         "d_sae": facts.d_sae,

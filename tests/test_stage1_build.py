@@ -27,8 +27,7 @@ from fpo.errors import CacheMissing, DataError, FpoError, ModelError, RecipeErro
 from fpo.recipe import validate_recipe
 from fpo.scoring import install_scoring, pack
 from fpo.scoring.hookpoints import capture
-from fpo.scoring.sae.encoder import Sae
-from fpo.scoring.sae.formats import SaeArrays, SaeFacts
+from fpo.scoring.sae import Sae, SaeArrays, SaeFacts
 from fpo.scoring.self_check import SelfCheck, check_sae
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.identity import cache_identities
