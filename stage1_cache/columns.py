@@ -84,7 +84,8 @@ def pair_columns(
 
 def meant(name: str, names: Iterable[str]) -> str:
     """A hint " (did you mean ...?)" with the most similar of the names, or nothing."""
-    close = nearest(name, names)
+    # A dataset's names are anyone's: `train` and `train_prefs` (0.63) are two splits, neither of them mistyped.
+    close = nearest(name, names, likeness=0.7)
     return f" (did you mean {close!r}?)" if close else ""
 
 
