@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from fpo.objectives.losses import PairLogps, dpo
 from fpo.scoring import Packed, install_scoring, pack, sum_logps
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_pairs
 from fpo.stage1_cache.tokenise import tokenise
 
 

@@ -20,7 +20,7 @@ import torch
 from fpo.recipe import Arithmetic
 from fpo.scoring import Packed, install_scoring, load_model, load_tokenizer, mixed_precision, pack
 from fpo.stage1_cache.fill import token_rows
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_pairs
 from fpo.stage1_cache.score import micro_batches
 from fpo.stage1_cache.tokenise import tokenise
 

@@ -1,7 +1,7 @@
 """
 Pairs to cache.
 
-    pairs, columns  read and check the data      identity  the cache key, without loading a model
+    read            data to rows, checked        identity  the cache key, without loading a model
     texts, tokenise TRL's rules                  score     one shard through the reference
     drops           what was left out, and why   build     fpo cache; fill writes the shards
     recompute       random pairs, scored again

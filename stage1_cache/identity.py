@@ -35,7 +35,7 @@ from fpo.scoring import (
 from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
 from fpo.scoring.sae.formats import SaeFacts, sae_config, sae_facts, sae_weight_files
 from fpo.scoring.weights import file_digest, weights_digest
-from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
+from fpo.stage1_cache.read import data_fingerprint, read_pairs
 from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
 from fpo.store import FORMAT_VERSION, pair_digests, pairs_digest, plan_shards, shard_digest
 

@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerBase
 from fpo.errors import DataError, ModelError
 from fpo.progress import progress_bar
 from fpo.scoring import template_text
-from fpo.stage1_cache.columns import is_conversational
 from fpo.stage1_cache.drops import DropReport
+from fpo.stage1_cache.read import is_conversational
 from fpo.stage1_cache.texts import ChatTemplate, extract_prompt, with_end_token
 
 TOKENISE_RULES = "trl-1.16/2"

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fpo.errors import DataError
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_pairs
 from fpo.stage1_cache.tokenise import tokenise
 
 pytestmark = [

@@ -24,7 +24,7 @@ from fpo.recipe import load_recipe
 from fpo.scoring import load_tokenizer, model_config, significant_config
 from fpo.stage1_cache import build_caches
 from fpo.stage1_cache.identity import cache_identities
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_pairs
 from fpo.store import cache_key
 
 

@@ -13,8 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Image
 
 from fpo.errors import DataError
-from fpo.stage1_cache import pairs
-from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
+from fpo.stage1_cache.read import data_fingerprint, read_pairs, sources
 
 REAL = Path(__file__).parents[2] / "shared/data/pairs"
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -349,7 +348,7 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch):
             return Dataset.from_list(texts(1))
         raise ValueError("Unknown split \"dev\".\nShould be one of ['train'].")
 
-    monkeypatch.setattr(pairs, "load_dataset", load)
+    monkeypatch.setattr(sources, "load_dataset", load)
     assert len(read_pairs("someone/pairs", "train", "small", "v1").dataset) == 1
     assert asked == [(("someone/pairs", "small"), {"split": "train", "revision": "v1"})]
     with pytest.raises(DataError, match=r"^hub dataset 'someone/pairs': Unknown split \"dev\". Should be one of"):
@@ -389,7 +388,7 @@ def test_a_file_that_changed_under_a_kept_mtime_is_read_anew(tmp_path):
 
 def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):
     builder = SimpleNamespace(config=SimpleNamespace(name="small"), hash="abc")
-    monkeypatch.setattr(pairs, "load_dataset_builder", lambda *args, **kwargs: builder)
+    monkeypatch.setattr(sources, "load_dataset_builder", lambda *args, **kwargs: builder)
     assert data_fingerprint("someone/pairs", "train")["hub"] == {
         "repo": "someone/pairs",
         "subset": "small",

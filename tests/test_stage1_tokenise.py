@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from fpo.errors import DataError, ModelError
 from fpo.scoring import template_text
 from fpo.stage1_cache.drops import EXAMPLES, DropReport
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_pairs
 from fpo.stage1_cache.texts import extract_prompt
 from fpo.stage1_cache.tokenise import TokenisedPairs, tokenise, tokenizer_identity
 

@@ -28,7 +28,7 @@ from datasets import (
 
 from fpo.errors import DataError
 from fpo.memo import file_facts
-from fpo.stage1_cache.columns import ColumnUse, nearest, pair_columns
+from fpo.stage1_cache.read.columns import ColumnUse, nearest, pair_columns
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix (before an optional .gz) to the reader of `datasets`."""
