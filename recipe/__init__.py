@@ -18,7 +18,7 @@ from datetime import date
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -42,8 +42,24 @@ from fpo.recipe import trl_names
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 HalfDtype = Literal["bfloat16", "float16"]
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-"""The columns that pairs are made of."""
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "margin",
+    "completions",
+    "scores",
+    "ranks",
+    "labels",
+    "completion",
+    "label",
+    "weight",
+    "tools",
+    "chat_template_kwargs",
+)
+"""The columns that groups are made of."""
 
 
 def _iso_date(value: Any) -> Any:
@@ -161,6 +177,26 @@ class Data(Section):
 
     max_length: PositiveInt | None = 1024
     """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
+
+    as_messages: bool = False
+    """Read text as a conversation: the prompt as a user's message, each completion as the assistant's."""
+
+    score: Literal["completion", "assistant"] = "completion"
+    """What counts: a whole completion but what tools said, or in completions of several turns the assistant's alone."""
+
+    turns: Annotated[list[PositiveInt | None], Field(min_length=2, max_length=2)] | None = None
+    """First and last turn of the assistant that count, from 1 at a completion's beginning: `[2, 3]`, `[2, null]`."""
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> Self:
+        if self.turns is None:
+            return self
+        first, last = self.turns
+        if self.score != "assistant":
+            raise ValueError("data.turns: turns are the assistant's; set data.score: assistant with it")
+        if first is None or (last is not None and last < first):
+            raise ValueError(f"data.turns: {self.turns}: the first turn, then the last or null for all that follow")
+        return self
 
     @field_validator("columns")
     @classmethod

@@ -26,7 +26,7 @@ from fpo.scoring.self_check import check_sae
 from fpo.stage1_cache.drops import DropReport
 from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
 from fpo.stage1_cache.fill import completed, fill, inputs, token_rows
-from fpo.stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
+from fpo.stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, pair_lengths, shared_pairs, spelled
 from fpo.stage1_cache.score import ReferenceScorer
 from fpo.store import (
     Cache,
@@ -189,7 +189,7 @@ class _LazyScorer:
         """The scorer, checked on this cache's longest and shortest pairs. Raises ModelError."""
         if self._checked[-1:] != [identity.split]:
             tokens = identity.tokens
-            self._loaded.check(*token_rows(tokens.input_ids, tokens.splits, extremes(tokens.lengths)))
+            self._loaded.check(*token_rows(tokens.input_ids, tokens.splits, extremes(pair_lengths(tokens))))
             self._checked.append(identity.split)
         return self._loaded
 
@@ -224,7 +224,7 @@ def _sample(identity: CacheIdentity, layout: Layout) -> Packed:
     """The first pairs, in the shuffled order of the shards, that hold enough scored tokens."""
     tokens = identity.tokens
     order = np.concatenate(identity.plan())
-    needed = int(np.searchsorted(np.cumsum(tokens.lengths[order, 1:].sum(1)), SELF_CHECK_TOKENS)) + 1
+    needed = int(np.searchsorted(np.cumsum(pair_lengths(tokens)[order, 1:].sum(1)), SELF_CHECK_TOKENS)) + 1
     ids, splits = token_rows(tokens.input_ids, tokens.splits, order[:needed])
     return pack(ids, splits, layout)
 
@@ -258,7 +258,7 @@ def _build(
 
     identity.check_tokens()
     plan = identity.plan()
-    writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
+    writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.group_id[rows] for rows in plan])
     Store(store).note_names(key, inputs(identity))
     reusable = ReusableRows(store, identity.scorer)
     checks = _self_checks(identity, lazy, reusable)

@@ -144,8 +144,8 @@ def completed(
     computed = None
     if len(rest):
         ids, splits = token_rows(data.input_ids, data.splits, rest)
-        computed = scorer().score(data.pair_id[rest], identity.digests[rest], ids, splits, advance)
-    return copied.merge(data.pair_id[rows], computed)
+        computed = scorer().score(data.group_id[rest], identity.digests[rest], ids, splits, advance)
+    return copied.merge(data.group_id[rows], computed)
 
 
 def token_rows(input_ids: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

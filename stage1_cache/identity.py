@@ -35,8 +35,8 @@ from fpo.scoring import (
 from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
 from fpo.scoring.sae.formats import SaeFacts, sae_config, sae_facts, sae_weight_files
 from fpo.scoring.weights import file_digest, weights_digest
-from fpo.stage1_cache.read import data_fingerprint, read_pairs
-from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
+from fpo.stage1_cache.read import data_fingerprint, read_groups
+from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
 from fpo.store import FORMAT_VERSION, pair_digests, pairs_digest, plan_shards, shard_digest
 
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
@@ -87,6 +87,7 @@ class CacheIdentity:
             "columns": data.columns,
             "rules": TOKENISE_RULES,
             "today": data.today,
+            "score": [data.score, data.turns, data.as_messages],
             "max_length": data.max_length,
             "shard_pairs": options.shard_pairs,
             "seed": options.seed,
@@ -100,19 +101,24 @@ class CacheIdentity:
         return {"format": FORMAT_VERSION, "scorer": self.scorer, "pairs": self.remembered["pairs"]}
 
     @cached_property
-    def tokens(self) -> TokenisedPairs:
-        """The pairs as token ids; reads the data."""
+    def tokens(self) -> TokenisedGroups:
+        """The groups as token ids; reads the data."""
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
-        dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
+        dataset, columns = read_groups(data.source, self.split, data.subset, data.revision, data.columns)
         tokens = tokenise(
             dataset,
             load_tokenizer(name, revision),
             data.max_length,
             chat_template=data.chat_template,
             today=data.today,
+            score=data.score,
+            turns=data.turns,
+            as_messages=data.as_messages,
         )
         tokens.drops.of_columns(*columns)
+        if (tokens.n_completions != 2).any() or tokens.score_mask is not None:
+            raise DataError(f"{data.source}: a cache holds pairs of which every token counts; use such a dataset")
         return tokens
 
     @cached_property
@@ -120,7 +126,7 @@ class CacheIdentity:
         """(P, 16) digest of every pair, in dataset order; the report of the drops then counts those that repeat."""
         digests = pair_digests(self.tokens.input_ids, self.tokens.splits)
         for repeat in _repeats(digests):
-            self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
+            self.tokens.drops.note("repeated", int(self.tokens.group_id[repeat]))
         return digests
 
     def check_tokens(self) -> None:
@@ -145,16 +151,17 @@ class CacheIdentity:
                 f"{vocabulary} tokens"
             )
         limit = positions(config)
-        sizes = self.tokens.lengths[:, 0] + self.tokens.lengths[:, 1:].max(1)
+        lengths = pair_lengths(self.tokens)
+        sizes = lengths[:, 0] + lengths[:, 1:].max(1)
         if limit is not None and len(sizes) and sizes.max() > limit:
             raise RecipeError(
-                f"data.max_length: null cuts nothing, and row {self.tokens.pair_id[sizes.argmax()]} has {sizes.max()} "
+                f"data.max_length: null cuts nothing, and row {self.tokens.group_id[sizes.argmax()]} has {sizes.max()} "
                 f"tokens, more than the {limit} positions of {self.recipe.reference.model}; set it to {limit} or less"
             )
 
     def plan(self) -> list[np.ndarray]:
         """Which pairs (positions in `tokens`) each shard holds."""
-        lengths = self.tokens.lengths
+        lengths = pair_lengths(self.tokens)
         options = self.recipe.cache
         scored = lengths[:, 1:].sum(1)
         per_pair = np.zeros(len(lengths), np.int64)
@@ -170,7 +177,7 @@ class CacheIdentity:
         return [(sae_facts(feature.sae, feature.hookpoint), feature) for feature in self.recipe.features]
 
     def _pairs_digest(self) -> str:
-        return pairs_digest(shard_digest(self.tokens.pair_id[rows], self.digests[rows]) for rows in self.plan())
+        return pairs_digest(shard_digest(self.tokens.group_id[rows], self.digests[rows]) for rows in self.plan())
 
     def _pairs_and_drops(self) -> dict[str, Any]:
         return {
@@ -182,6 +189,11 @@ class CacheIdentity:
             },
             "drops": self.tokens.drops.as_dict(),
         }
+
+
+def pair_lengths(tokens: TokenisedGroups) -> np.ndarray:
+    """(P, 3) tokens of prompt, chosen, rejected."""
+    return np.diff(tokens.splits.astype(np.int64)).reshape(-1, 3)
 
 
 def _repeats(digests: np.ndarray) -> np.ndarray:
