@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,12 +18,29 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 from fpo.recipe.arithmetic import Arithmetic, Dtype, HalfDtype
 from fpo.section import Section
 
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "margin",
+    "completions",
+    "scores",
+    "ranks",
+    "labels",
+    "completion",
+    "label",
+    "weight",
+    "tools",
+    "chat_template_kwargs",
+)
 """The columns that pairs are made of."""
 
 
@@ -117,6 +134,26 @@ class Data(Section):
 
     max_length: PositiveInt | None = 1024
     """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
+
+    as_messages: bool = False
+    """Read text as a conversation: the prompt as a user's message, each completion as the assistant's."""
+
+    score: Literal["completion", "assistant"] = "completion"
+    """What counts: a whole completion but what tools said, or in completions of several turns the assistant's alone."""
+
+    turns: Annotated[list[PositiveInt | None], Field(min_length=2, max_length=2)] | None = None
+    """First and last turn of the assistant that count, from 1 at a completion's beginning: `[2, 3]`, `[2, null]`."""
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> Self:
+        if self.turns is None:
+            return self
+        first, last = self.turns
+        if self.score != "assistant":
+            raise ValueError("data.turns: turns are the assistant's; set data.score: assistant with it")
+        if first is None or (last is not None and last < first):
+            raise ValueError(f"data.turns: {self.turns}: the first turn, then the last or null for all that follow")
+        return self
 
     @field_validator("columns")
     @classmethod

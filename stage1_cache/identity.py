@@ -36,7 +36,7 @@ from fpo.scoring import (
 from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
 from fpo.scoring.sae import sae_config, sae_facts, sae_weights_digest
 from fpo.scoring.weights import weights_digest
-from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
+from fpo.stage1_cache.read import data_fingerprint, read_groups
 from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
 from fpo.store import (
     FORMAT_VERSION,
@@ -118,6 +118,7 @@ class CacheIdentity:
             "columns": data.columns,
             "rules": TOKENISE_RULES,
             "today": data.today,
+            "score": [data.score, data.turns, data.as_messages],
             "max_length": data.max_length,
             "shard_pairs": options.shard_pairs,
             "seed": options.seed,
@@ -139,13 +140,16 @@ class CacheIdentity:
         """The groups as token ids; reads the data."""
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
-        dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
+        dataset, columns = read_groups(data.source, self.split, data.subset, data.revision, data.columns)
         tokens = tokenise(
             dataset,
             load_tokenizer(name, revision),
             data.max_length,
             chat_template=data.chat_template,
             today=data.today,
+            score=data.score,
+            turns=data.turns,
+            as_messages=data.as_messages,
         )
         tokens.drops.of_columns(*columns)
         return tokens

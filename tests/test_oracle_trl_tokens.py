@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fpo.errors import DataError
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_groups
 from fpo.stage1_cache.tokenise import tokenise
 
 pytestmark = [
@@ -141,7 +141,7 @@ def test_real_pairs_have_the_tokens_of_trl(name, tokenizer_name, max_length, tmp
     if not (DATA / "pairs" / name).exists():
         pytest.skip(f"{name} is absent")
     tokenizer.chat_template = CHATML if "gpt2" in tokenizer_name else THINKING
-    compare(read_pairs(str(DATA / "pairs" / name), "train").dataset, tokenizer, max_length, tmp_path)
+    compare(read_groups(str(DATA / "pairs" / name), "train").dataset, tokenizer, max_length, tmp_path)
 
 
 TEXTS = [

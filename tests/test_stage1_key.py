@@ -24,7 +24,7 @@ from fpo.recipe import load_recipe
 from fpo.scoring import load_tokenizer, model_config, significant_config
 from fpo.stage1_cache import build_caches
 from fpo.stage1_cache.identity import cache_identities
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_groups
 from fpo.store import cache_key
 
 
@@ -359,10 +359,10 @@ def test_data_that_was_another_while_it_was_read_is_not_remembered(
 
     def stashed(*arguments: Any) -> Any:
         put(original.replace(b"w1", b"w2"))
-        return read_pairs(*arguments)
+        return read_groups(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fpo.stage1_cache.identity.read_pairs", stashed)
+        patch.setattr("fpo.stage1_cache.identity.read_groups", stashed)
         of_another = cache_identities(world.recipe())[0].remembered["pairs"]["digest"]
     put(original)
     honest = cache_identities(world.recipe())[0]
