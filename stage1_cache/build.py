@@ -284,8 +284,9 @@ def _build(
         wants = [spec for spec in identity.specs if serving(held, spec) is None]
         cache.read_columns([spec for spec in identity.specs if spec not in wants])
         check_changed(cache)
-        if wants and is_url(store):
-            raise CacheMissing(f"{lacks(store, wants[0])}; build it in a folder and move it there with fpo store push")
+        if is_url(store):
+            for want in filter(None, wants):
+                raise lacks(str(store), want)
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None

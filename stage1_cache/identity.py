@@ -53,7 +53,7 @@ from fpo.store import (
     shard_digest,
 )
 from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of, summed_logps
-from fpo.store.format.ragged import gather, lengths_of, starts_of
+from fpo.store.format.ragged import I64, gather, lengths_of, starts_of
 
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
 _FEATURES_PER_TOKEN = 100
@@ -240,23 +240,19 @@ class CacheIdentity:
         """(G,) scored tokens of every group."""
         return _summed(lengths_of(self.scored_splits), self.completion_starts)
 
-    def _column_bytes(self, spec: Spec) -> np.ndarray:
+    def _column_bytes(self, spec: Spec) -> I64:
         """(G,) what a column takes of every group at most, or about: pooled features have no known end."""
-        n = self.tokens.n_completions.astype(np.int64)
-        scored = self.scored_tokens
-        match spec["kind"]:
-            case "top_logits":
-                return 8 * spec["m"] * scored
-            case "hidden_gram":
-                return 4 * n * n
-            case "prompt_features":
-                rows = np.ones(len(n), np.int64)
-                tokens = segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]
-            case _:
-                rows, tokens = n, scored
+        n: I64 = self.tokens.n_completions.astype(np.int64)
+        if spec["kind"] == "top_logits":
+            return np.asarray(8 * spec["m"] * self.scored_tokens)
+        if spec["kind"] == "hidden_gram":
+            return np.asarray(4 * n * n)
+        rows, tokens = n, self.scored_tokens
+        if spec["kind"] == "prompt_features":
+            rows, tokens = np.ones_like(n), segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]
         if spec["top_k"] == "all":
-            return 8 * np.minimum(rows * spec["d_sae"], _FEATURES_PER_TOKEN * tokens)
-        return 8 * rows * min(spec["top_k"], spec["d_sae"])
+            return np.asarray(8 * np.minimum(rows * spec["d_sae"], _FEATURES_PER_TOKEN * tokens))
+        return np.asarray(8 * rows * min(spec["top_k"], spec["d_sae"]))
 
     def _groups_digest(self) -> str:
         parts = (self.labels(rows) for rows in self.plan())

@@ -171,7 +171,8 @@ def scored_lengths(
 ) -> I64:
     """(K,) scored tokens of every completion: those that something precedes."""
     unscored = np.repeat(np.asarray(prompts) == 0, n_completions)
-    return np.maximum(np.asarray(completions, dtype=np.int64) - unscored, 0)
+    scored: I64 = np.maximum(np.asarray(completions, dtype=np.int64) - unscored, 0)
+    return scored
 
 
 def summed_logps(token_logps: F32, scored_splits: I64, score_mask: U8 | None = None) -> F32:
