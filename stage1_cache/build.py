@@ -189,9 +189,8 @@ class _LazyScorer:
         """The scorer, checked on this cache's longest and shortest pairs. Raises ModelError."""
         if self._checked[-1:] != [identity.split]:
             tokens = identity.tokens
-            self._loaded.check(
-                *token_rows(tokens.input_ids, tokens.splits, extremes(tokens.splits, tokens.n_completions))
-            )
+            few = extremes(tokens.splits, tokens.n_completions)
+            self._loaded.check(*token_rows(tokens.input_ids, tokens.splits, few))
             self._checked.append(identity.split)
         return self._loaded
 
