@@ -161,8 +161,7 @@ def look_at_columns(folder: Objects, base: str) -> tuple[ColumnSummary, ...]:
     """The columns beside the cache `base`, by key, finished or not; none where the place has no listing."""
     if isinstance(folder, RemoteObjects) and not folder.listable:
         return ()
-    keys = column_keys(folder)
-    return tuple(look_at_column(folder, base, key) for key in keys if is_begun(folder.inside(f"{COLUMNS}/{key}")))
+    return tuple(look_at_column(folder, base, key) for key in column_keys(folder) if _is_shown(folder, key))
 
 
 def look_at_column(folder: Objects, base: str, key: str) -> ColumnSummary:
@@ -179,6 +178,13 @@ def look_at_column(folder: Objects, base: str, key: str) -> ColumnSummary:
 def is_begun(column: Objects) -> bool:
     """Whether anything says what a column's folder is to hold: a writer may have been killed before."""
     return bool(column.sizes([RECIPE, MANIFEST]))
+
+
+def _is_shown(folder: Objects, key: str) -> bool:
+    try:
+        return is_begun(folder.inside(f"{COLUMNS}/{key}"))
+    except CacheError:  # a link, say: it is listed with its problem, and does not hide the others
+        return True
 
 
 def extent_of(folder: Objects, key: str, facts: RecipeFacts) -> Extent:

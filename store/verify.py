@@ -154,12 +154,11 @@ class _Verification:
 
     def _columns(self, base: _Part, columns: AllOrKeys) -> list[tuple[_Part, list[list[int]]]]:
         """Those that can be held against the base, each with its shards within every shard of the base."""
-        # A start that is none is the caller's mistake; a listing that fails is a finding.
-        if columns != "all":
-            keys = choose_columns(self.folder, columns)
+        if columns == "all" and not (isinstance(self.folder, RemoteObjects) and not self.folder.listable):
+            there = self._attempt(partial(column_keys, self.folder)) or []
+            keys = [key for key in there if self._attempt(partial(self._is_complete, key))]
         else:
-            keys = self._attempt(partial(choose_columns, self.folder, columns)) or []
-            self._attempt(partial(self._note_unfinished, keys))
+            keys = choose_columns(self.folder, columns)
         beside = []
         for key in keys:
             place = self.folder.inside(f"{COLUMNS}/{key}")
@@ -172,19 +171,19 @@ class _Verification:
                 self.report.problems.append(f"{where}: its shards are not cut from the base's; remove the column")
         return beside
 
-    def _note_unfinished(self, complete: list[str]) -> None:
-        if isinstance(self.folder, RemoteObjects) and not self.folder.listable:
-            return
-        for key in column_keys(self.folder):
-            if key not in complete and is_begun(self.folder.inside(f"{COLUMNS}/{key}")):
-                column = look_at_column(self.folder, self.key, key)
-                if column.problem is not None:
-                    self.report.problems.append(column.problem)
-                else:
-                    self.report.notes.append(
-                        f"column {key[:12]}, {column.label}, is not finished: {column.state}; finish it with: "
-                        "fpo cache RECIPE"
-                    )
+    def _is_complete(self, key: str) -> bool:
+        """Whether a column has a manifest; where it has none, a note says how far it is."""
+        place = self.folder.inside(f"{COLUMNS}/{key}")
+        if place.sizes([MANIFEST]):
+            return True
+        state, step = "empty", "remove it with: fpo store gc"
+        if is_begun(place):
+            column = look_at_column(self.folder, self.key, key)
+            if column.problem is not None:
+                raise CacheDamaged(column.problem)
+            state, step = f"{column.label}, {column.state}", "finish it with: fpo cache RECIPE"
+        self.report.notes.append(f"{place.where('')} is not finished ({state}); {step}")
+        return False
 
     def _shards_beside(self, column: _Part, sids: list[int], groups: Groups | None) -> None:
         """The shards of a column that hold rows of these groups, one shard of the base."""
