@@ -64,7 +64,7 @@ def store_show(
     as_json: AsJson = False,
 ) -> None:
     """
-    What a complete cache was made from, its columns, its self-check and drop report, and with --usage where its bytes go.
+    What a complete cache was made from, its columns, self-check and drop report; with --usage where its bytes go.
     """
     from fpo.store import counted, disk_usage, look_at_columns, open_cache, open_store, printable
 
