@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_cases import World, make_pairs, make_recipe, tree, unmarked
+from store_cases import World, make_groups, make_recipe, tree, unmarked
 
 from fpo.errors import CacheDamaged, CacheError, CacheInUse, CacheMissing
 from fpo.store import CacheWriter, Store, gc, open_cache, rm, tag, untag, verify
@@ -25,17 +25,17 @@ DAY = 86400
 @pytest.fixture
 def world(tmp_path):
     world = World(tmp_path / "store")
-    world.key = world.fill().key
+    world.fill()
     return world
 
 
 def another(world: World, n: int = 2, complete: bool = True, provenance=None) -> str:
-    """A cache of n pairs in the same store; returns its key."""
-    pairs = make_pairs([(1, 2, 3)] * n, seed=n)
+    """A cache of n groups in the same store; returns its key."""
+    groups = make_groups([(1, (2, 3))] * n, seed=n)
     plan = [np.array([i]) for i in range(n)]
-    writer = CacheWriter(world.store, make_recipe(pairs, plan), plan)
+    writer = CacheWriter(world.store, make_recipe(groups, plan), plan)
     for sid in range(n if complete else 1):
-        writer.write(sid, pairs.take(plan[sid]), provenance or {})
+        writer.write(sid, groups.take(plan[sid]), provenance or {})
     if complete:
         writer.seal({})
     return writer.key
@@ -153,7 +153,7 @@ def test_a_store_that_cannot_be_written_is_read_without_account(world, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("fpo.store.upkeep.use.make_durable_dirs", refuse)
-    assert open_cache(world.store, world.key).n_pairs == 5
+    assert open_cache(world.store, world.key).n_groups == 5
     assert world.store.summary(world.key).used is None
 
 

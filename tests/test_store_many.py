@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from store_cases import make_pairs, make_recipe
+from store_cases import make_groups, make_recipe
 
-import fpo.stage1_cache.fill as fill_module
-from fpo.store import CacheWriter, ReusableRows, Store, gc, nearest, open_cache
+from fpo.store import CacheWriter, Claims, Store, gc, nearest, open_cache
 
 QUICK, MANY = 60, 2000
 SHARDS = 5000
@@ -35,37 +33,36 @@ def counted(monkeypatch, name):
 
 
 def many_caches(root, count):
-    """Caches of one scorer, of one pair each."""
-    pairs, plan = make_pairs([(1, 2, 2)]), [np.array([0])]
+    """Caches of one scorer, of one group each."""
+    groups, plan = make_groups([(1, (2, 2))]), [np.array([0])]
     for seed in range(count):
-        recipe = make_recipe(pairs, plan)
-        recipe["pairs"]["seed"] = seed
+        recipe = make_recipe(groups, plan)
+        recipe["groups"]["seed"] = seed
         writer = CacheWriter(root, recipe, plan)
-        writer.write(0, pairs, {})
+        writer.write(0, groups, {})
         writer.seal({})
     return Store(root), recipe
 
 
 @pytest.mark.parametrize("count", [QUICK, pytest.param(SHARDS, marks=pytest.mark.campaign)])
 def test_filling_a_cache_lists_its_folders_a_few_times_whatever_its_shards(tmp_path, monkeypatch, count):
-    """Through `fill`, the scorer replaced: no listing before every shard."""
-    pairs = make_pairs([(1, 2, 1)] * count, hookpoints=(), top_logits=0)
+    """No listing before every shard: whether one stands is asked of its own files."""
+    groups = make_groups([(1, (2, 1))] * count)
     plan = [np.array([n]) for n in np.random.default_rng(0).permutation(count)]
-    recipe = make_recipe(pairs, plan, hookpoints=(), top_logits=0)
-    writer = CacheWriter(tmp_path, recipe, plan)
-    identity = SimpleNamespace(tokens=pairs, digests=pairs.pair_digest, split="train")
-    scorer = SimpleNamespace(score=lambda ids, *_: pairs.take(ids.astype(int)))
-    monkeypatch.setattr(fill_module, "provenance", lambda *_: {})
-    reusable = ReusableRows(tmp_path, recipe["scorer"])
+    writer = CacheWriter(tmp_path, make_recipe(groups, plan), plan)
+    claims = Claims(writer.folder)
     started = time.perf_counter()
     with counted(monkeypatch, "listdir") as listings:
-        filled = fill_module.fill(identity, writer, plan, reusable, lambda: scorer)
+        for sid in writer.missing():
+            claim = claims.take(sid)
+            assert not writer.stands(sid)
+            writer.write(sid, groups.take(plan[sid]), {})
+            claim.end()
+        writer.seal({})
     seconds = time.perf_counter() - started
     print(f"\n{count} shards filled in {seconds:.1f} s, {len(listings)} listings")
-    assert (filled.shards, filled.by_others) == (count, 0)
     assert len(listings) < 10
-    writer.seal({})
-    assert open_cache(tmp_path, writer.key).n_pairs == count
+    assert open_cache(tmp_path, writer.key).n_groups == count
 
 
 @pytest.mark.parametrize("count", [QUICK, pytest.param(MANY, marks=pytest.mark.campaign)])
@@ -73,7 +70,7 @@ def test_gc_ls_and_nearest_look_at_every_cache_a_few_times(tmp_path, monkeypatch
     store, recipe = many_caches(tmp_path, count)
     for key in store.keys():  # noqa: SIM118 - a store is no dict
         os.utime(store.use_file(key), (time.time() - 400 * 86400,) * 2)
-    other = {**recipe, "pairs": {**recipe["pairs"], "seed": count}}
+    other = {**recipe, "groups": {**recipe["groups"], "seed": count}}
     steps = {
         "gc, looking": lambda: gc(store, unused_days=30),
         "ls": store.summaries,

@@ -4,7 +4,7 @@ import multiprocessing
 
 import numpy as np
 import pytest
-from store_cases import World, make_pairs, make_recipe, same, tree
+from store_cases import World, make_groups, make_recipe, same, tree
 from store_servers import BUCKET, OtherWorld, dropping_proxy, s3_environment, s3_server, sealed
 
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
@@ -82,7 +82,7 @@ def test_a_tag_travels_with_the_cache_that_it_names(world, s3, tmp_path):
 @pytest.mark.parametrize("there", ["url", "folder"])
 def test_a_tag_of_another_cache_is_not_moved_and_nothing_is_copied(world, s3, tmp_path, there):
     target = s3 if there == "url" else tmp_path / "target"
-    small = make_pairs([(1, 1, 1)])
+    small = make_groups([(1, (1, 1))])
     writer = CacheWriter(tmp_path / "small", make_recipe(small, [np.array([0])]), [np.array([0])])
     writer.write(0, small, {})
     writer.seal({})
@@ -97,7 +97,7 @@ def test_a_tag_of_another_cache_is_not_moved_and_nothing_is_copied(world, s3, tm
 
 
 def test_ls_at_a_url_says_what_a_cache_was_made_from(tmp_path, s3):
-    world = World(tmp_path / "here")
+    world = World(tmp_path / "here", specs=())
     writer = world.writer()
     inputs = {"reference": {"model": "google/gemma-2-2b-it"}, "data": {"source": "ultrafeedback", "split": "train"}}
     for sid in range(3):
@@ -145,7 +145,7 @@ def test_a_pushed_cache_reads_verifies_and_pulls_with_the_same_bytes(world, s3, 
     assert pulled.moved == 8
     assert tree(Store(tmp_path / "there").path(world.key)) == tree(world.store.path(world.key))
     summary = open_store(s3).summaries()[0]
-    assert (summary.key, summary.complete, summary.shards_done, summary.n_pairs) == (world.key, True, 3, 5)
+    assert (summary.key, summary.complete, summary.base.shards_done, summary.n_groups) == (world.key, True, 3, 5)
 
 
 def test_only_missing_objects_move(world, s3):
@@ -212,7 +212,7 @@ def test_an_unfinished_push_keeps_its_place_against_other_bytes(world, other, s3
 
 
 def test_an_incomplete_cache_is_not_pushed(tmp_path, s3):
-    world = World(tmp_path)
+    world = World(tmp_path, specs=())
     writer = world.writer()
     writer.write(1, world.shard(1), {})
     with pytest.raises(CacheIncomplete, match="1 of 3 shards are done; finish it with: fpo cache RECIPE"):
@@ -267,11 +267,11 @@ def _push_in_process(world_class, root, url, environment, start, results):
     import os
 
     os.environ.update(environment)
-    world = world_class(root)
-    key = world.writer().key
+    key = world_class(root, specs=()).key
+    store = Store(root)
     start.wait()
     try:
-        push(world.store, key, url, threads=2)
+        push(store, key, url, threads=2)
         results.put((world_class.__name__, "pushed"))
     except CacheConflict:
         results.put((world_class.__name__, "conflict"))

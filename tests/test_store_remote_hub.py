@@ -5,7 +5,7 @@ import contextlib
 import pytest
 from store_cases import World, same, tree
 from store_fake_hub import REPO, _Handler, fake_hub
-from store_servers import OtherWorld
+from store_servers import OtherWorld, sealed
 
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
 from fpo.store import Shelf, Store, open_cache, open_store, pull, push, verify
@@ -32,9 +32,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def world(tmp_path):
-    world = World(tmp_path / "here")
-    world.key = world.fill().key
-    return world
+    return sealed(World, tmp_path / "here")
 
 
 def test_a_cache_on_the_hub_reads_verifies_and_pulls_with_the_same_bytes(world, hub, tmp_path, capfd):

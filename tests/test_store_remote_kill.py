@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from store_cases import World, tree
+from store_cases import TOP_LOGITS, World, tree
 from store_servers import BUCKET, s3_environment, s3_server, web_server
 
 from fpo.errors import CacheIncomplete, CacheMissing
@@ -39,8 +39,8 @@ def test_a_killed_push_continues_and_no_reader_sees_a_part(tmp_path, monkeypatch
         points = run_killed("push", tmp_path, url, step, s3_environment(port))
         # claim, recipe, 3 shards, 3 records, manifest: each at least put and looked at, before and after
         assert points[-1] > 9 * 2 * 2 - step
-        world = World(tmp_path / "source")
-        key, sealed = world.writer().key, 0
+        world = World(tmp_path / "source", specs=(TOP_LOGITS,))
+        key, sealed = world.key, 0
         for n in points:
             there = f"{url}/{n}"
             try:
@@ -60,7 +60,7 @@ def test_a_killed_push_continues_and_no_reader_sees_a_part(tmp_path, monkeypatch
 
 @every_point
 def test_a_killed_pull_continues_to_the_same_bytes(tmp_path, step):
-    world = World(tmp_path / "source")
+    world = World(tmp_path / "source", specs=(TOP_LOGITS,))
     key = world.fill().key
     expected = tree(world.store.path(key))
     with web_server(world.store.root) as web:

@@ -54,7 +54,7 @@ def test_a_web_server_is_enough_to_pull_and_read(world, web, tmp_path):
 def test_opening_fetches_what_arrived_damaged_again_as_pull_does(world, web, tmp_path, name):
     flipped = FAULTS["flips a bit"]
     web.fault = lambda asked, n, body: flipped(body) if asked == name and n <= 2 else (200, body, len(body))
-    assert open_cache(web.url, world.key, Shelf(tmp_path / "shelf")).n_pairs == 5
+    assert open_cache(web.url, world.key, Shelf(tmp_path / "shelf")).n_groups == 5
     assert web.requests["GET", name] == 3
 
 
