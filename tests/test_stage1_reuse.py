@@ -278,7 +278,7 @@ def test_the_names_of_what_a_cache_was_made_from_are_found_again(world: TinyWorl
     summary = Store(tmp_path).summary(key)
     weights = summary.recipe["scorer"]["reference"]["weights"][:8]
     assert summary.reference == f"{world.root / 'model'} [{weights}]"
-    assert str(world.root / "sae") in summary.features[0]
+    assert str(world.root / "sae") in summary.columns[0].label
     assert summary.data == f"{world.root / 'pairs'} train"
     json.dumps(summary.inputs)
 
@@ -373,7 +373,7 @@ def test_relabelled_repaired_filtered_and_listed_data_scores_nothing(
         if name == "swapped":
             new, flip = whole(report.cache), np.arange(88) ^ 1
             assert np.array_equal(new.ref_logps, old.ref_logps[flip])
-            features, prompts, top, gram = new.columns
+            _features, _prompts, _top, gram = new.columns
             for column, before, order in zip(new.columns, old.columns, (flip, None, flip, None), strict=True):
                 expected = before if order is None else before.take(order)
                 for array in (*column.ENTRIES, *column.ROWS):
