@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fpo.errors import DataError
+from fpo.recipe import Data
 from fpo.stage1_cache.tokenise import TokenisedGroups, tokenise
 
 # < and > stand for the special tokens of a turn; the tool's turn groups outputs that follow each other, as Qwen's does.
@@ -160,3 +162,17 @@ def test_text_has_no_turns():
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(DataError, match=r"data\.score: assistant needs messages"):
         tokenise(rows, characters(), None, score="assistant")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"turns": [1, 2]}, "set data.score: assistant"),
+        ({"turns": [3, 2], "score": "assistant"}, "data.turns: [3, 2]: the first turn, then the last"),
+        ({"turns": [None, 2], "score": "assistant"}, "data.turns: [None, 2]: the first turn"),
+    ],
+)
+def test_turns_that_cannot_be_meant_are_refused_in_the_recipe(fields, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Data(source="rows.jsonl", **fields)
+    assert Data(source="rows.jsonl", score="assistant", turns=[2, None]).turns == [2, None]
