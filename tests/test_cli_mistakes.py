@@ -187,10 +187,10 @@ DATA = [
         "instruction, input, output",
     ),
     _refused(
-        "kto",
-        lambda b: b.pairs([{"prompt": "w1", "completion": "w2", "label": True}]),
-        "no column 'chosen'",
-        "prompt, completion, label",
+        "kto without its labels",
+        lambda b: b.pairs([{"prompt": "w1", "completion": "w2"}]),
+        "no column 'label'",
+        "prompt, completion",
     ),
     _refused(
         "rows inside one object",
