@@ -1,8 +1,9 @@
-"""Small pairs, plans and caches for the tests of the store: everything made here, nothing read."""
+"""Small groups, columns, plans and caches for the tests of the store: everything made here, nothing read."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,122 +11,196 @@ import numpy as np
 from hypothesis import strategies as st
 
 from fpo.canonical import checked_json, parse_checked_json
-from fpo.store import (
-    CacheWriter,
-    Features,
-    Pairs,
-    Store,
-    TopLogits,
-    pair_digests,
-    pairs_digest,
-    scored_lengths,
-    shard_digest,
-)
+from fpo.store import CacheWriter, Store
+from fpo.store.beside import column_recipe
+from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, Spec, TopLogits
+from fpo.store.format.encoding import ColumnRows
+from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
+from fpo.store.format.key import cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.manifest import recipe_facts
-from fpo.store.format.pairs import starts_of
+from fpo.store.format.ragged import starts_of
 
 VOCAB = 100
-HOOKPOINTS: tuple[tuple[int, int | str], ...] = ((50, 4), (9, "all"))
 KEY = "ab" * 32
 
+FEATURES: Spec = {
+    "kind": "features",
+    "hookpoint": "model.layers.0",
+    "sae": {"weights": "5a" * 32, "config": {}},
+    "d_sae": 50,
+    "top_k": 4,
+    "pooling": "mean",
+}
+EVERY_FEATURE: Spec = FEATURES | {"hookpoint": "model.layers.1", "d_sae": 9, "top_k": "all"}
+PROMPT_FEATURES: Spec = FEATURES | {"kind": "prompt_features"}
+TOP_LOGITS: Spec = {"kind": "top_logits", "m": 2, "vocab_size": VOCAB}
+HIDDEN_GRAM: Spec = {"kind": "hidden_gram"}
+SPECS = (FEATURES, EVERY_FEATURE, PROMPT_FEATURES, TOP_LOGITS, HIDDEN_GRAM)
 
-def make_pairs(
-    lengths: Any,
-    ids: Any = None,
-    seed: int = 0,
-    hookpoints: tuple[tuple[int, int | str], ...] = HOOKPOINTS,
-    top_logits: int = 2,
-) -> Pairs:
-    """Random pairs of these (prompt, chosen, rejected) token counts for which every invariant holds."""
+Sizes = Sequence[tuple[int, Sequence[int]]]
+"""Tokens of each group's prompt and of its completions."""
+
+
+def make_groups(sizes: Sizes, ids: Any = None, seed: int = 0, score_mask: bool = False) -> Groups:
+    """Random groups of these token counts for which every invariant holds; some completions have no score."""
     rng = np.random.default_rng(seed)
-    lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, 3)
-    P = len(lengths)
-    input_ids = rng.integers(0, VOCAB, lengths.sum()).astype(np.uint32)
-    splits = starts_of(lengths.ravel()).astype(np.uint64)
-    scored = starts_of(scored_lengths(lengths).ravel())
-    C = int(scored[-1])
-    token_logps = -rng.gamma(1, 2, C).astype(np.float32)
-    sums = [token_logps[a:b].sum(dtype=np.float64) for a, b in itertools.pairwise(scored)]
-    top = TopLogits(
-        rng.integers(0, VOCAB, (C, top_logits)).astype(np.uint32),
-        -rng.random((C, top_logits), dtype=np.float32),
-    )
-    return Pairs(
-        pair_id=np.asarray(range(P) if ids is None else ids, dtype=np.uint64),
-        pair_digest=pair_digests(input_ids, splits),
+    G = len(sizes)
+    n_completions = np.array([len(completions) for _, completions in sizes], np.uint32)
+    K = int(n_completions.sum())
+    splits = starts_of(np.array([n for prompt, rest in sizes for n in (prompt, *rest)], np.int64)).astype(np.uint64)
+    input_ids = rng.integers(0, VOCAB, int(splits[-1])).astype(np.uint32)
+    scored = starts_of(scored_lengths(*segment_lengths(splits, n_completions), n_completions))
+    token_logps = -rng.gamma(1, 2, int(scored[-1])).astype(np.float32)
+    mask = rng.integers(0, 2, len(token_logps)).astype(np.uint8) if score_mask else None
+    return Groups(
+        group_id=np.asarray(range(G) if ids is None else ids, dtype=np.uint64),
+        n_completions=n_completions,
+        completion_digest=completion_digests(input_ids, splits, n_completions, mask),
         input_ids=input_ids,
         splits=splits,
-        ref_logps=np.array(sums, dtype=np.float32).reshape(P, 2),
+        score=np.where(rng.random(K) < 0.3, np.nan, rng.random(K)).astype(np.float32),
+        weight=rng.integers(1, 4, G).astype(np.float32),
+        ref_logps=summed_logps(token_logps, scored, mask),
         token_logps=token_logps,
-        features=tuple(_features(rng, P, d_sae, top_k) for d_sae, top_k in hookpoints),
-        top_logits=top if top_logits else None,
+        score_mask=mask,
     )
 
 
-def _features(rng: np.random.Generator, P: int, d_sae: int, top_k: int | str) -> Features:
-    kept = rng.integers(0, (d_sae if top_k == "all" else int(top_k)) + 1, 2 * P)
-    chosen = [np.sort(rng.choice(d_sae, n, replace=False)) for n in kept]
-    indices = np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.uint32)
-    return Features(
-        indices=indices,
-        acts=rng.random(len(indices), dtype=np.float32),
+def make_column(spec: Spec, groups: Groups, seed: int = 0) -> Column:
+    """A random column of this spec beside these groups."""
+    rng = np.random.default_rng(seed)
+    match spec["kind"]:
+        case "top_logits":
+            splits = groups.scored_splits.astype(np.uint64)
+            logps = -np.sort(rng.random((int(splits[-1]), spec["m"]), dtype=np.float32), axis=1)
+            return TopLogits(splits, rng.integers(0, spec["vocab_size"], logps.shape).astype(np.uint32), logps)
+        case "hidden_gram":
+            sums = [rng.standard_normal((n, 3)) for n in groups.n_completions]
+            products = [np.empty(0), *((rows @ rows.T).ravel() for rows in sums)]
+            lengths = groups.n_completions.astype(np.int64) ** 2
+            return HiddenGram(starts_of(lengths).astype(np.uint64), np.concatenate(products).astype(np.float32))
+        case kind:
+            per_group = KINDS[kind].PER == "group"
+            return _features(rng, len(groups) if per_group else len(groups.completion_digest), spec)
+
+
+def _features(rng: np.random.Generator, R: int, spec: Spec) -> Features:
+    d_sae, top_k = spec["d_sae"], spec["top_k"]
+    kept = rng.integers(0, (d_sae if top_k == "all" else int(top_k)) + 1, R)
+    indices = [np.sort(rng.choice(d_sae, n, replace=False)) for n in kept]
+    kind: Any = KINDS[spec["kind"]]
+    features: Features = kind(
         splits=starts_of(kept).astype(np.uint64),
-        active=kept.reshape(P, 2).astype(np.uint32),
-        tail_sq=np.zeros((P, 2), np.float32),
+        indices=np.concatenate([*indices, np.empty(0, np.int64)]).astype(np.uint32),
+        acts=rng.random(int(kept.sum()), dtype=np.float32),
+        active=kept.astype(np.uint32),
+        tail_sq=np.zeros(R, np.float32),
     )
+    return features
 
 
-def make_recipe(
-    pairs: Pairs, plan: list[np.ndarray], hookpoints: Any = HOOKPOINTS, top_logits: int = 2
-) -> dict[str, Any]:
-    """`pairs` in dataset order."""
-    features = [
-        {"d_sae": d_sae, "top_k": top_k, "hookpoint": f"model.layers.{n}"}
-        for n, (d_sae, top_k) in enumerate(hookpoints)
-    ]
+def make_recipe(groups: Groups, plan: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Of a base that holds the groups with these ids, shard by shard."""
     return {
         "format": 1,
-        "scorer": {"vocab_size": VOCAB, "features": features, "extras": {"top_logits": top_logits}},
-        "pairs": {
-            "digest": pairs_digest(shard_digest(ids, pairs.pair_digest[rows_of(pairs, ids)]) for ids in plan),
-            "n_pairs": len(pairs),
+        "scorer": {"vocab_size": VOCAB, "weights": "7e" * 32},
+        "groups": {
+            "digest": groups_digest(digest_of(groups.take(rows_of(groups, ids))) for ids in plan),
+            "n_groups": len(groups),
+            "n_completions": len(groups.completion_digest),
+            "score_mask": groups.score_mask is not None,
             "seed": 7,
-            "shard_pairs": [len(ids) for ids in plan],
+            "shard_groups": [len(ids) for ids in plan],
         },
     }
 
 
-def rows_of(pairs: Pairs, ids: np.ndarray) -> np.ndarray:
-    """Where the pairs with these ids stand."""
-    return np.argsort(pairs.pair_id)[np.searchsorted(np.sort(pairs.pair_id), ids)]
+def digest_of(groups: Groups) -> str:
+    """Of a shard of these groups."""
+    return shard_digest(groups.group_id, groups.n_completions, groups.completion_digest, groups.score, groups.weight)
 
 
-LENGTHS = [(2, 3, 1), (0, 1, 2), (4, 2, 2), (1, 1, 1), (3, 5, 4)]
+def rows_of(groups: Groups, ids: np.ndarray) -> np.ndarray:
+    """Where the groups with these ids stand."""
+    return np.argsort(groups.group_id)[np.searchsorted(np.sort(groups.group_id), ids)]
+
+
+# One, two and three completions; an empty prompt; a completion of no scored token.
+SIZES: Sizes = [(2, (3, 1)), (0, (1, 2)), (4, (2, 2, 5)), (1, (1,)), (3, (5, 4))]
 PLAN = [np.array([3, 0]), np.array([4, 1]), np.array([2])]
 
 
 class World:
-    """Five pairs in three shards, and a store to put them in."""
+    """Five groups in three shards, two columns beside them, and a store to put them in."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self, root: Path, specs: Sequence[Spec] = (FEATURES, TOP_LOGITS), sizes: Sizes = SIZES, score_mask: bool = False
+    ) -> None:
         self.store = Store(root)
-        self.pairs = make_pairs(LENGTHS)
+        self.specs = tuple(specs)
+        groups = make_groups(sizes, score_mask=score_mask)
+        self.groups = groups.with_columns([make_column(spec, groups, seed) for seed, spec in enumerate(specs)])
         self.plan = PLAN
-        self.recipe = make_recipe(self.pairs, self.plan)
+        self.recipe = make_recipe(groups, self.plan)
+        self.key = cache_key(self.recipe)
         self.bounds = recipe_facts(self.recipe).bounds
 
-    def shard(self, sid: int) -> Pairs:
-        return self.pairs.take(self.plan[sid])
+    @property
+    def path(self) -> Path:
+        """Of the cache."""
+        return self.store.path(self.key)
+
+    def shard(self, sid: int) -> Groups:
+        """The groups of a shard, without columns."""
+        return dataclasses.replace(self.beside(sid), columns=())
+
+    def beside(self, sid: int) -> Groups:
+        """The same with all columns, as `open_cache(columns=world.specs)` reads them."""
+        return self.groups.take(self.plan[sid])
+
+    def column_plan(self, n: int) -> list[np.ndarray]:
+        """The group ids of every shard of column n: the first is cut finer than the base."""
+        return [ids[i : i + 1] for ids in PLAN for i in range(len(ids))] if n == 0 else self.plan
+
+    def column_recipe(self, n: int) -> dict[str, Any]:
+        return column_recipe(self.key, self.specs[n], [len(ids) for ids in self.column_plan(n)])
+
+    def column_key(self, n: int) -> str:
+        return cache_key(self.column_recipe(n))
+
+    def column_path(self, n: int) -> Path:
+        return self.path / "columns" / self.column_key(n)
+
+    def column_shard(self, n: int, sid: int) -> ColumnRows:
+        """The rows of a shard of column n."""
+        groups = self.groups.take(self.column_plan(n)[sid])
+        return ColumnRows(groups.group_id, len(groups.completion_digest), groups.columns[n])
 
     def writer(self) -> CacheWriter:
         return CacheWriter(self.store, self.recipe, self.plan)
 
+    def column_writer(self, n: int) -> CacheWriter:
+        return CacheWriter(self.store, self.column_recipe(n), self.column_plan(n))
+
     def fill(self) -> CacheWriter:
-        """Write what is missing, in order, and seal."""
+        """Write what is missing of the base and of its columns, in order, and seal them; the base's writer."""
+        writer = self.fill_base()
+        for n in range(len(self.specs)):
+            self.fill_column(n)
+        return writer
+
+    def fill_base(self) -> CacheWriter:
         writer = self.writer()
         for sid in writer.missing():
             writer.write(sid, self.shard(sid), {"device": "cpu", "seconds": 0.5})
         writer.seal({"self_check": {"fvu": "0.12"}})
+        return writer
+
+    def fill_column(self, n: int) -> CacheWriter:
+        writer = self.column_writer(n)
+        for sid in writer.missing():
+            writer.write(sid, self.column_shard(n, sid), {"device": "cpu", "seconds": 0.5})
+        writer.seal({})
         return writer
 
 
@@ -143,23 +218,31 @@ def unmarked(files: dict[str, bytes]) -> dict[str, bytes]:
         body["provenance"].pop("mark", None)
         return checked_json(body)
 
-    return {name: without_mark(data) if name.startswith("records/") else data for name, data in files.items()}
+    return {name: without_mark(data) if "records/" in name else data for name, data in files.items()}
 
 
-def same(a: Pairs, b: Pairs) -> bool:
-    """Equal arrays, dtypes and shapes."""
+def arrays_in(found: Groups | Column) -> dict[str, np.ndarray]:
+    """Every array of groups and of their columns, or of a column, by name; None where there is no mask."""
+    named = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    for n, column in enumerate(named.pop("columns", ())):
+        named |= {f"columns/{n}/{name}": array for name, array in arrays_in(column).items()}
+    return {name: array for name, array in named.items() if array is not None}
 
-    def arrays(pairs: Pairs) -> list[np.ndarray]:
-        top = () if pairs.top_logits is None else (pairs.top_logits.indices, pairs.top_logits.logps)
-        rows = [getattr(pairs, n) for n in ("pair_id", "pair_digest", "input_ids", "splits")]
-        parts = [getattr(f, n) for f in pairs.features for n in Features.__dataclass_fields__]
-        return [*rows, pairs.ref_logps, pairs.token_logps, *parts, *top]
 
-    left, right = arrays(a), arrays(b)
-    return len(left) == len(right) and all(
-        x.dtype == y.dtype and x.shape == y.shape and np.array_equal(x, y) for x, y in zip(left, right, strict=True)
+def same(a: Groups | Column, b: Groups | Column) -> bool:
+    """Equal arrays, bit by bit, dtypes and shapes; columns of the same kinds."""
+    left, right = arrays_in(a), arrays_in(b)
+    return _kinds(a) == _kinds(b) and all(
+        x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+        for x, y in ((left[name], right.get(name, np.empty(0))) for name in left)
     )
 
 
-# Empty prompts, one-token completions and no pairs at all are inside; so are completions of no token.
-ragged_lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6), st.integers(1, 6)), max_size=6)
+def _kinds(found: Groups | Column) -> list[Any]:
+    return [sorted(arrays_in(found)), type(found), *map(type, getattr(found, "columns", ()))]
+
+
+# Empty prompts, groups of one, completions of no token and no groups at all are inside.
+ragged_sizes = st.lists(
+    st.tuples(st.integers(0, 5), st.lists(st.integers(0, 6), min_size=1, max_size=4).map(tuple)), max_size=6
+)

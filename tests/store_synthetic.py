@@ -1,64 +1,90 @@
-"""Big caches of cheap pairs: random tokens, log-probs and features, right in every invariant, nothing scored."""
+"""Big caches of cheap groups: random tokens, log-probs and features, right in every invariant, nothing scored."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+from store_cases import digest_of
 
-from fpo.store import CacheWriter, Features, Pairs, pair_digests, pairs_digest, shard_digest
+from fpo.store import CacheWriter
+from fpo.store.beside import column_recipe
+from fpo.store.format.columns import Features, Spec
+from fpo.store.format.encoding import ColumnRows
+from fpo.store.format.groups import Groups
+from fpo.store.format.key import completion_digests, groups_digest
 
 D_SAE, TOP_K, VOCAB = 1024, 4, 5000
-SHARD_PAIRS = 2048
+SHARD_GROUPS = 2048
 
 
-def cheap_pairs(ids: np.ndarray, seed: int) -> Pairs:
-    """A prompt of 8 tokens, completions of 1 to 12, four features each."""
+def cheap_groups(ids: np.ndarray, seed: int) -> Groups:
+    """A prompt of 8 tokens, two completions of 1 to 12."""
     rng = np.random.default_rng(seed)
-    P = len(ids)
-    lengths = rng.integers(1, 13, (P, 3))
+    G = len(ids)
+    lengths = rng.integers(1, 13, (G, 3))
     lengths[:, 0] = 8
     splits = np.concatenate([[0], np.cumsum(lengths.ravel())]).astype(np.uint64)
     input_ids = rng.integers(0, VOCAB, int(splits[-1]), dtype=np.uint32)
     scored = lengths[:, 1:].ravel()
     token_logps = -rng.random(int(scored.sum()), dtype=np.float32)
     starts = np.concatenate([[0], np.cumsum(scored)[:-1]])
-    first = rng.integers(0, D_SAE - TOP_K, 2 * P, dtype=np.uint32)
-    return Pairs(
-        pair_id=ids.astype(np.uint64),
-        pair_digest=pair_digests(input_ids, splits),
+    n_completions = np.full(G, 2, np.uint32)
+    return Groups(
+        group_id=ids.astype(np.uint64),
+        n_completions=n_completions,
+        completion_digest=completion_digests(input_ids, splits, n_completions),
         input_ids=input_ids,
         splits=splits,
-        ref_logps=np.add.reduceat(token_logps, starts, dtype=np.float64).reshape(P, 2).astype(np.float32),
+        score=np.full(2 * G, np.nan, np.float32),
+        weight=np.ones(G, np.float32),
+        ref_logps=np.add.reduceat(token_logps, starts, dtype=np.float64).astype(np.float32),
         token_logps=token_logps,
-        features=(
-            Features(
-                indices=(first[:, None] + np.arange(TOP_K, dtype=np.uint32)).ravel(),
-                acts=rng.random(2 * P * TOP_K, dtype=np.float32),
-                splits=(np.arange(2 * P + 1) * TOP_K).astype(np.uint64),
-                active=np.full((P, 2), TOP_K, np.uint32),
-                tail_sq=np.zeros((P, 2), np.float32),
-            ),
-        ),
     )
 
 
-def write_cheap_cache(folder: Path, n_pairs: int) -> str:
-    """A sealed cache of so many pairs; its key."""
-    plan = np.split(np.arange(n_pairs), range(SHARD_PAIRS, n_pairs, SHARD_PAIRS))
-    digests = [shard_digest(ids, cheap_pairs(ids, sid).pair_digest) for sid, ids in enumerate(plan)]
+def cheap_features(ids: np.ndarray, seed: int) -> ColumnRows:
+    """Four features of each of two completions."""
+    rng = np.random.default_rng(seed)
+    K = 2 * len(ids)
+    first = rng.integers(0, D_SAE - TOP_K, K, dtype=np.uint32)
+    features = Features(
+        splits=(np.arange(K + 1) * TOP_K).astype(np.uint64),
+        indices=(first[:, None] + np.arange(TOP_K, dtype=np.uint32)).ravel(),
+        acts=rng.random(K * TOP_K, dtype=np.float32),
+        active=np.full(K, TOP_K, np.uint32),
+        tail_sq=np.zeros(K, np.float32),
+    )
+    return ColumnRows(ids.astype(np.uint64), K, features)
+
+
+def cheap_spec(layer: int) -> Spec:
+    return {"kind": "features", "hookpoint": f"model.layers.{layer}", "d_sae": D_SAE, "top_k": TOP_K}
+
+
+def write_cheap_cache(folder: Path, n_groups: int, n_columns: int = 1) -> str:
+    """A sealed cache of so many groups with so many columns of features; its key."""
+    plan = np.split(np.arange(n_groups), range(SHARD_GROUPS, n_groups, SHARD_GROUPS))
+    sizes = [len(ids) for ids in plan]
     recipe = {
         "format": 1,
-        "scorer": {"vocab_size": VOCAB, "features": [{"d_sae": D_SAE, "top_k": TOP_K}]},
-        "pairs": {
-            "digest": pairs_digest(digests),
-            "n_pairs": n_pairs,
+        "scorer": {"vocab_size": VOCAB},
+        "groups": {
+            "digest": groups_digest(digest_of(cheap_groups(ids, sid)) for sid, ids in enumerate(plan)),
+            "n_groups": n_groups,
+            "n_completions": 2 * n_groups,
+            "score_mask": False,
             "seed": 0,
-            "shard_pairs": [len(ids) for ids in plan],
+            "shard_groups": sizes,
         },
     }
-    writer = CacheWriter(folder, recipe, plan)
-    for sid in writer.missing():
-        writer.write(sid, cheap_pairs(plan[sid], sid), {})
-    writer.seal({})
-    return writer.key
+    base = CacheWriter(folder, recipe, plan)
+    for sid in base.missing():
+        base.write(sid, cheap_groups(plan[sid], sid), {})
+    base.seal({})
+    for layer in range(n_columns):
+        column = CacheWriter(folder, column_recipe(base.key, cheap_spec(layer), sizes), plan)
+        for sid in column.missing():
+            column.write(sid, cheap_features(plan[sid], sid), {})
+        column.seal({})
+    return base.key
