@@ -14,8 +14,9 @@ from fpo.canonical import checked_json, parse_checked_json
 from fpo.store import CacheWriter, Store
 from fpo.store.beside import column_recipe
 from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, Spec, TopLogits
-from fpo.store.format.encoding import ColumnRows
+from fpo.store.format.encoding import ColumnRows, Rows
 from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
+from fpo.store.format.invariants import Bounds
 from fpo.store.format.key import cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.manifest import recipe_facts
 from fpo.store.format.ragged import starts_of
@@ -97,6 +98,16 @@ def _features(rng: np.random.Generator, R: int, spec: Spec) -> Features:
         tail_sq=np.zeros(R, np.float32),
     )
     return features
+
+
+def column_rows(spec: Spec, groups: Groups, seed: int = 0) -> ColumnRows:
+    """A shard of a random column of this spec beside these groups."""
+    return ColumnRows(groups.group_id, len(groups.completion_digest), make_column(spec, groups, seed))
+
+
+def column_bounds(spec: Spec) -> Bounds:
+    """As a column's recipe promises them."""
+    return recipe_facts(column_recipe(KEY, spec, [])).bounds
 
 
 def make_recipe(groups: Groups, plan: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -221,25 +232,32 @@ def unmarked(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: without_mark(data) if "records/" in name else data for name, data in files.items()}
 
 
-def arrays_in(found: Groups | Column) -> dict[str, np.ndarray]:
-    """Every array of groups and of their columns, or of a column, by name; None where there is no mask."""
-    named = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    for n, column in enumerate(named.pop("columns", ())):
-        named |= {f"columns/{n}/{name}": array for name, array in arrays_in(column).items()}
-    return {name: array for name, array in named.items() if array is not None}
+def arrays_in(found: Rows | Column) -> dict[str, np.ndarray]:
+    """Every array of groups and of the columns beside them, of a column's shard or of a column, by name."""
+    named: dict[str, Any] = {}
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if isinstance(value, np.ndarray):
+            named[field.name] = value
+        for n, column in enumerate(value if isinstance(value, tuple) else ()):
+            named |= {f"columns/{n}/{name}": array for name, array in arrays_in(column).items()}
+        if isinstance(value, Column):
+            named |= arrays_in(value)
+    return named
 
 
-def same(a: Groups | Column, b: Groups | Column) -> bool:
+def same(a: Rows | Column, b: Rows | Column) -> bool:
     """Equal arrays, bit by bit, dtypes and shapes; columns of the same kinds."""
     left, right = arrays_in(a), arrays_in(b)
-    return _kinds(a) == _kinds(b) and all(
+    return (type(a), _kinds(a), sorted(left)) == (type(b), _kinds(b), sorted(right)) and all(
         x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-        for x, y in ((left[name], right.get(name, np.empty(0))) for name in left)
+        for x, y in ((left[name], right[name]) for name in left)
     )
 
 
-def _kinds(found: Groups | Column) -> list[Any]:
-    return [sorted(arrays_in(found)), type(found), *map(type, getattr(found, "columns", ()))]
+def _kinds(found: Rows | Column) -> list[Any]:
+    columns = found.columns if isinstance(found, Groups) else ()
+    return [found.n_completions, type(found.column)] if isinstance(found, ColumnRows) else [*map(type, columns)]
 
 
 # Empty prompts, groups of one, completions of no token and no groups at all are inside.
