@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fpo.store.format.invariants import Bounds
 from fpo.store.format.key import cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.manifest import recipe_facts
 from fpo.store.format.ragged import starts_of
+from fpo.store.sealed import Sealed
 
 VOCAB = 100
 KEY = "ab" * 32
@@ -213,6 +215,42 @@ class World:
             writer.write(sid, self.column_shard(n, sid), {"device": "cpu", "seconds": 0.5})
         writer.seal({})
         return writer
+
+
+@dataclass(frozen=True)
+class Part:
+    """The base of a world's cache, or its column of this number: each a folder with a recipe, shards and a seal."""
+
+    world: World
+    column: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.world.path if self.column is None else self.world.column_path(self.column)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.world.recipe if self.column is None else self.world.column_recipe(self.column)
+
+    @property
+    def plan(self) -> list[np.ndarray]:
+        return self.world.plan if self.column is None else self.world.column_plan(self.column)
+
+    def rows(self, sid: int) -> Rows:
+        return self.world.shard(sid) if self.column is None else self.world.column_shard(self.column, sid)
+
+    def sealed(self) -> Sealed:
+        """Opened for reading."""
+        base = self.world.store.folder(self.world.key)
+        folder = base if self.column is None else base.inside(f"columns/{self.path.name}")
+        return Sealed(folder, self.path.name)
+
+    def writer(self) -> CacheWriter:
+        return self.world.writer() if self.column is None else self.world.column_writer(self.column)
+
+    def fill(self) -> CacheWriter:
+        """Write what is missing, in order, and seal."""
+        return self.world.fill_base() if self.column is None else self.world.fill_column(self.column)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

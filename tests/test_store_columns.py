@@ -163,8 +163,8 @@ def test_the_column_that_holds_the_least_beyond_what_is_asked_serves_it():
     [
         (FEATURES, [(2, (3,))], "it has 10 rows, the groups ask for 1"),
         (PROMPT_FEATURES, [(2, (3,))], "it has 5 rows, the groups ask for 1"),
-        (TOP_LOGITS, [(2, (3, 2)), (0, (1, 2)), (4, (2, 2, 5)), (1, (1,)), (3, (5, 4))], "not those of the scored tokens"),
-        (HIDDEN_GRAM, [(2, (3,)), (0, (1, 2)), (4, (2, 2, 5)), (1, (1,)), (3, (5, 4))], "not the squares of the groups'"),
+        (TOP_LOGITS, [(2, (3, 2)), *SIZES[1:]], "not those of the scored tokens"),
+        (HIDDEN_GRAM, [(2, (3,)), *SIZES[1:]], "not the squares of the groups'"),
     ],
 )  # fmt: skip
 def test_a_column_of_other_groups_is_refused_beside_the_base(spec, other, message):

@@ -355,7 +355,6 @@ def test_a_shard_of_another_cache_or_place_is_refused(case, key, sid):
 
 
 def test_a_shard_that_claims_other_counts_than_it_holds_is_refused():
-    """A column's shard cannot count tokens, and its completions are claimed by its attributes alone where it has none."""
     changed = members()
     root = json.loads(changed["zarr.json"])
     for field in ("n_groups", "n_completions", "n_tokens"):
@@ -481,14 +480,10 @@ def test_wrong_dtypes_are_refused():
         encode_shard(groups, KEY, 3, BOUNDS)
 
 
-def test_a_column_shard_says_whose_rows_it_holds():
-    rows = CASES["features"][0]
-    fewer = ColumnRows(rows.group_id[:-1], rows.n_completions, rows.column)
-    encode_shard(
-        fewer, KEY, 3, CASES["features"][1]
-    )  # a row per completion: how many groups they are of, the base tells
+def test_a_column_shard_with_other_rows_than_completions_is_refused():
+    rows, bounds = CASES["features"]
     with pytest.raises(Invalid, match="splits is uint64"):
-        encode_shard(ColumnRows(rows.group_id, 9, rows.column), KEY, 3, CASES["features"][1])
+        encode_shard(ColumnRows(rows.group_id, 9, rows.column), KEY, 3, bounds)
 
 
 def test_a_hostile_frame_header_is_read_within_its_bytes():
