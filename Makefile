@@ -61,7 +61,7 @@ lint: $(VENV)/installed-test
 	@mkdir -p $(VENV)/as-package && ln -sfn $(CURDIR) $(VENV)/as-package/fpo
 	$(BIN)/mypy
 
-docs: $(VENV)/installed  ## write docs/recipe.md from recipe.py
+docs: $(VENV)/installed  ## write docs/recipe.md from recipe/ and objectives/
 	$(BIN)/python -c "from fpo import recipe; print(recipe.reference_page(), end='')" > docs/recipe.md
 
 families: $(VENV)/installed-test  ## write docs/families.md: how each model family is laid out

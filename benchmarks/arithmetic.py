@@ -59,7 +59,7 @@ def _logps(
     install_scoring(scorer)
     found: dict[int, np.ndarray] = {}
     for rows in batches:
-        packed = pack(*token_rows(input_ids, splits, rows))
+        packed = pack(*token_rows(input_ids, splits, rows), np.full(len(rows), 2))
         with torch.inference_mode(), mixed_precision(torch.device("cpu"), arithmetic.autocast):
             scores = scorer(**Packed(*packed)._asdict())
         parts = scores.token_logps.double().numpy()

@@ -3,90 +3,33 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fpo.commands.bars import byte_bar, shard_bar
+from fpo.commands.caches import existing_root, store_root
+from fpo.commands.libraries import quiet_libraries
+from fpo.commands.options import AsJson, StoreOption
+from fpo.commands.wording import age, indented, size, with_numbers
 from fpo.errors import FpoError
-from fpo.progress import Progress, progress_bar
-from fpo.recipe import load_recipe
-from fpo.store import (
-    RemoteStore,
-    Store,
-    Summary,
-    TransferReport,
-    counted,
-    default_store,
-    diff,
-    disk_usage,
-    export_trl,
-    gc,
-    is_url,
-    open_cache,
-    open_store,
-    printable,
-    pull,
-    push,
-    removable,
-    rm,
-    tag,
-    untag,
-    verify,
-)
+
+if TYPE_CHECKING:
+    from fpo.store import RemoteStore, Store, Summary, TransferReport
 
 store_app = typer.Typer(help="The caches of a store: look, name, doubt, move, remove.", no_args_is_help=True)
 
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", help="Folder or URL of caches (s3, gs, az, hf, https); else $FPO_STORE, else ~/.cache/fpo"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Key = Annotated[str, typer.Argument(help="Cache key, any unique prefix of it, or a tag.", metavar="KEY")]
 Url = Annotated[str, typer.Argument(help="Where to: a URL or a folder.", metavar="URL")]
-
-
-def quiet_libraries() -> None:
-    """Loading bars and chatter of the libraries off: one progress bar at a time is ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # peft 0.21 asks transformers 5.23 by the old name.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    # What a file lacks is said by the error; a log line before it would only be in another tongue.
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
-
-
-def store_root(option: str | None) -> str:
-    """--store, else $FPO_STORE, else ~/.cache/fpo."""
-    return option or str(default_store())
-
-
-def existing_root(option: str | None) -> str:
-    """`store_root`; a folder that was named and is not there is an error, not an empty store."""
-    root = store_root(option)
-    named = option or os.environ.get("FPO_STORE")
-    if named and not is_url(root) and not Path(root).expanduser().exists():
-        raise FpoError(f"there is no folder {root}; check --store and FPO_STORE, or make one with: fpo cache RECIPE")
-    return root
 
 
 @store_app.command("ls")
 def store_ls(store: StoreOption = None, as_json: AsJson = False) -> None:
     """List the caches: size, pairs, what they were made from, age, last use, complete or how far."""
+    from fpo.store import Store, open_store
+
     opened = open_store(existing_root(store))
     summaries = opened.summaries()
     if as_json:
@@ -99,7 +42,7 @@ def store_ls(store: StoreOption = None, as_json: AsJson = False) -> None:
     for summary in summaries:
         print(
             f"{summary.key[:12]:<14}{summary.n_pairs:>10,}{size(summary.n_bytes):>11}  {summary.state:<16}"
-            f"{_age(summary.created):<12}{_age(summary.used):<12}{', '.join(summary.tags) or '-'}"
+            f"{age(summary.created):<12}{age(summary.used):<12}{', '.join(summary.tags) or '-'}"
         )
         _print_names(summary)
     here = {summary.key for summary in summaries}
@@ -116,6 +59,8 @@ def store_show(
     as_json: AsJson = False,
 ) -> None:
     """What a complete cache was made from, its self-check and drop report, and with --usage where its bytes go."""
+    from fpo.store import counted, disk_usage, open_cache, open_store, printable
+
     opened = open_store(store_root(store))
     cache = open_cache(opened, key)
     facts: dict[str, Any] = {
@@ -125,7 +70,7 @@ def store_show(
         "manifest": cache.manifest.model_dump(mode="json"),
     }
     if usage:
-        with _shard_bar("usage") as advance:
+        with shard_bar("usage") as advance:
             facts["usage"] = [vars(array) for array in disk_usage(cache, advance)]
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -138,9 +83,9 @@ def store_show(
     for name, label in _made_from(opened, cache.key):
         print(f"{name:<12}{label}")
     for section in ("scorer", "pairs"):
-        print(f"{section}\n{_indented(cache.recipe[section])}")
+        print(f"{section}\n{indented(cache.recipe[section])}")
     for name, fact in cache.manifest.facts.items():
-        print(f"{printable(name)}\n{_indented(with_numbers(fact))}")
+        print(f"{printable(name)}\n{indented(with_numbers(fact))}")
     if usage:
         print(f"{'ARRAY':<32}{'ON DISK':>12}{'IN MEMORY':>12}")
         for array in facts["usage"]:
@@ -155,6 +100,8 @@ def store_diff(
     as_json: AsJson = False,
 ) -> None:
     """Why two caches are not one: the fields that differ, with both values."""
+    from fpo.store import diff
+
     report = diff(store_root(store), here, there)
     if as_json:
         facts = {part: [vars(one) for one in getattr(report, part)] for part in ("recipe", "inputs")}
@@ -177,6 +124,8 @@ def store_tag(
     store: StoreOption = None,
 ) -> None:
     """Give a cache a name that works wherever a key does; a tag that exists moves."""
+    from fpo.store import tag
+
     tagged = tag(store_root(store), key, name)
     moved = f" (was {tagged.before[:12]})" if tagged.before and tagged.before != tagged.key else ""
     print(f"{tagged.name} -> {tagged.key[:12]}{moved}")
@@ -185,6 +134,8 @@ def store_tag(
 @store_app.command("untag")
 def store_untag(name: Annotated[str, typer.Argument(metavar="NAME")], store: StoreOption = None) -> None:
     """Take a name away; the cache stays."""
+    from fpo.store import untag
+
     tagged = untag(store_root(store), name)
     print(f"{tagged.name} no longer names {tagged.key[:12]}")
 
@@ -205,10 +156,12 @@ def store_verify(
     as_json: AsJson = False,
 ) -> None:
     """Doubt a cache. Exit code 1 where anything is wrong, naming every file."""
+    from fpo.store import counted, verify
+
     if recompute is not None and recipe is None:
         raise FpoError("--recompute needs --recipe: a cache holds the digests of its reference, not where it lies")
     root = store_root(store)
-    with _shard_bar("verify") as advance:
+    with shard_bar("verify") as advance:
         report = verify(root, key, advance, level)
     facts: dict[str, Any] = {
         "key": report.key,
@@ -244,7 +197,9 @@ _PASSED = {
 @store_app.command("push")
 def store_push(key: Key, url: Url, store: StoreOption = None, threads: int = 8, as_json: AsJson = False) -> None:
     """Copy a complete cache to another store; only missing objects move, every byte is verified."""
-    with _byte_bar("push") as advance:
+    from fpo.store import push
+
+    with byte_bar("push") as advance:
         report = push(store_root(store), key, url, threads=threads, on_object=advance)
     _print_transfer("pushed", report, as_json)
 
@@ -259,7 +214,9 @@ def store_pull(
     as_json: AsJson = False,
 ) -> None:
     """Copy a complete cache from another store; an interrupted pull continues."""
-    with _byte_bar("pull") as advance:
+    from fpo.store import pull
+
+    with byte_bar("pull") as advance:
         report = pull(url, key, store_root(store), threads=threads, repair=repair, on_object=advance)
     _print_transfer("pulled", report, as_json)
 
@@ -272,8 +229,10 @@ def store_export(
     store: StoreOption = None,
 ) -> None:
     """Write a cache as a `datasets` folder that TRL's own DPOTrainer trains from (docs/export.md)."""
+    from fpo.store import export_trl, open_cache
+
     quiet_libraries()
-    with _shard_bar("export") as advance:
+    with shard_bar("export") as advance:
         report = export_trl(open_cache(store_root(store), key), folder, advance)
     print(f"exported {report.n_pairs:,} pairs of {report.key[:12]} to {report.folder}, {size(report.n_bytes)}")
 
@@ -285,6 +244,8 @@ def store_rm(
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
 ) -> None:
     """Remove a cache that nobody uses; says what would go, and asks. Tagged ones stay until fpo store untag."""
+    from fpo.store import Store, removable, rm
+
     opened = Store(existing_root(store))
     doomed = removable(opened, key)
     print(f"{doomed.key[:12]}  {doomed.n_pairs:,} pairs, {size(doomed.n_bytes)}, {doomed.state}")
@@ -308,6 +269,8 @@ def store_gc(
     as_json: AsJson = False,
 ) -> None:
     """Collect what killed processes left and caches nobody uses; tagged ones and those in use stay."""
+    from fpo.store import counted, gc, printable
+
     found = gc(existing_root(store), unused_days, unfinished_days, dry_run=not yes)
     if as_json:
         items = [{**vars(item), "path": str(item.path)} for item in found.items]
@@ -327,17 +290,10 @@ def store_gc(
         raise FpoError(f"{counted(len(found.problems), 'thing')} could not be looked at or removed\n{lines}")
 
 
-def size(n_bytes: int) -> str:
-    """1.5 MiB"""
-    value = float(n_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
 def _recomputed(root: str, key: str, count: int, recipe: Path, seed: int) -> dict[str, Any]:
+    from fpo.recipe import load_recipe
+    from fpo.store import open_cache
+
     quiet_libraries()
     from fpo.stage1_cache import recompute
 
@@ -362,6 +318,8 @@ def _summary_facts(summary: Summary) -> dict[str, Any]:
 
 
 def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
+    from fpo.store import counted
+
     if as_json:
         print(json.dumps(vars(report), indent=2))
         return
@@ -384,65 +342,10 @@ def _print_names(summary: Summary) -> None:
 
 def _made_from(store: Store | RemoteStore, key: str) -> list[tuple[str, str]]:
     """The names behind the digests, as `ls` shows them."""
+    from fpo.store import Store
+
     if not isinstance(store, Store):
         return []
     summary = store.summary(key)
     named = [("reference", summary.reference), *(("feature", label) for label in summary.features)]
     return [(name, label) for name, label in [*named, ("data", summary.data)] if label]
-
-
-def with_numbers(value: Any) -> Any:
-    """Facts are spelled as text, so that their bytes never change; people read numbers."""
-    if isinstance(value, dict):
-        return {name: with_numbers(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [with_numbers(item) for item in value]
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(f"{float(value):.3g}")
-    return value
-
-
-_NUMBER = re.compile(r"-?[0-9]{1,20}\.[0-9]{1,20}(e[+-]?[0-9]{1,3})?")
-
-
-def _indented(value: Any) -> str:
-    return "\n".join(f"  {line}" for line in json.dumps(value, indent=2).splitlines())
-
-
-def _age(moment: datetime | None) -> str:
-    if moment is None:
-        return "-"
-    seconds = (datetime.now(UTC) - moment).total_seconds()
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return "just now"
-
-
-@contextmanager
-def _shard_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    with _counting("shards", label) as advance:
-        yield advance
-
-
-@contextmanager
-def _byte_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    with _counting("MiB", label) as advance:
-        yield lambda done, total: advance(-(-done // 2**20), -(-total // 2**20))
-
-
-@contextmanager
-def _counting(unit: str, label: str) -> Iterator[Callable[[int, int], None]]:
-    """How far it is; the total is known when the first is done."""
-    bars: list[Progress] = []
-
-    def advance(done: int, total: int) -> None:
-        if not bars:
-            bars.append(progress_bar(total, unit, label))
-        bars[0].update(done - bars[0].n)
-
-    try:
-        yield advance
-    finally:
-        for bar in bars:
-            bar.close()

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
+from fpo.objectives.trl_names import SETTINGS
+
 _CUT = "data.max_length cuts prompt and completion together, keeping the start"
-_NOT_THERE = "no objective has it"
 _REFERENCE = "the reference is reference.model; it runs once, in fpo cache"
 NOT_EVALUATED = "nothing is evaluated in training; use fpo evaluate RUN --checkpoint N"
 
 # Arguments of TRL's configs and scripts that stand under `training` by mistake.
 ARGUMENTS = {
-    "beta": "it is objective.beta",
-    "alpha": "it is objective.alpha",
-    "gamma": "it is objective.gamma",
-    "simpo_gamma": "it is objective.gamma",
-    "loss_type": "it is objective.name",
-    "label_smoothing": _NOT_THERE,
-    "use_weighting": _NOT_THERE,
-    "rpo_alpha": _NOT_THERE,
-    "sft_weight": _NOT_THERE,
-    "ld_alpha": _NOT_THERE,
-    "cpo_alpha": _NOT_THERE,
-    "discopop_tau": _NOT_THERE,
-    "loss_weights": _NOT_THERE,
-    "f_divergence_type": _NOT_THERE,
-    "f_alpha_divergence_coef": _NOT_THERE,
+    **SETTINGS,
     "max_prompt_length": _CUT,
     "max_completion_length": _CUT,
     "max_seq_length": _CUT,
@@ -34,7 +21,6 @@ ARGUMENTS = {
     "label_pad_token_id": "batches are packed without padding",
     "precompute_ref_log_probs": "the cache holds them: fpo cache",
     "precompute_ref_batch_size": "the cache holds them: fpo cache --batch-tokens",
-    "reference_free": "objective.name: simpo uses no reference",
     "ref_model": _REFERENCE,
     "ref_model_init_kwargs": _REFERENCE,
     "ref_adapter_name": "the reference's adapter is reference.adapter",
@@ -66,17 +52,3 @@ ARGUMENTS = {
     "group_by_length": "the order of the cache buckets by length already",
     "no_cuda": "it is use_cpu",
 }
-
-# Losses that TRL has (as loss_type, or as a trainer), and what to take here.
-OBJECTIVES = {
-    "sigmoid": "it is called dpo here",
-    "sigmoid_norm": "it is fpo with alpha: 0",
-    **dict.fromkeys(
-        (
-            "aot", "aot_pair", "aot_unpaired", "apo_down", "apo_zero", "bco", "bco_pair", "cpo", "discopop",
-            "exo_pair", "grpo", "hinge", "ipo", "kto", "nca_pair", "orpo", "ppo", "robust", "rpo", "sft",
-            "sppo_hard", "tdpo", "tr_dpo",
-        ),
-        "it is not there yet",
-    ),
-}  # fmt: skip

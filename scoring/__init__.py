@@ -1,7 +1,7 @@
 """
-What a model says about a pair. One package, because reference and policy must be measured by the same code.
+What a model says about a group. One package, because reference and policy must be measured by the same code.
 
-    packing     pairs -> rows, in two layouts       models      files of a model, loading; configs resolves config.json
+    packing     groups -> rows, in two layouts      models      files of a model, loading; configs resolves config.json
     masks       the family's own masks, packed      families    what a family does with its config
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; sae_formats reads the files

@@ -10,7 +10,6 @@ stands after the final norm, where no residual SAE was trained.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpo.errors import ModelError
+from fpo.nearest import nearest_few
 from fpo.scoring.hook_names import from_transformer_lens
 
 _LAYER_PATH = re.compile(r"^(?:[\w.]+\.)?(?:layers|h|(?<=\.)blocks)\.(\d+)(\.[\w.]+)?$")
@@ -145,7 +145,7 @@ def check_hookpoint(config: Mapping[str, Any], name: str) -> None:
         )
     child = inside.split(".")[1] if inside else None
     if child is not None and child not in children:
-        near = _nearest(child, children)
+        near = nearest_few(child, children)
         raise ModelError(
             f"no hookpoint {name}: a layer of a {config['model_type']} model has {', '.join(children)}"
             + (f"; did you mean {prefix}.{index}.{near[0]}?" if near else "")
@@ -208,14 +208,10 @@ def _without_prefix(name: str) -> str:
     return f"{int(match[1])}{match[2] or ''}" if match else name
 
 
-def _nearest(name: str, names: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
-
-
 def _no_such_hookpoint(name: str, names: list[str], layers_path: str, count: int) -> str:
     layers = f"this model has {count} layers, {layers_path}.0 to {layers_path}.{count - 1}"
     match = _LAYER_PATH.match(name)
     if match and int(match[1]) >= count:
         return f"no hookpoint {name}: {layers}"
-    near = _nearest(name, names)
+    near = nearest_few(name, names)
     return f"no hookpoint {name}: {layers}" + (f"; nearest: {', '.join(near)}" if near else "")

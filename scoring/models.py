@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fpo.errors import DataError, ModelError
-from fpo.recipe import nearest
+from fpo.nearest import nearest
 from fpo.scoring.configs import model_config, one_line
 from fpo.scoring.families import silence_dropout, text_decoder
 

@@ -7,7 +7,6 @@ never left out unless the recipe says so.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, Value
 
 from fpo.errors import DataError
+from fpo.nearest import nearest
 from fpo.stage1_cache.texts import extract_prompt
 
 SIDES = ("prompt", "chosen", "rejected")
@@ -82,10 +82,10 @@ def pair_columns(
     return pairs, use
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def meant(name: str, names: Iterable[str]) -> str:
     """A hint " (did you mean ...?)" with the most similar of the names, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.7)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = nearest(name, names)
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def _assigned(dataset: Dataset, source: str, columns: Mapping[str, str | None]) -> dict[str, str]:
@@ -95,7 +95,7 @@ def _assigned(dataset: Dataset, source: str, columns: Mapping[str, str | None]) 
         absent = theirs if theirs is not None else ours
         if absent not in names and (theirs is not None or ours not in (*SIDES, *EXTRAS)):
             raise DataError(
-                f"{source}: data.columns: {_flow({ours: theirs})}: no column {absent!r}{nearest(absent, names)}; "
+                f"{source}: data.columns: {_flow({ours: theirs})}: no column {absent!r}{meant(absent, names)}; "
                 f"its columns are {', '.join(names)}"
             )
     wanted = {ours: columns.get(ours, ours) for ours in (*SIDES, *EXTRAS)}
@@ -109,7 +109,7 @@ def _assigned(dataset: Dataset, source: str, columns: Mapping[str, str | None]) 
                 else "name yours in the recipe: data.columns: {prompt: ..., chosen: ..., rejected: ...}"
             )
             raise DataError(
-                f"{source}: no column {ours!r}{nearest(ours, names)}; its columns are {', '.join(names)}; {advice}"
+                f"{source}: no column {ours!r}{meant(ours, names)}; its columns are {', '.join(names)}; {advice}"
             )
     return read
 
@@ -194,7 +194,7 @@ def _could_be_prompt(name: str, values: list[Any]) -> bool:
     if _IDENTIFIER.fullmatch(name):
         return False
     known = name.lower()
-    if known in (*_PROMPT_NAMES, *_PART_NAMES) or difflib.get_close_matches(known, ["prompt"], cutoff=0.8):
+    if known in (*_PROMPT_NAMES, *_PART_NAMES) or nearest(known, ["prompt"], likeness=0.8):
         return True
     if any(isinstance(value, list) and value and _is_message(value[0]) for value in values):
         return True

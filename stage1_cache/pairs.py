@@ -28,7 +28,7 @@ from datasets import (
 
 from fpo.errors import DataError
 from fpo.memo import file_facts
-from fpo.stage1_cache.columns import ColumnUse, nearest, pair_columns
+from fpo.stage1_cache.columns import ColumnUse, meant, pair_columns
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix (before an optional .gz) to the reader of `datasets`."""
@@ -89,8 +89,8 @@ def data_fingerprint(source: str, split: str, subset: str | None = None, revisio
 
 
 def nearest_file(path: Path) -> str:
-    """`nearest` among the files beside a path."""
-    return nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+    """`meant` among the files beside a path."""
+    return meant(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
 def _local(source: str, subset: str | None, revision: str | None) -> Path | None:
@@ -115,7 +115,7 @@ def _saved_to_disk(folder: Path) -> bool:
 
 def _unknown_split(source: object, name: str, known: Iterable[str]) -> DataError:
     known = sorted(known)
-    return DataError(f"{source}: no split {name!r}{nearest(name, known)}; its splits: {', '.join(known) or 'none'}")
+    return DataError(f"{source}: no split {name!r}{meant(name, known)}; its splits: {', '.join(known) or 'none'}")
 
 
 def _no_rows(source: object, split: str) -> DataError:

@@ -69,6 +69,11 @@ class TokenisedPairs:
         starts = self.splits.astype(np.int64)
         return (starts[1:] - starts[:-1]).reshape(-1, 3)
 
+    @property
+    def n_completions(self) -> npt.NDArray[np.uint32]:
+        """(P,) two each."""
+        return np.full(len(self), 2, np.uint32)
+
 
 def tokenise(
     dataset: Dataset,

@@ -276,11 +276,13 @@ def policy_layout(model: nn.Module, cache: Cache) -> Layout:
     """
     entries = cache.manifest.shards
     longest = max(range(len(entries)), key=lambda sid: entries[sid].n_tokens / max(entries[sid].n_pairs, 1))
-    few = [pairs.take(extremes(pairs.lengths)) for pairs in map(cache.shard, sorted({0, longest}))]
+    few = [pairs.take(extremes(pairs.splits, pairs.n_completions)) for pairs in map(cache.shard, sorted({0, longest}))]
     pairs = Pairs.concat(few)
-    pairs = pairs.take(extremes(pairs.lengths))
+    pairs = pairs.take(extremes(pairs.splits, pairs.n_completions))
     peft_base: Any = getattr(model, "get_base_model", None)
-    return choose_layout(model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits)
+    return choose_layout(
+        model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits, pairs.n_completions
+    )
 
 
 def policy_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

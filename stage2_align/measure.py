@@ -2,7 +2,7 @@
 From one forward pass over a batch to the loss of each pair: the policy's scores, the cached reference's, and the
 feature distance between them.
 
-Dimension key:  P pairs   C completions (2P, chosen before rejected)   N scored completion tokens   K columns
+Dimension key:  P pairs   C completions (2P, chosen before rejected)   N tokens that count   K columns
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fpo.objectives.losses import ObjectiveValue, PairLogps, dpo, feature_distance, fpo, simpo
-from fpo.recipe import Dpo, Fpo, Objective, Recipe, Simpo
+from fpo.objectives import Evidence, FeatureNeed, Objective, ObjectiveValue, PairLogps, feature_distance
+from fpo.recipe import Recipe
 from fpo.scoring import (
     ColumnSet,
     Packed,
@@ -35,10 +35,7 @@ class Measurement(NamedTuple):
     """A batch of pairs under an objective."""
 
     value: ObjectiveValue
-    policy: PairLogps
-    reference: PairLogps
-    distances: Float[Tensor, "P 2"] | None
-    """Feature distance of chosen and rejected; None where the objective has no feature term."""
+    evidence: Evidence
     incomplete: bool
     """Whether the distance asks for reference activations that the cache may not hold."""
 
@@ -61,14 +58,14 @@ class ObjectiveMeter:
         feature = recipe.constrained_feature()
         if feature is None:
             return ObjectiveMeter(recipe.objective, None, None, None, incomplete=False)
-        assert isinstance(recipe.objective, Fpo)
-        entry = recipe.features[feature]
+        entry, need = recipe.features[feature], recipe.objective.needs.features
+        assert need is not None
         return ObjectiveMeter(
             recipe.objective,
             load_sae(entry.sae, entry.hookpoint),
             entry.hookpoint,
             feature,
-            incomplete=recipe.objective.feature_set != "reference" and entry.top_k != "all",
+            incomplete=not need.exact_from(entry.top_k),
         )
 
     def to(self, device: torch.device) -> ObjectiveMeter:
@@ -81,60 +78,47 @@ class ObjectiveMeter:
         batch   from `batch_tensors`, on the policy's device
         """
         packed = Packed(*(batch[name] for name in Packed._fields))
-        counts = packed.lengths.view(-1, 2)
-        logps = sum_logps(scores.token_logps, packed.completion, len(packed.lengths)).view(-1, 2)
+        counts = packed.counts.view(-1, 2)
+        logps = sum_logps(scores.token_logps, packed).view(-1, 2)
         policy = PairLogps(logps, logps / counts)
         reference = PairLogps(batch["ref_logps"], batch["ref_logps"] / counts)
-        distances = None
+        distances, need = None, self.objective.needs.features
         if self.sae is not None:
-            assert isinstance(self.objective, Fpo)
-            distances = feature_distances(self.sae, self.objective, scores.residuals[0], packed, _cached(batch))
-        value = evaluate(self.objective, policy, reference, distances)
-        return Measurement(value, policy, reference, distances, self.incomplete)
-
-
-def evaluate(
-    objective: Objective, policy: PairLogps, reference: PairLogps, distances: Float[Tensor, "P 2"] | None
-) -> ObjectiveValue:
-    """The objective's function with its own settings."""
-    match objective:
-        case Dpo():
-            return dpo(policy, reference, beta=objective.beta)
-        case Simpo():
-            return simpo(policy, beta=objective.beta, gamma=objective.gamma)
-        case Fpo():
-            return fpo(policy, reference, distances, beta=objective.beta, alpha=objective.alpha)
-    raise AssertionError(f"no function for {objective}")
+            assert need is not None
+            residual = packed.counting(scores.residuals[0])
+            distances = feature_distances(self.sae, need, residual, packed, _cached(batch))
+        evidence = Evidence(policy, reference, distances)
+        return Measurement(self.objective.value(evidence), evidence, self.incomplete)
 
 
 def feature_distances(
-    sae: Sae, objective: Fpo, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
+    sae: Sae, need: FeatureNeed, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
 ) -> Float[Tensor, "P 2"]:
     """
-    D of chosen and rejected (Eq. 10 of https://arxiv.org/abs/2411.07618) over the objective's feature set.
+    D of chosen and rejected (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective needs.
 
     Only the rejected completions carry a gradient: the chosen side enters the objective detached.
     """
-    columns = _feature_set(sae, objective, residual, packed, reference)
+    columns = _feature_set(sae, need, residual, packed, reference)
     stored = look_up(reference, columns.columns, sae.facts.d_sae)
-    side_of_token = packed.completion % 2
+    side_of_token = packed.counting(packed.completion) % 2
     sides = []
     for side in (0, 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and side == 1):
             acts = sae.pooled_columns(
-                residual[side_of_token == side], packed.lengths[side::2].tolist(), columns.columns[side::2]
+                residual[side_of_token == side], packed.counts[side::2].tolist(), columns.columns[side::2]
             )
-            sides.append(feature_distance(acts, stored[side::2], columns.valid[side::2], k=objective.k))
+            sides.append(feature_distance(acts, stored[side::2], columns.valid[side::2], k=need.k))
     return torch.stack(sides, dim=1)
 
 
 def _feature_set(
-    sae: Sae, objective: Fpo, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
+    sae: Sae, need: FeatureNeed, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
 ) -> ColumnSet:
-    if objective.feature_set == "reference":
-        return reference_top(reference, objective.k)
-    own = policy_top(sae, residual.detach(), packed.lengths, objective.k)
-    return own if objective.feature_set == "policy" else union(own, reference_top(reference, objective.k))
+    if need.feature_set == "reference":
+        return reference_top(reference, need.k)
+    own = policy_top(sae, residual.detach(), packed.counts, need.k)
+    return own if need.feature_set == "policy" else union(own, reference_top(reference, need.k))
 
 
 def _cached(batch: dict[str, Tensor]) -> SparseRows:
@@ -147,18 +131,19 @@ def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[st
     `weight` is 0, count in none. float32: Apple GPUs have nothing wider, whoever adds batches up does it in float64.
     """
     rewards = measurement.value.rewards
+    policy, distances = measurement.evidence.policy, measurement.evidence.distances
     metrics = {
         "loss": measurement.value.losses,
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
         "rewards/margins": rewards[:, 0] - rewards[:, 1],
         "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float(),
-        "logps/chosen": measurement.policy.logps[:, 0],
-        "logps/rejected": measurement.policy.logps[:, 1],
+        "logps/chosen": policy.logps[:, 0],
+        "logps/rejected": policy.logps[:, 1],
     }
-    if measurement.distances is not None:
-        metrics["features/distance_chosen"] = measurement.distances[:, 0]
-        metrics["features/distance_rejected"] = measurement.distances[:, 1]
+    if distances is not None:
+        metrics["features/distance_chosen"] = distances[:, 0]
+        metrics["features/distance_rejected"] = distances[:, 1]
     if measurement.incomplete:
         # Reference activations that a top-k cache does not hold count as 0; their squares sum to this.
         metrics["features/unknown_sq"] = batch["ref_tail_sq"].mean(1)

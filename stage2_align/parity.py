@@ -69,7 +69,8 @@ def check_parity(
     pairs = random_pairs(stream, PARITY_PAIRS)
     apart, features = [], []
     for batch in _batches(pairs, stream.per_device):
-        packed = Packed(*(tensor.to(device) for tensor in pack(batch.input_ids, batch.splits, stream.layout)))
+        tensors = pack(batch.input_ids, batch.splits, batch.n_completions, stream.layout)
+        packed = Packed(*(tensor.to(device) for tensor in tensors))
         scores: Scores = model(**packed._asdict())
         apart.append(scores.token_logps.double().cpu() - torch.from_numpy(batch.token_logps).double())
         if meter.sae is not None and meter.feature is not None:
@@ -125,7 +126,7 @@ def _tolerance(of: dict[str, float], arithmetic: tuple[Arithmetic, Arithmetic]) 
 def _feature_distance(meter: ObjectiveMeter, residual: Tensor, packed: Packed, cached: Features) -> Tensor:
     """(2,) sum of |policy - cache| over the cached activations, and sum of those."""
     assert meter.sae is not None
-    pooled = meter.sae.pooled_mean(residual, packed.lengths.tolist())
+    pooled = meter.sae.pooled_mean(packed.counting(residual), packed.counts.tolist())
     counts = torch.from_numpy(np.diff(cached.splits.astype(np.int64)))
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
     stored = torch.from_numpy(cached.acts).double()

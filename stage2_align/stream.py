@@ -34,7 +34,7 @@ def batch_tensors(pairs: Pairs, feature: int | None, layout: Layout) -> Batch:
     feature  which hookpoint's features to bring; None brings none
     layout   the one in which the policy is measured rightly
     """
-    batch: dict[str, Any] = dict(pack(pairs.input_ids, pairs.splits, layout)._asdict())
+    batch: dict[str, Any] = dict(pack(pairs.input_ids, pairs.splits, pairs.n_completions, layout)._asdict())
     batch["ref_logps"] = torch.from_numpy(pairs.ref_logps)
     if feature is not None:
         kept = pairs.features[feature]

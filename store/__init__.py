@@ -1,34 +1,43 @@
 """
 Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never torch.
 
-    pairs    the containers                   key      names: of caches, of pairs
-    plan     which pairs share a shard        weights  digests of weights, remembered
-    format, archive, invariants, shards       pairs <-> the bytes of a shard, checked
-    files    a folder written once, durably   manifest recipe, records and manifest
-    local    the caches in a folder           writer, cache, verify  fill, read, doubt one
-    tags, use, describe, manage, collect      names, last use and locks, labels; tag, rm; gc
-    difference, usage                         why two caches are not one; bytes by array
-    claims   who computes which shard         origin   which shards were computed here
-    rebuild  one shard put back               reuse    rows that other caches hold
-    export   for other trainers
-    objects, bucket, hub, remote              caches behind a URL
-    transfer, streaming                       push and pull; reading with less disk than the cache
+    format    what a cache is: groups and columns <-> arrays <-> the bytes of a shard; keys, plan, manifest, invariants
+    remote    caches behind a URL: places, push and pull, reading with less disk than the cache
+    upkeep    keeping a store: names, last use and locks, labels, rm, gc, diff, bytes by array
+
+    files, objects, shards, sealed          a folder written once, places; a shard, base or column with all checks
+    local, summaries                        the caches in a folder, and what is known of them without reading a shard
+    cache, beside, writer                   read and fill a cache and its columns
+    verify, rebuild, export                 doubt one, put shards back, hand it to other trainers
+    claims, origin                          who computes which shard, and which were computed here
 """
 
+from fpo.store.beside import HeldColumn, column_recipe
 from fpo.store.cache import Cache, open_cache
-from fpo.store.claims import Claim
+from fpo.store.claims import Claim, Claims
 from fpo.store.export import ExportReport, export_trl
 from fpo.store.files import printable
-from fpo.store.format.key import FORMAT_VERSION, cache_key, pair_digests, pairs_digest, shard_digest
+from fpo.store.format.columns import (
+    Column,
+    Features,
+    HiddenGram,
+    PromptFeatures,
+    Spec,
+    TopLogits,
+    column_name,
+    covers,
+)
+from fpo.store.format.encoding import ColumnRows
+from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
+from fpo.store.format.key import FORMAT_VERSION, cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.manifest import Manifest, ShardEntry
-from fpo.store.format.pairs import Features, Pairs, TopLogits, scored_lengths
-from fpo.store.format.plan import permutation, plan_shards
-from fpo.store.local import Store, Summary, default_store
+from fpo.store.format.plan import cut_shards, permutation, plan_shards
+from fpo.store.local import Store, default_store
 from fpo.store.rebuild import Rebuild, check_changed
 from fpo.store.remote.places import RemoteStore, is_url, open_store
 from fpo.store.remote.streaming import Shelf
 from fpo.store.remote.transfer import TransferReport, pull, push
-from fpo.store.reuse import ReusableRows, Reused
+from fpo.store.summaries import ColumnSummary, Summary
 from fpo.store.upkeep.collect import Collection, Garbage, gc
 from fpo.store.upkeep.describe import counted
 from fpo.store.upkeep.difference import Difference, DiffReport, Nearest, diff, differences, nearest
@@ -43,23 +52,29 @@ __all__ = [
     "Cache",
     "CacheWriter",
     "Claim",
+    "Claims",
     "Collection",
+    "Column",
+    "ColumnRows",
+    "ColumnSummary",
     "DiffReport",
     "Difference",
     "ExportReport",
     "Features",
     "Garbage",
+    "Groups",
+    "HeldColumn",
+    "HiddenGram",
     "Manifest",
     "Nearest",
-    "Pairs",
+    "PromptFeatures",
     "Rebuild",
     "RemoteStore",
     "Removed",
     "Report",
-    "ReusableRows",
-    "Reused",
     "ShardEntry",
     "Shelf",
+    "Spec",
     "Store",
     "Summary",
     "Tagged",
@@ -67,20 +82,24 @@ __all__ = [
     "TransferReport",
     "cache_key",
     "check_changed",
+    "column_name",
+    "column_recipe",
+    "completion_digests",
     "counted",
+    "covers",
+    "cut_shards",
     "default_store",
     "diff",
     "differences",
     "disk_usage",
     "export_trl",
     "gc",
+    "groups_digest",
     "is_url",
     "nearest",
     "open_cache",
     "open_store",
     "own_share_first",
-    "pair_digests",
-    "pairs_digest",
     "permutation",
     "plan_shards",
     "printable",
@@ -89,7 +108,9 @@ __all__ = [
     "removable",
     "rm",
     "scored_lengths",
+    "segment_lengths",
     "shard_digest",
+    "summed_logps",
     "tag",
     "untag",
     "verify",

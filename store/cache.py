@@ -64,11 +64,12 @@ class Cache:
         """shelf: where shards of a place behind a URL are kept for a while; None for a folder."""
         self._use, self._shelf = use, shelf
         self.folder, self.key = folder, key
-        self._base = self._streamed(Sealed(folder, key))
-        if not isinstance(self._base.facts, BaseFacts):
+        self.base = self._streamed(Sealed(folder, key))
+        """Recipe, manifest and shards of the cache itself; `columns` are read beside it."""
+        if not isinstance(self.base.facts, BaseFacts):
             raise CacheDamaged(f"{folder.where('')} is a column, not a cache; move it away")
-        self.facts: BaseFacts = self._base.facts
-        self.recipe, self.manifest, self.digest = self._base.recipe, self._base.manifest, self._base.digest
+        self.facts: BaseFacts = self.base.facts
+        self.recipe, self.manifest, self.digest = self.base.recipe, self.base.manifest, self.base.digest
         self.columns: tuple[OpenColumn, ...] = ()
         """What `shard` reads beside the base, in the order that was asked for."""
 
@@ -110,9 +111,9 @@ class Cache:
 
         Raises CacheDamaged where size, checksum, encoding or an invariant is not as it must be.
         """
-        groups = self._base.shard(sid)
+        groups = self.base.shard(sid)
         assert isinstance(groups, Groups)
-        start = int(self._base.starts[sid])
+        start = int(self.base.starts[sid])
         return groups.with_columns([column.rows(groups, start) for column in self.columns])
 
     def prefetch(self, sids: Sequence[int]) -> None:
@@ -120,8 +121,8 @@ class Cache:
         A hint: these shards will be read next, in this order. Those of a URL are then fetched in the background, as
         far ahead as half of the shelf; a cache in a folder needs none. Replaces earlier hints.
         """
-        self._base.folder.expect([shard_name(sid) for sid in sids])
-        starts = self._base.starts.tolist()
+        self.base.folder.expect([shard_name(sid) for sid in sids])
+        starts = self.base.starts.tolist()
         for column in self.columns:
             names = [name for sid in sids for name in column.names(starts[sid], starts[sid + 1])]
             column.sealed.folder.expect(names)

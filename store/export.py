@@ -1,5 +1,6 @@
 """
-A cache for other trainers: the pairs' tokens and the reference's log-probs as a folder of Hugging Face `datasets`.
+A cache of pairs, groups of two, for other trainers: their tokens and the reference's log-probs as a folder of Hugging
+Face `datasets`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fpo.errors import CacheConflict
+from fpo.errors import CacheConflict, CacheError
 from fpo.store.cache import Cache
 from fpo.store.files import explained
-from fpo.store.format.pairs import I64, U32, U64, gather, lengths_of, starts_of
+from fpo.store.format.groups import Groups
+from fpo.store.format.ragged import F32, I64, U32, U64, gather, join_splits
+from fpo.store.upkeep.describe import counted
 
 TRL_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 BLOCK_TOKENS = 2**24
@@ -42,15 +45,17 @@ def export_trl(
     block_tokens: int = BLOCK_TOKENS,
 ) -> ExportReport:
     """
-    Write the columns of which TRL's DPOTrainer makes its batches, one row per pair in the order of the dataset:
+    Write the columns of which TRL's DPOTrainer makes its batches, one row per group in the order of the dataset:
     prompt_ids, chosen_ids, rejected_ids (int32 lists) and ref_chosen_logps, ref_rejected_logps (float32, nats).
 
     folder    must not exist, or be empty; `datasets.load_from_disk` opens it. It is complete or not there.
     on_shard  called with (done, total) after each shard that was read and verified
-    Raises CacheConflict where the folder is taken, CacheDamaged, CacheError where it cannot be written.
+    Raises CacheConflict where the folder is taken, CacheDamaged, CacheError where it cannot be written or where TRL's
+    DPOTrainer cannot say what the cache holds: a group that is no pair, a mask of tokens that count.
     """
     import datasets
 
+    _refuse_mask(cache)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CacheConflict(f"{folder} is there already; choose another folder, or delete it")
     with explained("write", folder):
@@ -64,51 +69,74 @@ def export_trl(
             datasets.Dataset.from_file(str(stream), info=about).save_to_disk(Path(scratch) / "dataset")
             os.rename(Path(scratch) / "dataset", folder)
     n_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    return ExportReport(folder, cache.n_pairs, n_bytes, cache.key, cache.digest)
+    return ExportReport(folder, cache.n_groups, n_bytes, cache.key, cache.digest)
 
 
 @dataclass(frozen=True)
 class _Block:
     """Some pairs: only what is exported of them."""
 
-    pair_id: U64
+    group_id: U64
     input_ids: U32
     splits: U64
-    ref_logps: Any
+    """(3P+1,) prompt, chosen, rejected."""
+    ref_logps: F32
+    """(2P,)"""
 
 
 def _blocks(cache: Cache, block_tokens: int, on_shard: Callable[[int, int], None] | None) -> Iterator[_Block]:
-    """All pairs by ascending pair_id, in blocks of about `block_tokens`; each block reads every shard once."""
+    """All pairs by ascending group_id, in blocks of about `block_tokens`; each block reads every shard once."""
     n_blocks = -(-cache.manifest.n_tokens // block_tokens) or 1
-    n_shards = len(cache.shard_pairs)
+    n_shards = len(cache.shard_groups)
     bounds = [0]  # the lowest id of every block
     if n_blocks > 1:
-        ids = np.sort(np.concatenate([cache.shard(sid).pair_id for sid in range(n_shards)]))
+        ids = np.sort(np.concatenate([_pairs(cache, sid).group_id for sid in range(n_shards)]))
         bounds += [int(ids[len(ids) * n // n_blocks]) for n in range(1, n_blocks)]
     for n in range(n_blocks):
         parts = []
         for sid in range(n_shards):
-            pairs = cache.shard(sid)
-            block = np.searchsorted(np.array(bounds, np.uint64), pairs.pair_id, side="right") - 1
+            pairs = _pairs(cache, sid)
+            block = np.searchsorted(np.array(bounds, np.uint64), pairs.group_id, side="right") - 1
             here = pairs.take(np.flatnonzero(block == n))
-            parts.append(_Block(here.pair_id, here.input_ids, here.splits, here.ref_logps))
+            parts.append(_Block(here.group_id, here.input_ids, here.splits, here.ref_logps))
             if on_shard is not None:
                 on_shard(n * n_shards + sid + 1, n_blocks * n_shards)
         yield _sorted(parts)
 
 
+def _pairs(cache: Cache, sid: int) -> Groups:
+    groups = cache.shard(sid)
+    others = np.flatnonzero(groups.n_completions != 2)
+    if len(others):
+        first = others[0]
+        raise CacheError(
+            f"cache {cache.key[:12]} holds more than pairs: group {groups.group_id[first]} has "
+            f"{counted(int(groups.n_completions[first]), 'completion')}, TRL's DPOTrainer takes 2; train from "
+            "the cache with fpo align, or build one of pairs"
+        )
+    return groups
+
+
+def _refuse_mask(cache: Cache) -> None:
+    if cache.facts.groups.score_mask:
+        raise CacheError(
+            f"cache {cache.key[:12]} says by a mask which tokens count, TRL's DPOTrainer counts all of them; train "
+            "from the cache with fpo align, or build one without data.score"
+        )
+
+
 def _sorted(parts: list[_Block]) -> _Block:
-    empty = _Block(np.empty(0, np.uint64), np.empty(0, np.uint32), np.zeros(1, np.uint64), np.empty((0, 2), np.float32))
+    empty = _Block(np.empty(0, np.uint64), np.empty(0, np.uint32), np.zeros(1, np.uint64), np.empty(0, np.float32))
     parts = parts or [empty]
-    pair_id = np.concatenate([part.pair_id for part in parts])
-    splits = starts_of(np.concatenate([lengths_of(part.splits) for part in parts]))
-    order = np.argsort(pair_id)
+    group_id = np.concatenate([part.group_id for part in parts])
+    splits = join_splits([part.splits for part in parts])
+    order = np.argsort(group_id)
     tokens, sorted_splits = gather(splits, (3 * order[:, None] + np.arange(3)).ravel())
     return _Block(
-        pair_id[order],
+        group_id[order],
         np.concatenate([part.input_ids for part in parts])[tokens],
         sorted_splits,
-        np.concatenate([part.ref_logps for part in parts])[order],
+        np.concatenate([part.ref_logps for part in parts]).reshape(-1, 2)[order].reshape(-1),
     )
 
 
@@ -121,7 +149,7 @@ def _write_stream(path: Path, blocks: Iterator[_Block]) -> None:
     with pa.ipc.new_stream(str(path), schema) as writer:
         for block in blocks:
             columns = [_token_lists(block, part) for part in range(3)]
-            columns += [pa.array(np.ascontiguousarray(block.ref_logps[:, side])) for side in (0, 1)]
+            columns += [pa.array(np.ascontiguousarray(block.ref_logps[side::2])) for side in (0, 1)]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
@@ -129,7 +157,7 @@ def _token_lists(block: _Block, part: int) -> Any:
     """The ids of every pair's prompt (0), chosen (1) or rejected (2) completion."""
     import pyarrow as pa
 
-    segments: I64 = 3 * np.arange(len(block.pair_id)) + part
+    segments: I64 = 3 * np.arange(len(block.group_id)) + part
     tokens, splits = gather(block.splits, segments)
     return pa.ListArray.from_arrays(
         pa.array(splits.astype(np.int32)), pa.array(block.input_ids[tokens].astype(np.int32))

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,8 @@ from typing import Any
 from fpo.canonical import checked_json, parse_checked_json
 from fpo.errors import CacheError, CacheMissing
 from fpo.store.files import Folder, explained, make_durable_dirs, refuse_links, replace_file
-from fpo.store.format.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    MAX_RECIPE_BYTES,
-    MAX_RECORD_BYTES,
-    RECIPE,
-    RECORDS,
-    SHARDS,
-    parse_manifest,
-    parse_recipe,
-    parse_record,
-    recipe_facts,
-    record_name,
-    shard_name,
-)
-from fpo.store.objects import Objects
-from fpo.store.upkeep.describe import INPUTS, counted, data_label, feature_labels, reference_label
+from fpo.store.format.manifest import RECIPE
+from fpo.store.summaries import Summary, look
 from fpo.store.upkeep.tags import read_tag, read_tags, refuse_other_tag, write_tag
 from fpo.store.upkeep.use import Use, last_use, moment
 
@@ -55,51 +39,6 @@ def default_store() -> Path:
         return Path(os.environ.get("FPO_STORE") or "~/.cache/fpo").expanduser()
     except RuntimeError:
         raise CacheError("this user has no home folder; say where caches are kept: --store or FPO_STORE") from None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One line of `fpo store ls`."""
-
-    key: str
-    complete: bool
-    shards_done: int
-    shards_total: int
-    n_pairs: int
-    """Pairs of the finished cache."""
-    n_bytes: int
-    """Of the shard files that are there."""
-    created: datetime
-    """When its recipe.json was written (UTC)."""
-    recipe: dict[str, Any]
-    problem: str | None
-    """Why it cannot be read, where it cannot; the counts are then 0 and the recipe may be empty."""
-    used: datetime | None = None
-    """When somebody last opened or wrote it (UTC); None in a read-only store, which keeps no account."""
-    tags: tuple[str, ...] = ()
-    inputs: dict[str, Any] = field(default_factory=dict)
-    """Names of what it was made from, as its maker wrote them down; see `describe`."""
-
-    @property
-    def state(self) -> str:
-        if self.problem:
-            return "damaged"
-        return "complete" if self.complete else f"{self.shards_done} of {counted(self.shards_total, 'shard')}"
-
-    @property
-    def reference(self) -> str:
-        """Name, where known, and the first digits of the weights' digest."""
-        return reference_label(self.recipe, self.inputs)
-
-    @property
-    def features(self) -> list[str]:
-        """Hookpoint, top-k and SAE of each."""
-        return feature_labels(self.recipe, self.inputs)
-
-    @property
-    def data(self) -> str:
-        """Source and split, where known."""
-        return data_label(self.inputs)
 
 
 class Store:
@@ -215,36 +154,10 @@ class Store:
             used = last_use(self.use_file(key))
         except CacheError:  # unknown; who wants to lock or remove it will be told
             used = None
-        recipe: dict[str, Any] = {}
-        try:
-            recipe = parse_recipe(folder.read(RECIPE, MAX_RECIPE_BYTES), key, folder.where(RECIPE))
-            facts = recipe_facts(recipe)
-            done = finished_shards(folder, len(facts.pairs.shard_pairs))
-            complete = MANIFEST in folder.names()
-            if complete:
-                data = folder.read(MANIFEST, MAX_MANIFEST_BYTES)
-                n_bytes = parse_manifest(data, key, facts, folder.where(MANIFEST)).n_bytes
-            else:
-                n_bytes = sum(folder.size(shard_name(sid)) for sid in done)
-        except CacheError as error:
-            if not os.path.lexists(folder.root):
-                return None
-            return Summary(key, False, 0, 0, 0, 0, created, recipe, str(error), used, tags)
-        total = len(facts.pairs.shard_pairs)
-        return Summary(
-            key,
-            complete,
-            total if complete else len(done),
-            total,
-            facts.pairs.n_pairs,
-            n_bytes,
-            created,
-            recipe,
-            None,
-            used,
-            tags,
-            inputs_of(folder, key, done) or self._names(key),
-        )
+        summary = look(folder, key, created, used, tags)
+        if summary.problem is not None and not os.path.lexists(folder.root):
+            return None
+        return summary if summary.inputs else replace(summary, base=replace(summary.base, inputs=self._names(key)))
 
     def note_names(self, key: str, inputs: dict[str, Any]) -> None:
         """Write down what a cache that is begun is made from (see `describe`), for `ls`. Raises CacheError."""
@@ -259,32 +172,6 @@ class Store:
             return parse_checked_json(Folder(self.root).read(f"{NAMES}/{key}", _MAX_NAMES_BYTES))
         except (CacheError, ValueError, RecursionError):
             return {}
-
-
-def finished_shards(folder: Objects, n_shards: int) -> list[int]:
-    """The shards that have a record, and the file that it commits, in order."""
-    records, shards = set(folder.names(RECORDS)), set(folder.names(SHARDS))
-    return [
-        sid
-        for sid in range(n_shards)
-        if record_name(sid).removeprefix(f"{RECORDS}/") in records
-        and shard_name(sid).removeprefix(f"{SHARDS}/") in shards
-    ]
-
-
-def inputs_of(folder: Objects, key: str, done: Sequence[int]) -> dict[str, Any]:
-    """The names in one of the first records; {} where none has them. Damaged ones are for `verify` to tell."""
-    # More than one: a record that was written for a killed process says nothing but that.
-    for sid in done[:4]:
-        name = record_name(sid)
-        try:
-            record = parse_record(folder.read(name, MAX_RECORD_BYTES), key, sid, folder.where(name))
-        except CacheError:
-            continue
-        inputs = record.provenance.get(INPUTS)
-        if isinstance(inputs, dict):
-            return inputs
-    return {}
 
 
 def _created(folder: Folder) -> datetime | None:

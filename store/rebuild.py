@@ -1,6 +1,6 @@
 """
-Putting back single shards of a complete cache: one that is damaged or gone is replaced by the bytes that the manifest
-names, or by none. The cache stays the same answer; readers that have it open go on.
+Putting back single shards of a complete cache or column: one that is damaged or gone is replaced by the bytes that the
+manifest names, or by none. The cache stays the same answer; readers that have it open go on.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from typing import Any
 
 from fpo.canonical import sha256_hex
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
+from fpo.store.beside import column_facts
 from fpo.store.cache import Cache
 from fpo.store.files import Folder
-from fpo.store.format.encoding import encode_shard
+from fpo.store.format.encoding import Rows, encode_shard
 from fpo.store.format.manifest import (
+    COLUMNS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
     MAX_RECORD_BYTES,
     RECIPE,
+    Manifest,
     Record,
     ShardEntry,
     parse_manifest,
@@ -29,7 +32,6 @@ from fpo.store.format.manifest import (
     record_name,
     shard_name,
 )
-from fpo.store.format.pairs import Pairs
 from fpo.store.local import Store
 from fpo.store.origin import Origin
 from fpo.store.shards import fetch_shard
@@ -39,41 +41,48 @@ REBUILT: dict[str, Any] = {"rebuilt": True}
 
 
 class Rebuild:
-    """The shards of a complete cache that are not as its manifest says."""
+    """The shards of a complete cache, or of one of its columns, that are not as its manifest says."""
 
-    def __init__(self, store: Store | Path | str, key: str) -> None:
-        """Reads every shard. Raises CacheMissing where no complete cache has this key, CacheDamaged for its lists."""
+    def __init__(self, store: Store | Path | str, key: str, column: str | None = None) -> None:
+        """
+        column: full key of a column, whose shards are meant; None for the base's.
+
+        Reads every shard. Raises CacheMissing where nothing complete has this key, CacheDamaged for its lists.
+        """
         store = store if isinstance(store, Store) else Store(store)
-        self.key, self.folder = key, store.folder(key)
+        self.key, self.folder = key if column is None else column, store.folder(key)
+        if column is not None:
+            column_facts(self.folder, key, column)
+            self.folder = self.folder.inside(f"{COLUMNS}/{column}")
         self._use = store.use(key)
         self._origin = Origin(store)
         where = self.folder.where
-        recipe = parse_recipe(self.folder.read(RECIPE, MAX_RECIPE_BYTES), key, where(RECIPE))
+        recipe = parse_recipe(self.folder.read(RECIPE, MAX_RECIPE_BYTES), self.key, where(RECIPE))
         self._facts = recipe_facts(recipe)
         data = self.folder.read(MANIFEST, MAX_MANIFEST_BYTES)
-        self.manifest = parse_manifest(data, key, self._facts, where(MANIFEST))
+        self.manifest = parse_manifest(data, self.key, self._facts, where(MANIFEST))
         self.damaged = [entry.shard for entry in self.manifest.shards if not self._is_whole(entry)]
         """Shards to be computed, ascending."""
 
     def sources(self, sid: int) -> list[str]:
         """The caches from which rows of a shard were copied, as far as its record tells."""
         record = self._record(self.manifest.shards[sid])
-        pairs = record.provenance.get("pairs") if record is not None else None
-        reused = pairs.get("reused") if isinstance(pairs, dict) else None
+        groups = record.provenance.get("groups") if record is not None else None
+        reused = groups.get("reused") if isinstance(groups, dict) else None
         return sorted(map(str, reused)) if isinstance(reused, dict) else []
 
-    def put(self, sid: int, pairs: Pairs) -> None:
+    def put(self, sid: int, rows: Rows) -> None:
         """
-        Replace a damaged shard by these pairs.
+        Replace a damaged shard by these rows.
 
         Raises CacheConflict, and leaves all as it is, where they do not give the bytes that the manifest names: then
         they are another answer.
         """
         entry = self.manifest.shards[sid]
-        data = encode_shard(pairs, self.key, sid, self._facts.bounds)
+        data = encode_shard(rows, self.key, sid, self._facts.bounds)
         if sha256_hex(data) != entry.sha256:
             raise CacheConflict(
-                f"shard {sid} of cache {self.key[:12]} comes out with the sha256 {sha256_hex(data)[:12]}..., "
+                f"shard {sid} of {self.key[:12]} comes out with the sha256 {sha256_hex(data)[:12]}..., "
                 f"the manifest says {entry.sha256[:12]}...: this machine's last bits are others, so the cache would "
                 "get another output address; restore the shard from a copy (fpo store pull KEY URL --repair), or "
                 "remove the cache (fpo store rm KEY) and build it again with fpo cache RECIPE"
@@ -109,14 +118,21 @@ class Rebuild:
 
 def check_changed(cache: Cache) -> None:
     """
-    Read the shards in a folder that changed since the manifest was written, if any: whole caches have none, so this
-    costs a look at each file's time. What a disk forgets by itself shows when a shard is read. Raises CacheDamaged.
+    Read the shards in a folder that changed since their manifest was written, if any: whole caches have none, so this
+    costs a look at each file's time. What a disk forgets by itself shows when a shard is read. Of the columns, those
+    that the cache was opened with. Raises CacheDamaged.
     """
-    folder = cache.folder
-    if not isinstance(folder, Folder):
-        return
+    for folder, manifest in [
+        (cache.folder, cache.manifest),
+        *((column.sealed.folder, column.sealed.manifest) for column in cache.columns),
+    ]:
+        if isinstance(folder, Folder):
+            _check_changed(folder, manifest)
+
+
+def _check_changed(folder: Folder, manifest: Manifest) -> None:
     sealed = _written(folder, MANIFEST)
-    for entry in cache.manifest.shards:
+    for entry in manifest.shards:
         if _written(folder, shard_name(entry.shard)) >= sealed:
             fetch_shard(folder, entry)
 

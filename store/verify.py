@@ -97,7 +97,7 @@ def _verify(folder: Objects, key: str, on_shard: Callable[[int, int], None] | No
     facts = attempt(partial(_facts, folder, key))
     if facts is None:
         return report
-    total = len(facts.pairs.shard_pairs)
+    total = len(facts.shard_groups)
     attempt(partial(_refuse_strangers, folder, total, report))
     manifest = attempt(partial(_manifest, folder, key, facts))
     ids = array("Q")
@@ -111,12 +111,12 @@ def _verify(folder: Objects, key: str, on_shard: Callable[[int, int], None] | No
         if level == "all":
             pairs = attempt(partial(load_shard, folder, key, entry, facts.bounds))
             if pairs is not None:
-                ids.frombytes(pairs.pair_id.tobytes())
+                ids.frombytes(pairs.group_id.tobytes())
             passed = pairs is not None
         else:
             passed = attempt(partial(_bytes_pass, folder, entry, level)) is not None
         if passed:
-            report.shards, report.pairs = report.shards + 1, report.pairs + entry.n_pairs
+            report.shards, report.pairs = report.shards + 1, report.pairs + entry.n_groups
         if on_shard is not None:
             on_shard(sid + 1, total)
     if holds_a_value_twice(ids):

@@ -42,8 +42,9 @@ from fpo.store.format.manifest import (
     record_name,
     shard_name,
 )
-from fpo.store.local import Store, finished_shards
+from fpo.store.local import Store
 from fpo.store.origin import Origin
+from fpo.store.sealed import finished_shards
 from fpo.store.shards import check_shard, entry_of, load_shard
 from fpo.store.upkeep.describe import counted
 

@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from tiny_world import TinyWorld, build_tiny_world
 
 from fpo import cli
-from fpo.commands.store import _byte_bar, counted
+from fpo.commands.align import align_command
+from fpo.commands.bars import byte_bar
 from fpo.errors import RunError
+from fpo.store import counted
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,10 +82,10 @@ def test_a_run_folder_may_lie_in_the_home(world: TinyWorld, monkeypatch: pytest.
         raise RunError("enough")
 
     monkeypatch.setenv("HOME", str(world.root))
-    monkeypatch.setattr(cli, "_find", lambda *_, **__: None)
+    monkeypatch.setattr("fpo.commands.align.recipe_cache", lambda *_, **__: None)
     monkeypatch.setattr(stage2_align, "align", align)
     with pytest.raises(RunError, match="enough"):
-        cli.align_command(world.recipe_file(), output=Path("~/runs/mine"), resume=False)
+        align_command(world.recipe_file(), output=Path("~/runs/mine"), resume=False)
     assert asked == [world.root / "runs/mine"]
 
 
@@ -239,7 +241,7 @@ def test_transfers_are_counted_in_mebibytes(
 ) -> None:
     """Begun mebibytes count as whole ones: 3.5 MiB are 4."""
     monkeypatch.setattr("fpo.progress.LINE_SECONDS", 0.0)
-    with _byte_bar("push") as advance:
+    with byte_bar("push") as advance:
         advance(2**20, 7 * 2**19)
         advance(7 * 2**19, 7 * 2**19)
     first, last = capsys.readouterr().err.splitlines()

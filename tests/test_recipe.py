@@ -5,30 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from fpo.errors import RecipeError
+from fpo.objectives import Fpo, Simpo
 from fpo.recipe import (
     OWNED_ARGUMENTS,
     PUBLISHING_ARGUMENTS,
-    Fpo,
     Recipe,
-    Section,
-    Simpo,
-    _training_fields,
     dump_recipe,
     load_recipe,
+    recipe_schema,
     reference_page,
     trl_names,
     validate_recipe,
 )
+from fpo.recipe.parsing import parse_yaml
+from fpo.recipe.training import training_fields
+from fpo.section import Section
 
 MINIMAL: dict[str, Any] = {
     "reference": {"model": "some/model"},
     "features": [{"sae": "some/sae", "hookpoint": "model.layers.3", "top_k": 64}],
     "data": {"source": "pairs.jsonl"},
 }
+
+
+READY = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -141,7 +146,7 @@ def test_what_sends_a_run_away_comes_from_the_command_line_and_is_written_nowher
 
 def test_every_argument_of_transformers_is_ours_or_does_something() -> None:
     """A name that transformers no longer has cannot be refused by name; a new one must be looked at."""
-    known = set(_training_fields())
+    known = set(training_fields())
     assert set(OWNED_ARGUMENTS) - known == {"max_length"}
     assert set(PUBLISHING_ARGUMENTS) <= known
     assert not set(trl_names.ARGUMENTS) & known
@@ -283,7 +288,7 @@ def test_a_dumped_recipe_reads_back_the_same(tmp_path: Path) -> None:
     assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", READY, ids=lambda p: p.name)
 def test_every_ready_recipe_is_valid_and_begins_with_its_command(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith(f"# fpo align recipes/{path.name}")
     assert isinstance(load_recipe(path), Recipe)
@@ -300,6 +305,29 @@ def test_every_field_is_documented() -> None:
         if not field.description
     ]
     assert undocumented == []
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda p: p.name)
+def test_every_ready_recipe_fits_the_schema_for_editors(path: Path) -> None:
+    jsonschema.validate(parse_yaml(path.read_text(encoding="utf-8"), path.name), recipe_schema())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"objective": {"name": "fpo", "betta": 1}},
+        {"objective": {"name": "fpoo"}},
+        {"reference": {"model": "m", "dtype": "bf16"}},
+        {"features": [{"sae": "some/sae", "hookpoint": "model.layers.3", "top_k": "al"}]},
+        {"training": {"learning_rte": 1e-6}},
+        {"training": {"output_dir": "x"}},
+    ],
+    ids=str,
+)
+def test_what_the_recipe_refuses_the_schema_refuses(wrong: dict[str, Any]) -> None:
+    jsonschema.validate(MINIMAL, recipe_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**MINIMAL, **wrong}, recipe_schema())
 
 
 def test_the_reference_page_is_the_one_in_docs() -> None:

@@ -376,7 +376,7 @@ def test_the_self_check_refuses_a_wrong_hookpoint_and_says_the_right_one() -> No
     model = tiny_model("llama", seed=3)
     install_scoring(model)
     ids = np.random.default_rng(0).integers(3, 97, 120)
-    packed = pack(ids, np.array([0, 2, 61, 120]))
+    packed = pack(ids, np.array([0, 2, 61, 120]), np.array([2]))
     with capture(model, ["model.layers.1"]) as outputs, torch.no_grad():
         model(**packed._asdict())
     x = outputs["model.layers.1"].flatten(0, 1)[packed.predictors].double()

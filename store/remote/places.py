@@ -4,28 +4,21 @@ A store at a URL, and the one function that opens any store.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fpo.errors import CacheError, CacheMissing
-from fpo.store.format.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    MAX_RECIPE_BYTES,
-    RECIPE,
-    parse_manifest,
-    parse_recipe,
-    recipe_facts,
-)
-from fpo.store.local import URL, Store, Summary, finished_shards, inputs_of
+from fpo.store.format.manifest import RECIPE
+from fpo.store.local import URL, Store
 from fpo.store.objects import RemoteObjects
 from fpo.store.remote.bucket import SCHEMES as BUCKET_SCHEMES
 from fpo.store.remote.bucket import BucketFolder
 from fpo.store.remote.hub import SCHEME as HUB_SCHEME
 from fpo.store.remote.hub import HubFolder
+from fpo.store.summaries import Summary, look
 from fpo.store.upkeep.tags import carry_tag, read_tag, read_tags, refuse_other_tag
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -130,20 +123,6 @@ class RemoteStore:
     def _summary(self, key: str, tags: tuple[str, ...]) -> Summary:
         folder = self.folder(key)
         created = datetime.fromtimestamp(0, UTC)
-        recipe: dict[str, Any] = {}
-        n_bytes = 0
-        try:
+        with contextlib.suppress(CacheError):  # its recipe is missing, which `look` meets, too
             created = folder.modified(RECIPE)
-            recipe = parse_recipe(folder.read(RECIPE, MAX_RECIPE_BYTES), key, folder.where(RECIPE))
-            facts = recipe_facts(recipe)
-            total = done = len(facts.pairs.shard_pairs)
-            complete = bool(folder.sizes([MANIFEST]))
-            if complete:
-                data = folder.read(MANIFEST, MAX_MANIFEST_BYTES)
-                n_bytes = parse_manifest(data, key, facts, folder.where(MANIFEST)).n_bytes
-            else:
-                done = len(finished_shards(folder, total))
-        except CacheError as error:
-            return Summary(key, False, 0, 0, 0, 0, created, recipe, str(error), None, tags)
-        n_pairs, inputs = facts.pairs.n_pairs, inputs_of(folder, key, range(done))
-        return Summary(key, complete, done, total, n_pairs, n_bytes, created, recipe, None, None, tags, inputs)
+        return look(folder, key, created, None, tags)

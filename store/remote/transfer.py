@@ -15,7 +15,6 @@ from pathlib import Path
 
 from fpo.canonical import sha256_hex
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
-from fpo.store.cache import incomplete
 from fpo.store.files import TMP, Folder
 from fpo.store.format.manifest import (
     MANIFEST,
@@ -39,6 +38,7 @@ from fpo.store.format.manifest import (
 from fpo.store.local import Store
 from fpo.store.objects import Objects
 from fpo.store.remote.places import RemoteStore, open_store
+from fpo.store.sealed import incomplete
 from fpo.store.shards import fetch_parsed, fetch_shard
 
 THREADS = 8
@@ -204,7 +204,7 @@ class _Copy:
             return fetch_parsed(self.source, MANIFEST, MAX_MANIFEST_BYTES, self._parse_manifest)
         except CacheMissing:
             pass
-        raise incomplete(self.source, len(self.facts.pairs.shard_pairs))
+        raise incomplete(self.source, len(self.facts.shard_groups))
 
     def _target_is_complete(self) -> bool:
         try:

@@ -1,9 +1,9 @@
 """
 What a cache was made from, in words. The recipe holds digests, because names can lie; the names that its maker
-used stand in the records' provenance under "inputs" and are for people only:
+used stand in the records' provenance under "inputs" and are for people only. In a base, and in a column of features:
 
-    {"reference": {"model", "revision", "adapter"}, "features": [{"sae"}],
-     "data": {"source", "subset", "revision", "split"}}
+    {"reference": {"model", "revision", "adapter"}, "data": {"source", "subset", "revision", "split"}}
+    {"sae"}
 
 All of it may be a stranger's: what these functions return is one printable line.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from fpo.store.files import printable
+from fpo.store.format.columns import column_name
 
 INPUTS = "inputs"
 _LONGEST = 300
@@ -33,17 +34,11 @@ def reference_label(recipe: dict[str, Any], inputs: dict[str, Any]) -> str:
     return _line(_with_digest(label, _dict(_dict(recipe.get("scorer")).get("reference")).get("weights")))
 
 
-def feature_labels(recipe: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
-    """model.layers.12 top 64: path/of/sae [9b01e2aa], one per hookpoint."""
-    features = _list(_dict(recipe.get("scorer")).get("features"))
-    given = _list(inputs.get("features"))
-    labels = []
-    for n, feature in enumerate(map(_dict, features)):
-        name = _dict(given[n]).get("sae") if n < len(given) else None
-        sae = _with_digest(name if isinstance(name, str) else "", _dict(feature.get("sae")).get("weights"))
-        place = f"{feature.get('hookpoint', '?')} top {feature.get('top_k', '?')}"
-        labels.append(_line(f"{place}: {sae}" if sae else place))
-    return labels
+def column_label(spec: dict[str, Any], inputs: dict[str, Any]) -> str:
+    """features at model.layers.12, top 64: path/of/sae [9b01e2aa]; without the SAE where a column has none."""
+    name = inputs.get("sae")
+    sae = _with_digest(name if isinstance(name, str) else "", _dict(spec.get("sae")).get("weights"))
+    return _line(f"{column_name(spec)}: {sae}" if sae else column_name(spec))
 
 
 def data_label(inputs: dict[str, Any]) -> str:
@@ -71,7 +66,3 @@ def _with_digest(label: str, digest: Any) -> str:
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

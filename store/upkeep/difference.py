@@ -13,17 +13,19 @@ from typing import Any
 from fpo.store.files import printable
 from fpo.store.format.key import cache_key
 from fpo.store.format.manifest import MAX_RECIPE_BYTES, RECIPE, parse_recipe
-from fpo.store.local import Store, Summary
+from fpo.store.local import Store
 from fpo.store.remote.places import RemoteStore, open_store
+from fpo.store.summaries import Summary
 
 ABSENT = "-"
 
 _MEANING = {
     "scorer.reference.weights": "other weights",
     "scorer.reference.dtype": "computed in another precision",
-    "pairs.digest": "other tokens: data, split, tokenizer, chat template or max_length differ",
-    "pairs.seed": "the same pairs in another order",
-    "pairs.shard_pairs": "cut into other shards",
+    "groups.digest": "other tokens or labels: data, split, tokenizer, chat template, max_length or scores differ",
+    "groups.score_mask": "other tokens count",
+    "groups.seed": "the same groups in another order",
+    "groups.shard_groups": "cut into other shards",
 }
 
 
@@ -32,7 +34,7 @@ class Difference:
     """One field. A value is as JSON shows it, "-" where the field is absent."""
 
     field: str
-    """scorer.features[0].top_k"""
+    """scorer.reference.dtype"""
     here: str
     there: str
     meaning: str = ""
@@ -71,9 +73,9 @@ class Nearest:
         return self.summary.key
 
     def lines(self, most: int = 5) -> list[str]:
-        """For people: the fields that differ, and of what the pairs were made."""
+        """For people: the fields that differ, and of what the groups were made."""
         said = [str(difference) for difference in self.differences[:most]]
-        if any(difference.field == "pairs.digest" for difference in self.differences):
+        if any(difference.field == "groups.digest" for difference in self.differences):
             said += [f"made from {difference}" for difference in self.inputs[:most]]
         return said
 
@@ -90,7 +92,7 @@ def nearest(
     store: Store | RemoteStore | Path | str, recipe: dict[str, Any], inputs: dict[str, Any] | None = None
 ) -> Nearest | None:
     """
-    The cache with the fewest fields that differ from a recipe ({"format", "scorer", "pairs"}), finished ones and
+    The cache with the fewest fields that differ from a recipe ({"format", "scorer", "groups"}), finished ones and
     then the youngest first among equals; None where the store holds none but the recipe's own.
 
     inputs: the names that the recipe has for what it is made from, see `describe`.

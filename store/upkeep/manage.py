@@ -16,7 +16,8 @@ from pathlib import Path
 
 from fpo.errors import CacheError, CacheMissing
 from fpo.store.files import Folder, explained, make_durable_dirs, refuse_links
-from fpo.store.local import NAMES, STATE, USES, Store, Summary
+from fpo.store.local import NAMES, STATE, USES, Store
+from fpo.store.summaries import Summary
 from fpo.store.upkeep.tags import check_tag_name, remove_tag, write_tag
 from fpo.store.upkeep.use import alone
 

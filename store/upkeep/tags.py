@@ -6,11 +6,11 @@ A tag works wherever a key does, may be moved to another cache, and keeps its ca
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
+from fpo.nearest import nearest
 from fpo.store.files import Folder, explained, replace_file
 from fpo.store.objects import Objects, RemoteObjects
 
@@ -98,8 +98,8 @@ def remove_tag(root: Path, name: str) -> str:
     key = read_tag(folder, name)
     if key is None:
         known = sorted(read_tags(folder))
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(known[:10])}" if known else ""
+        near = nearest(name, known)
+        hint = f"; did you mean {near}?" if near else f"; it has {', '.join(known[:10])}" if known else ""
         raise CacheMissing(f"{root} has no tag {name!r}{hint}")
     folder.remove(f"{TAGS}/{name}")
     return key

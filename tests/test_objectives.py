@@ -1,14 +1,30 @@
-"""Losses and gradients against hand derivations."""
+"""Losses and gradients against hand derivations; what an objective asks of a cache."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from fpo.objectives.losses import PairLogps, dpo, feature_distance, fpo, simpo
+from fpo.objectives import (
+    OBJECTIVES,
+    Dpo,
+    Evidence,
+    FeatureNeed,
+    Fpo,
+    Needs,
+    PairLogps,
+    Simpo,
+    feature_distance,
+)
+from fpo.objectives.dpo import dpo
+from fpo.objectives.features import FeatureSet
+from fpo.objectives.fpo import fpo
+from fpo.objectives.simpo import simpo
 
 
 def logps(*pairs: tuple[float, float], lengths: tuple[float, float] = (1.0, 1.0)) -> PairLogps:
@@ -71,6 +87,53 @@ def test_fpo_gradients_match_the_derivation_and_the_chosen_side_gets_none_from_t
     assert distances.grad is not None
     assert sums.grad.flatten().tolist() == pytest.approx([slope * 0.15, -slope * 0.15], rel=1e-5)
     assert distances.grad.flatten().tolist() == pytest.approx([0.0, -slope * 0.3 * 0.7], rel=1e-5)
+
+
+def test_an_objective_is_its_formula_with_its_own_settings() -> None:
+    """
+    summed logratios  chosen -6 + 9 = 3, rejected -8 + 6 = -2        dpo    0.5 * (3 + 2) = 2.5
+    mean logps        chosen -6 / 3 = -2, rejected -8 / 2 = -4       simpo  3 * (-2 + 4) - 4 = 2
+    mean logratios    chosen 1, rejected -1; D_rejected - D_chosen 2 fpo    0.2 * (2 - 0.7 * 2) = 0.12
+    """
+    policy, reference = logps((-6.0, -8.0), lengths=(3.0, 2.0)), logps((-9.0, -6.0), lengths=(3.0, 2.0))
+    evidence = Evidence(policy, reference, torch.tensor([[1.0, 3.0]]))
+    for objective, u in (
+        (Dpo(name="dpo", beta=0.5), 2.5),
+        (Simpo(name="simpo", beta=3.0, gamma=4.0), 2.0),
+        (Fpo(name="fpo", beta=0.2, alpha=0.7), 0.12),
+    ):
+        assert objective.value(evidence).losses.tolist() == pytest.approx([minus_log_sigmoid(u)], rel=1e-5)
+
+
+def test_an_objective_says_what_it_asks_of_a_cache() -> None:
+    assert Dpo(name="dpo").needs == Needs(reference=True, features=None)
+    assert Simpo(name="simpo").needs == Needs(reference=False, features=None)
+    assert Fpo(name="fpo", alpha=0.0).needs == Needs(reference=True, features=None)
+    constrained = Fpo(name="fpo", k=7, feature_set="union", hookpoint="model.layers.3")
+    assert constrained.needs == Needs(reference=True, features=FeatureNeed("model.layers.3", 7, "union", "alpha: 0"))
+
+
+@pytest.mark.parametrize(
+    ("feature_set", "top_k", "exact"),
+    [
+        ("reference", 8, True),
+        ("reference", 7, False),
+        ("reference", "all", True),
+        ("union", 10**6, False),
+        ("union", "all", True),
+        ("policy", 8, False),
+        ("policy", "all", True),
+    ],
+)
+def test_the_policys_own_features_are_known_only_where_the_cache_holds_all(
+    feature_set: FeatureSet, top_k: int | Literal["all"], exact: bool
+) -> None:
+    assert FeatureNeed(None, 8, feature_set, "alpha: 0").exact_from(top_k) == exact
+
+
+def test_every_objective_has_its_row_in_the_docs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert [name for name in OBJECTIVES if f"\n| `{name}` | " not in page] == []
 
 
 def test_the_loss_is_log_2_where_the_policy_is_the_reference() -> None:

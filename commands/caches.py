@@ -1,0 +1,44 @@
+"""Which store a command means, and which cache in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fpo.commands.options import command_line
+from fpo.errors import CacheIncomplete, CacheMissing, FpoError
+
+if TYPE_CHECKING:
+    from fpo.recipe import Recipe
+    from fpo.store import Cache
+
+
+def store_root(option: str | None) -> str:
+    """--store, else $FPO_STORE, else ~/.cache/fpo."""
+    from fpo.store import default_store
+
+    return option or str(default_store())
+
+
+def existing_root(option: str | None) -> str:
+    """`store_root`; a folder that was named and is not there is an error, not an empty store."""
+    from fpo.store import is_url
+
+    root = store_root(option)
+    named = option or os.environ.get("FPO_STORE")
+    if named and not is_url(root) and not Path(root).expanduser().exists():
+        raise FpoError(f"there is no folder {root}; check --store and FPO_STORE, or make one with: fpo cache RECIPE")
+    return root
+
+
+def recipe_cache(
+    recipe: Recipe, path: Path, store: str | None, overrides: list[str] | None, *, held_out: bool = False
+) -> Cache:
+    """The recipe's cache; where it is missing, how to build it."""
+    from fpo.stage1_cache import find_cache
+
+    try:
+        return find_cache(recipe, store_root(store or recipe.cache.store), held_out=held_out)
+    except (CacheMissing, CacheIncomplete) as error:
+        raise type(error)(f"{error}\n  build it with: {command_line('cache', path, store, overrides)}") from None

@@ -1,0 +1,36 @@
+"""What every objective is: a section of the recipe that says what it asks of a cache and gives a loss per pair."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from fpo.objectives.features import FeatureNeed
+from fpo.objectives.pairs import Evidence, ObjectiveValue
+from fpo.section import Section
+
+
+@dataclass(frozen=True)
+class Needs:
+    """
+    What an objective asks of a cache besides the tokens. The recipe is refused where its cache would not hold that,
+    and training gathers nothing else.
+    """
+
+    reference: bool
+    """Whether what the reference says enters the loss (`ref_logps` or features)."""
+    features: FeatureNeed | None = None
+    """What a feature term reads; None is no feature term."""
+
+
+class Objective(Section):
+    """What all objectives share; see docs/objectives.md for the formulas."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What these settings ask of a cache."""
+
+    @abstractmethod
+    def value(self, evidence: Evidence) -> ObjectiveValue:
+        """The objective's formula with these settings."""

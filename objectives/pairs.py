@@ -1,0 +1,38 @@
+"""
+What an objective is a function of, and what it gives, for pairs of completions.
+
+Dimension key:  P pairs; the second axis of (P, 2) is chosen, rejected
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class PairLogps(NamedTuple):
+    """What one model says about pairs."""
+
+    logps: Float[Tensor, "P 2"]
+    """Log-probability of each completion, nats, summed over its scored tokens."""
+    mean_logps: Float[Tensor, "P 2"]
+    """The same divided by the number of scored tokens."""
+
+
+class Evidence(NamedTuple):
+    """What policy and cache say about pairs: all that an objective sees."""
+
+    policy: PairLogps
+    reference: PairLogps
+    distances: Float[Tensor, "P 2"] | None
+    """Distance of the pooled features, see `feature_distance`; None where the objective asks for no features."""
+
+
+class ObjectiveValue(NamedTuple):
+    """An objective at P pairs; `losses` alone carries a gradient that training uses."""
+
+    losses: Float[Tensor, " P"]
+    rewards: Float[Tensor, "P 2"]
+    """Implicit reward of chosen and rejected, as TRL reports it; the feature term is not part of it."""

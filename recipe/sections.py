@@ -1,0 +1,179 @@
+"""
+The sections of a recipe, one class each. The docstring under a field is its documentation.
+
+The objective is a section too: its fields stand in objectives/, one file each.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+
+from fpo.recipe.arithmetic import Arithmetic, Dtype, HalfDtype
+from fpo.section import Section
+
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+"""The columns that pairs are made of."""
+
+
+def _iso_date(value: Any) -> Any:
+    """YAML reads a bare 2026-11-24 as a date; the recipe keeps it as text."""
+    return value.isoformat() if type(value) is date else value
+
+
+def _check_date(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError(f"data.today: {value!r} is no date; write it as 2026-11-24") from None
+
+
+IsoDate = Annotated[str, BeforeValidator(_iso_date), AfterValidator(_check_date)]
+# ~ is the home folder in every path, expanded here and nowhere else.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path of the user's, or what may stand in its place: a hub id, a URL, a text."""
+
+
+class Reference(Section):
+    """The frozen model that stage 1 scores the pairs with."""
+
+    model: Place
+    """Hub id, or folder with `config.json` and safetensors weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is the hub's default branch."""
+
+    dtype: Dtype = "float32"
+    """What the weights are loaded as and computed in. Log-probs are float32 whatever this is."""
+
+    autocast: HalfDtype | None = None
+    """Score under `torch.autocast` of this dtype, as `training.bf16` and `fp16` train; with `dtype: float32` alone."""
+
+    adapter: Place | None = None
+    """PEFT adapter (hub id or folder) merged into the reference before scoring; null is none."""
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What stage 1 computes in."""
+        return Arithmetic(self.dtype, self.autocast)
+
+
+class Feature(Section):
+    """One hookpoint, and the SAE that reads it."""
+
+    sae: Place
+    """SAELens or sparsify folder, Gemma Scope `params.npz` or its folder, or hub id with the path inside."""
+
+    hookpoint: str
+    """Module whose output the SAE reads, as a module path of the model: `model.layers.12`."""
+
+    top_k: PositiveInt | Literal["all"] = 64
+    """How many pooled features are kept per completion; `all` keeps every non-zero one."""
+
+    self_check: bool = True
+    """Hold L0 and variance unexplained against what the SAE advertises before anything is spent."""
+
+
+class Data(Section):
+    """The preference pairs, and how they become tokens (TRL's rules)."""
+
+    source: Place
+    """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""
+
+    subset: str | None = None
+    """Configuration name of a hub dataset; null is its default."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; null is the default branch."""
+
+    columns: dict[str, str | None] = {}
+    """Our column names to the dataset's: `{prompt: question}`; `{system: null}` leaves a column out."""
+
+    split: str = "train"
+    """Split to train on; slices such as `train[:90%]` are understood."""
+
+    eval_split: str | None = None
+    """Split held out for `fpo evaluate`; it gets a cache of its own. Null evaluates nothing."""
+
+    tokenizer: Place | None = None
+    """Hub id or folder of the tokenizer; null takes the reference's."""
+
+    chat_template: Place | None = None
+    """Chat template, a Jinja file or its text, that replaces the tokenizer's; null keeps it."""
+
+    today: IsoDate | None = None
+    """Date (`2026-11-24`) that a chat template gets which asks for it, such as Llama 3.2's; those refuse null."""
+
+    max_length: PositiveInt | None = 1024
+    """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: dict[str, str | None]) -> dict[str, str | None]:
+        for ours, theirs in columns.items():
+            if theirs is not None and ours not in COLUMNS:
+                near = f"{{{theirs}: {ours}}}" if theirs in COLUMNS else f"one of {', '.join(COLUMNS)}"
+                raise ValueError(f"data.columns: {ours} is no column of ours; our name comes first, write {near}")
+        given = [theirs for theirs in columns.values() if theirs is not None]
+        if twice := next((name for name in given if given.count(name) > 1), None):
+            raise ValueError(f"data.columns: {twice} is given for two columns")
+        return columns
+
+
+class CacheOptions(Section):
+    """What the cache holds besides log-probs and features, and how it is cut."""
+
+    top_logits: NonNegativeInt = 0
+    """Also keep the reference's most likely tokens at each completion position: how many of them."""
+
+    shard_pairs: Annotated[int, Field(gt=0, le=2**16)] = 2048
+    """A shard closes at this many pairs (or 2^20 tokens, or 64 MiB): what a killed run can lose."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the permutation that assigns pairs to shards."""
+
+    store: Place | None = None
+    """Folder or URL of the caches, not in the key; `--store` goes before it, null is `$FPO_STORE` or `~/.cache/fpo`."""
+
+
+class Lora(Section):
+    """Train low-rank adapters (PEFT) instead of all weights."""
+
+    r: PositiveInt = 16
+    """Rank."""
+
+    alpha: PositiveFloat = 32
+    """Scale; the update is multiplied by alpha / r."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Names of the modules that get an adapter, as PEFT understands them."""
+
+
+class Policy(Section):
+    """The model that is trained."""
+
+    model: Place | None = None
+    """Hub id or folder; null starts from the reference's weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    dtype: Dtype = "float32"
+    """What the weights are kept in; another than float32 only under `lora`. For mixed precision set `training.bf16`."""
+
+    lora: Lora | None = None
+    """Adapter settings; null trains all weights."""
+
+    same_arithmetic: bool = True
+    """Refuse a reference that was computed in another arithmetic than the policy; false goes on regardless."""
