@@ -14,6 +14,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
 
 from fpo.store.beside import HeldColumn, column_recipe
 from fpo.store.cache import Cache, open_cache
+from fpo.store.choose import AllOrKeys
 from fpo.store.claims import Claim, Claims
 from fpo.store.export import ExportReport, export_trl
 from fpo.store.files import printable
@@ -36,18 +37,19 @@ from fpo.store.local import Store, default_store
 from fpo.store.rebuild import Rebuild, check_changed
 from fpo.store.remote.places import RemoteStore, is_url, open_store
 from fpo.store.remote.streaming import Shelf
-from fpo.store.remote.transfer import TransferReport, pull, push
-from fpo.store.summaries import ColumnSummary, Summary
+from fpo.store.remote.transfer import Moved, TransferReport, pull, push
+from fpo.store.summaries import ColumnSummary, Summary, look_at_columns
 from fpo.store.upkeep.collect import Collection, Garbage, gc
 from fpo.store.upkeep.describe import counted
 from fpo.store.upkeep.difference import Difference, DiffReport, Nearest, diff, differences, nearest
-from fpo.store.upkeep.manage import Removed, Tagged, removable, rm, tag, untag
+from fpo.store.upkeep.manage import Removed, Tagged, removable, removable_column, rm, tag, untag
 from fpo.store.upkeep.usage import ArrayUsage, disk_usage
 from fpo.store.verify import Report, verify
 from fpo.store.writer import CacheWriter, own_share_first
 
 __all__ = [
     "FORMAT_VERSION",
+    "AllOrKeys",
     "ArrayUsage",
     "Cache",
     "CacheWriter",
@@ -66,6 +68,7 @@ __all__ = [
     "HeldColumn",
     "HiddenGram",
     "Manifest",
+    "Moved",
     "Nearest",
     "PromptFeatures",
     "Rebuild",
@@ -96,6 +99,7 @@ __all__ = [
     "gc",
     "groups_digest",
     "is_url",
+    "look_at_columns",
     "nearest",
     "open_cache",
     "open_store",
@@ -106,6 +110,7 @@ __all__ = [
     "pull",
     "push",
     "removable",
+    "removable_column",
     "rm",
     "scored_lengths",
     "segment_lengths",
