@@ -145,6 +145,7 @@ def test_a_cache_of_pairs_is_refused_with_one_line(tmp_path):
     with pytest.raises(CacheError) as caught:
         open_cache(store, key)
     assert str(caught.value) == (
-        "this cache was written before format 1 was final: it holds pairs, not groups; build it again with fpo cache"
+        f"{store / key / 'recipe.json'} was written before format 1 was final: it holds pairs, not groups; "
+        "build the cache again with fpo cache"
     )
     assert verify(store, key).problems == [str(caught.value)]
