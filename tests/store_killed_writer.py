@@ -1,8 +1,8 @@
 """
 A writer that is killed at its n-th system call, for every n: python store_killed_writer.py FOLDER STEP
 
-For n = 1, 1 + STEP, 1 + 2 STEP, ... a forked child fills the store FOLDER/n, a base and then a column beside it, and gets SIGKILL right
-before call n, which leaves what call n - 1 left. Stops at the first n that a writer does not reach.
+For n = 1, 1 + STEP, 1 + 2 STEP, ... a forked child fills the store FOLDER/n, a base and then a column beside it, and
+gets SIGKILL right before call n, which leaves what call n - 1 left. Stops at the first n that a writer does not reach.
 """
 
 from __future__ import annotations
