@@ -55,7 +55,6 @@ def in_another_process(world: World, key: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
@@ -305,8 +304,7 @@ def test_what_is_used_or_tagged_since_gc_looked_stays(world, monkeypatch, deed):
     age(world, world.key, 400)
     code = {"open": "open_cache(sys.argv[1], sys.argv[2])", "tag": "tag(sys.argv[1], sys.argv[2], 'kept')"}[deed]
     script = [sys.executable, "-c", f"import sys; from fpo.store import *; {code}", str(world.store.root), world.key]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    between_look_and_removal(monkeypatch, lambda: subprocess.run(script, env=env, check=True))
+    between_look_and_removal(monkeypatch, lambda: subprocess.run(script, check=True))
     (item,) = gc(world.store, unused_days=30, dry_run=False).items
     assert (item.in_use, item.removed) == (True, False)
     assert verify(world.store, world.key).ok
@@ -408,9 +406,8 @@ def test_gc_of_no_store_finds_nothing(tmp_path):
 def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path, how):
     """SIGKILL before every call with which rm or gc changes the disk; then the next gc and writer find order."""
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
     script = [sys.executable, str(here / "store_killed_removal.py"), how, str(tmp_path)]
-    done = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     whole = World(tmp_path / "whole")
     expected = unmarked(tree(whole.store.path(whole.fill().key)))
@@ -451,14 +448,12 @@ print(whole, missing)
 
 def test_readers_see_a_cache_that_comes_and_goes_whole_or_not_at_all(world):
     """Two processes open and read it in a loop while it is removed and built again."""
-    root = str(Path(__file__).parents[1])
     readers = [
         subprocess.Popen(
             [sys.executable, "-c", READER, str(world.store.root), world.key],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": root},
         )
         for _ in range(2)
     ]
