@@ -8,9 +8,23 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from store_cases import make_groups, make_recipe
+from store_cases import FEATURES, make_groups, make_recipe
 
-from fpo.store import CacheWriter, Claims, Store, gc, nearest, open_cache
+from fpo.canonical import sha256_hex
+from fpo.store import (
+    CacheWriter,
+    Claims,
+    Manifest,
+    ShardEntry,
+    Store,
+    cache_key,
+    column_recipe,
+    gc,
+    groups_digest,
+    nearest,
+    open_cache,
+)
+from fpo.store.format.manifest import manifest_bytes, recipe_bytes, shard_name
 
 QUICK, MANY = 60, 2000
 SHARDS = 5000
@@ -84,3 +98,57 @@ def test_gc_ls_and_nearest_look_at_every_cache_a_few_times(tmp_path, monkeypatch
         print(f"\n{name} of {count} caches: {time.perf_counter() - started:.1f} s, {len(listings)} listings")
         assert len(listings) < 12 * count
     assert store.keys() == []
+
+
+def lists_alone(root, shards, columns):
+    """A cache of so many columns of which recipes and manifests are true; its shards are files of the right size."""
+
+    def write(folder, recipe, n_tokens):
+        entries = tuple(
+            ShardEntry(
+                shard=sid,
+                size=1000 + sid,
+                sha256=sha256_hex(b"%d" % sid),
+                n_groups=2000,
+                n_completions=4000,
+                n_tokens=n_tokens,
+                rows_digest=digests[sid],
+            )
+            for sid in range(shards)
+        )
+        key = cache_key(recipe)
+        totals = {name: shards * n for name, n in (("groups", 2000), ("completions", 4000), ("tokens", n_tokens))}
+        manifest = Manifest(
+            format=1, key=key, shards=entries, facts={}, **{f"n_{name}": n for name, n in totals.items()}
+        )
+        for name in ("shards", "records"):
+            (folder / key / name).mkdir(parents=True)
+        (folder / key / "recipe.json").write_bytes(recipe_bytes(recipe))
+        (folder / key / "manifest.json").write_bytes(manifest_bytes(manifest))
+        for entry in entries:
+            with open(folder / key / shard_name(entry.shard), "wb") as file:
+                file.truncate(entry.size)
+        return key
+
+    digests = [sha256_hex(b"rows %d" % sid) for sid in range(shards)]
+    groups = {"digest": groups_digest(digests), "n_groups": 2000 * shards, "n_completions": 4000 * shards}
+    groups |= {"score_mask": False, "seed": 0, "shard_groups": [2000] * shards}
+    key = write(root, {"format": 1, "scorer": {"vocab_size": 100}, "groups": groups}, 400_000)
+    for n in range(columns):
+        spec = FEATURES | {"hookpoint": f"model.layers.{n}"}
+        write(root / key / "columns", column_recipe(key, spec, [2000] * shards), 0)
+    return key
+
+
+def test_a_million_groups_and_twenty_columns_are_listed_and_opened_within_a_second(tmp_path):
+    """Of this process's own time: 21 manifests of 500 shards each are parsed once to list and once to open."""
+    key = lists_alone(tmp_path, shards=500, columns=20)
+    started = time.process_time()
+    (summary,) = Store(tmp_path).summaries()
+    listed = time.process_time()
+    cache = open_cache(tmp_path, key, columns="all")
+    opened = time.process_time()
+    print(f"\nlisted in {listed - started:.2f} s, opened in {opened - listed:.2f} s")
+    assert (summary.n_groups, len(summary.columns), len(cache.columns)) == (1_000_000, 20, 20)
+    assert all(column.complete for column in summary.columns)
+    assert opened - started < 1
