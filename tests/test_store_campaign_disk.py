@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
 
 def comparable(files):
     """An adopted shard's record says so; all else is the same."""
-    return {name: data for name, data in files.items() if not name.startswith("records/")}
+    return {name: data for name, data in files.items() if "records/" not in name}
 
 
 def fill_or_error(world):
@@ -181,7 +181,7 @@ def upkeep_world(folder):
     world.key = world.fill().key
     for seed, name in ((8, "old"), (9, "kept")):
         other = World(folder)
-        other.recipe["pairs"]["seed"] = seed
+        other.recipe["groups"]["seed"] = seed
         tag(world.store, other.fill().key, name)
     return world
 
@@ -244,7 +244,7 @@ def test_whichever_call_of_upkeep_fails_it_is_one_line_and_no_traceback(tmp_path
 
 def test_gc_goes_on_after_a_cache_that_it_cannot_look_at(tmp_path, monkeypatch):
     world, other = World(tmp_path), World(tmp_path)
-    other.recipe["pairs"]["seed"] = 8
+    other.recipe["groups"]["seed"] = 8
     keys = sorted([world.fill().key, other.fill().key])
     real = os.lstat
 
@@ -371,7 +371,7 @@ for folder in args:
 
 def test_what_another_user_may_not_read_is_named_and_hides_nothing_else(public):
     world, closed = World(public / "store"), World(public / "store")
-    closed.recipe["pairs"]["seed"] = 8
+    closed.recipe["groups"]["seed"] = 8
     key, closed_key = world.fill().key, closed.fill().key
     world.store.path(closed_key).chmod(0o700)
     shard = world.store.path(key) / "shards/000001.zarr.zip"
