@@ -434,7 +434,7 @@ def _print_names(summary: Summary, most: int) -> None:
             print(f"{'':<14}{label}")
     for column in summary.columns[:most]:
         state = "" if column.complete else f", {column.state}"
-        print(f"{'':<14}+ {column.label}{state}")
+        print(f"{'':<14}+ {column.key[:12]}  {column.label}{state}")
     if len(summary.columns) > most:
         print(f"{'':<14}+ {len(summary.columns) - most} more: fpo store show {summary.key[:12]}")
 

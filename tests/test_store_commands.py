@@ -191,8 +191,9 @@ def test_gc_stays_a_dry_run_without_yes(world, fpo):
 
 def test_ls_shows_columns_in_short_and_in_json_completely(world, fpo):
     said = fpo("store", "ls", "--store", world.store.root)
-    assert "+ features at model.layers.0, top 4: org/sae-a [5a5a5a5a]\n" in said
-    assert "+ features at model.layers.1, top all: org/sae-b [5a5a5a5a], 1 of 3 shards\n" in said
+    keys = [world.column_key(n)[:12] for n in (0, 1)]
+    assert f"+ {keys[0]}  features at model.layers.0, top 4: org/sae-a [5a5a5a5a]\n" in said
+    assert f"+ {keys[1]}  features at model.layers.1, top all: org/sae-b [5a5a5a5a], 1 of 3 shards\n" in said
     (facts,) = json.loads(fpo("store", "ls", "--json", "--store", world.store.root))
     columns = {column["key"]: column for column in facts["columns"]}
     assert set(columns) == {world.column_key(0), world.column_key(1)}
@@ -205,7 +206,7 @@ def test_a_cache_of_many_columns_is_listed_by_the_first_four(tmp_path, fpo):
     world = World(tmp_path, specs=[FEATURES | {"hookpoint": f"model.layers.{n}"} for n in range(6)])
     world.fill()
     said = fpo("store", "ls", "--store", tmp_path)
-    assert said.count("+ features at") == 4
+    assert said.count("  features at") == 4
     assert f"+ 2 more: fpo store show {world.key[:12]}" in said
     assert fpo("store", "show", world.key, "--store", tmp_path).count("column      ") == 6
 
