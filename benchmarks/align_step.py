@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from fpo.objectives import PairLogps
 from fpo.objectives.dpo import dpo
 from fpo.scoring import Packed, install_scoring, pack, sum_logps
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_groups
 from fpo.stage1_cache.tokenise import tokenise
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    tokens = tokenise(read_pairs(str(options.pairs), "train[:400]").dataset, tokenizer, 512)
+    tokens = tokenise(read_groups(str(options.pairs), "train[:400]").dataset, tokenizer, 512)
     batches = _batches(tokens.input_ids, tokens.splits, options.batches)
     reference = _llama(len(tokenizer))
     cached = [_reference_logps(reference, ids, splits) for ids, splits in batches]
@@ -123,16 +123,16 @@ def _padded_loss(
 
 
 def _packed_loss(policy: PreTrainedModel, ref_logps: torch.Tensor, ids: np.ndarray, splits: np.ndarray) -> torch.Tensor:
-    packed = pack(ids, splits)
+    packed = pack(ids, splits, np.full(len(splits) // 3, 2))
     logps = _packed_logps(policy, packed)
-    lengths = packed.lengths.view(-1, 2)
-    sides = (PairLogps(logps, logps / lengths), PairLogps(ref_logps, ref_logps / lengths))
+    counts = packed.counts.view(-1, 2)
+    sides = (PairLogps(logps, logps / counts), PairLogps(ref_logps, ref_logps / counts))
     return dpo(*sides, beta=0.1).losses.mean()
 
 
 def _packed_logps(model: PreTrainedModel, packed: Packed) -> torch.Tensor:
     scores = model(**packed._asdict())
-    return sum_logps(scores.token_logps, packed.completion, len(packed.lengths)).view(-1, 2)
+    return sum_logps(scores.token_logps, packed).view(-1, 2)
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """
-Is a model measured rightly, and in which layout? Asked of the data's own longest and shortest pairs, because what a
+Is a model measured rightly, and in which layout? Asked of the data's own longest and shortest groups, because what a
 family does differently may begin at its window, at its original length, or at once.
 
 The other side of the comparison is the family's own forward over one sequence alone, with its own mask, positions and
 logits. A layout that does not reproduce it is not used; a model that no layout reproduces is refused.
 
-Dimension key:  P pairs   N scored completion tokens   T tokens
+Dimension key:  G groups   S segments (prompts and completions)   T tokens
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,38 @@ ROUNDED_TOKENS = 16
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 
 
+class _Groups(NamedTuple):
+    """The first arguments of `pack`."""
+
+    input_ids: Integer[np.ndarray, " T"]
+    splits: Integer[np.ndarray, " S1"]
+    n_completions: Integer[np.ndarray, " G"]
+
+    @property
+    def last(self) -> _Groups:
+        """The last of them alone."""
+        n = int(self.n_completions[-1])
+        return _Groups(self.input_ids, self.splits[-(n + 2) :], self.n_completions[-1:])
+
+    def sequences(self) -> list[_Sequence]:
+        """Every completion behind its prompt, group after group."""
+        segments = (self.input_ids[start:end] for start, end in pairwise(self.splits.tolist()))
+        found = []
+        for n in self.n_completions.tolist():
+            prompt = next(segments)
+            for completion in islice(segments, n):
+                found.append(_Sequence(np.concatenate([prompt, completion]).astype(np.int64), len(prompt)))
+        return found
+
+
+class _Sequence(NamedTuple):
+    """One completion as the family's own forward reads it."""
+
+    tokens: Int[np.ndarray, " L"]
+    prompt: int
+    """How many of them are the prompt."""
+
+
 class _Plain(NamedTuple):
     """What the family's own forward says about one completion."""
 
@@ -46,42 +79,54 @@ class _Plain(NamedTuple):
     logps: Float[Tensor, " n"]
 
 
-def extremes(lengths: Integer[np.ndarray, "P 3"]) -> Integer[np.ndarray, " few"]:
+def extremes(
+    splits: Integer[np.ndarray, " S1"], n_completions: Integer[np.ndarray, " G"]
+) -> Integer[np.ndarray, " few"]:
     """
-    The pairs to check a model on, the shortest last: the one with the longest sequence, the longest as a whole, and the
-    shortest, each once. `lengths` holds the tokens of prompt, chosen and rejected.
+    The groups to check a model on, as `pack` takes them, the shortest last: the one with the longest sequence, the
+    longest as a whole, the longest of those with the most completions, and the shortest, each once.
     """
-    sequences = lengths[:, 0] + lengths[:, 1:].max(1)
-    totals = lengths.sum(1)
-    return np.array(list(dict.fromkeys([sequences.argmax(), totals.argmax(), totals.argmin()])))
+    sizes, n = np.diff(splits.astype(np.int64)), n_completions.astype(np.int64)
+    prompts = np.cumsum(n + 1) - (n + 1)
+    totals = np.add.reduceat(sizes, prompts)
+    completions = sizes.copy()
+    completions[prompts] = 0
+    sequences = sizes[prompts] + np.maximum.reduceat(completions, prompts)
+    most = np.lexsort((-np.arange(len(n)), totals, n))[-1]
+    shortest = totals.argmin()
+    longest = dict.fromkeys([sequences.argmax(), totals.argmax(), most])
+    return np.array([*(group for group in longest if group != shortest), shortest])
 
 
 @torch.no_grad()
 def choose_layout(
-    model: PreTrainedModel, input_ids: Integer[np.ndarray, " T"], splits: Integer[np.ndarray, " S"]
+    model: PreTrainedModel,
+    input_ids: Integer[np.ndarray, " T"],
+    splits: Integer[np.ndarray, " S1"],
+    n_completions: Integer[np.ndarray, " G"],
 ) -> Layout:
     """
     The cheapest layout in which the model's scores are those of its own separate forwards.
 
-    model              with scoring installed, on its device
-    input_ids, splits  a few pairs as `pack` takes them, the shortest last; see `extremes`
+    model                             with scoring installed, on its device
+    input_ids, splits, n_completions  a few groups as `pack` takes them, the shortest last; see `extremes`
     Raises ModelError where there is none, with the reason.
     """
-    bounds = splits.astype(np.int64)
-    refuse_moving_rope(model, _longest(bounds))
+    groups = _Groups(input_ids, splits.astype(np.int64), n_completions)
+    sequences = groups.sequences()
+    refuse_moving_rope(model, max(len(sequence.tokens) for sequence in sequences))
     with _deterministic_mode(model):
         try:
             # Short before long: a state that the long one leaves behind must not hide in both sides.
-            plain = [list(_plain(model, input_ids, bounds, pair)) for pair in reversed(range(len(bounds) // 3))]
+            expected = [_plain(model, sequence) for sequence in reversed(sequences)][::-1]
         except _FAILURES as error:
             raise ModelError(f"{model.config.model_type}: its own forward fails: {_first_line(error)}") from error
-        expected = [side for pair in reversed(plain) for side in pair]
-        _refuse_nan(model, input_ids, bounds, expected)
+        _refuse_nan(model, sequences, expected)
         reasons = []
         for layout in Layout:
-            reason = _reason_against(model, layout, input_ids, bounds, expected)
+            reason = _reason_against(model, layout, groups, expected)
             if reason is None:
-                _refuse_chance(model, layout, input_ids, bounds)
+                _refuse_chance(model, layout, groups)
                 return layout
             reasons.append(f"  {layout}: {reason}")
     raise ModelError(
@@ -90,23 +135,20 @@ def choose_layout(
     )
 
 
-def _reason_against(
-    model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray, expected: list[_Plain]
-) -> str | None:
+def _reason_against(model: PreTrainedModel, layout: Layout, groups: _Groups, expected: list[_Plain]) -> str | None:
     """Why this layout is not right; None where it is."""
-    shortest = ids[bounds[-4] : bounds[-1]], bounds[-4:] - bounds[-4]
     limit = LAYOUT_TOLERANCE[model.dtype]
-    row_limit, width = packed_row_limit(model), pack(ids, bounds, layout).input_ids.shape[1]
+    row_limit, width = packed_row_limit(model), pack(*groups, layout).input_ids.shape[1]
     if layout is Layout.PACKED and row_limit is not None and width > row_limit:
         return f"rows of {width} tokens, and beyond {row_limit} its attention depends on the place in the row"
     try:
-        before = _score(model, layout, *shortest)
-        together = _score(model, layout, ids, bounds)
-        after = _score(model, layout, *shortest)
+        before = _score(model, layout, groups.last)
+        together = _score(model, layout, groups)
+        after = _score(model, layout, groups.last)
         off = _worst(together, expected, model.dtype)
         if not off <= limit:
             return f"off by {off:.2g} nats per token (at most {limit:g})"
-        off = max(_worst(short, expected[-2:], model.dtype) for short in (before, after))
+        off = max(_worst(short, expected[-len(short) :], model.dtype) for short in (before, after))
         if not off <= limit:
             return f"off by {off:.2g} nats per token (at most {limit:g}) before or after a longer batch"
     except _FAILURES as error:
@@ -114,21 +156,21 @@ def _reason_against(
     return None
 
 
-def _refuse_chance(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> None:
+def _refuse_chance(model: PreTrainedModel, layout: Layout, groups: _Groups) -> None:
     """ModelError where two forwards of the same tokens in training mode differ in any bit."""
     model.train()
-    trained = _repeats(model, layout, ids, bounds)
+    trained = _repeats(model, layout, groups)
     model.eval()
     # A device whose kernels do not repeat themselves shows it in evaluation mode, too.
-    if not trained and _repeats(model, layout, ids, bounds):
+    if not trained and _repeats(model, layout, groups):
         raise ModelError(
             f"{model.config.model_type}: two forwards of the same tokens in training mode differ, so it cannot be "
             "compared token by token; set what is random in its config.json (a router's jitter, for instance) to 0"
         )
 
 
-def _repeats(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> bool:
-    once, again = (_score(model, layout, ids, bounds) for _ in range(2))
+def _repeats(model: PreTrainedModel, layout: Layout, groups: _Groups) -> bool:
+    once, again = (_score(model, layout, groups) for _ in range(2))
     return all(map(torch.equal, once, again))
 
 
@@ -138,9 +180,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), repr(error))
 
 
-def _score(model: PreTrainedModel, layout: Layout, ids: np.ndarray, bounds: np.ndarray) -> list[Tensor]:
+def _score(model: PreTrainedModel, layout: Layout, groups: _Groups) -> list[Tensor]:
     """Token log-probs, one tensor per completion."""
-    packed = pack(ids, bounds, layout)
+    packed = pack(*groups, layout)
     device = next(model.parameters()).device
     scores = model(**{name: tensor.to(device) for name, tensor in packed._asdict().items()})
     return list(scores.token_logps.split(packed.lengths.tolist()))
@@ -160,21 +202,17 @@ def _worst(found: list[Tensor], expected: list[_Plain], dtype: torch.dtype) -> f
     return float(torch.stack(means).max()) if means else 0.0
 
 
-def _plain(model: PreTrainedModel, ids: np.ndarray, bounds: np.ndarray, pair: int) -> Iterator[_Plain]:
-    """The pair's completions, chosen first, each scored alone by the family's own forward."""
-    start, chosen, rejected, end = bounds[3 * pair : 3 * pair + 4]
+def _plain(model: PreTrainedModel, sequence: _Sequence) -> _Plain:
+    """A completion, scored alone by the family's own forward."""
     device = next(model.parameters()).device
-    for first, last in ((chosen, rejected), (rejected, end)):
-        tokens = np.concatenate([ids[start:chosen], ids[first:last]]).astype(np.int64)
-        sequence = torch.from_numpy(tokens)[None].to(device)
-        # The first token of a sequence has no predictor.
-        skipped = max(int(chosen - start), 1)
-        at = _looked_at(len(tokens) - skipped, model).to(device)
-        if len(at) == 0:
-            yield _Plain(at, torch.empty(0, device=device))
-            continue
-        logits = _plain_logits(model, sequence, at + skipped - 1).float()
-        yield _Plain(at, logits.log_softmax(-1).gather(-1, sequence[0, at + skipped][:, None])[:, 0])
+    tokens = torch.from_numpy(sequence.tokens)[None].to(device)
+    # The first token of a sequence has no predictor.
+    skipped = max(sequence.prompt, 1)
+    at = _looked_at(len(sequence.tokens) - skipped, model).to(device)
+    if len(at) == 0:
+        return _Plain(at, torch.empty(0, device=device))
+    logits = _plain_logits(model, tokens, at + skipped - 1).float()
+    return _Plain(at, logits.log_softmax(-1).gather(-1, tokens[0, at + skipped][:, None])[:, 0])
 
 
 def _looked_at(scored: int, model: PreTrainedModel) -> Int[Tensor, " n"]:
@@ -203,14 +241,10 @@ def _deterministic_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(was)
 
 
-def _longest(bounds: np.ndarray) -> int:
-    lengths = np.diff(bounds).reshape(-1, 3)
-    return int((lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0))
-
-
-def _refuse_nan(model: PreTrainedModel, ids: np.ndarray, bounds: np.ndarray, expected: list[_Plain]) -> None:
+def _refuse_nan(model: PreTrainedModel, sequences: list[_Sequence], expected: list[_Plain]) -> None:
     """ModelError naming the first module whose output is not finite, where the family's own log-probs are not."""
-    bad = next((side for side, (_, logps) in enumerate(expected) if not bool(logps.isfinite().all())), None)
+    judged = zip(sequences, expected, strict=True)
+    bad = next((sequence for sequence, plain in judged if not bool(plain.logps.isfinite().all())), None)
     if bad is None:
         return
     first: list[tuple[str, nn.Module]] = []
@@ -232,7 +266,7 @@ def _refuse_nan(model: PreTrainedModel, ids: np.ndarray, bounds: np.ndarray, exp
         for name, module in model.named_modules():
             if not list(module.children()):
                 hooks.callback(module.register_forward_hook(look(name)).remove)
-        list(_plain(model, ids, bounds, bad // 2))
+        _plain(model, bad)
     name, module = first[0] if first else ("its logits", model)
     weights = any(not bool(parameter.isfinite().all()) for parameter in module.parameters(recurse=bool(first)))
     what = "weights give NaN or infinity" if weights and first else "the forward gives NaN or infinity"

@@ -2,11 +2,12 @@
 Pooled SAE features of completions: the reference's top k for the cache, and the policy's activations at the
 features that a distance is over.
 
-Pooling is the mean over a completion's scored tokens, never over padding, so a value does not depend on the
+Pooling is the mean over a completion's tokens that count, never over padding, so a value does not depend on the
 batch. A *top k* is the k largest pooled activations; features that are zero never belong to it, so it can be
-smaller than k.
+smaller than k. A completion of which no token counts has no features. A prompt is pooled like a completion, over its
+own tokens.
 
-Dimension key:  N scored completion tokens   D d_in   F d_sae   C completions   K columns
+Dimension key:  N tokens that count   D d_in   F d_sae   C completions   K columns
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fpo.scoring.sae.encoder import MEMORY_BUDGET, Sae
+from fpo.scoring.sae import MEMORY_BUDGET, Sae
 
 
 class PooledFeatures(NamedTuple):
@@ -28,7 +29,7 @@ class PooledFeatures(NamedTuple):
     indices: Int[Tensor, " kept"]
     """Ascending inside a completion."""
     acts: Float[Tensor, " kept"]
-    """Mean activation over the completion's scored tokens, float32."""
+    """Mean activation over the completion's tokens that count, float32."""
     counts: Int[Tensor, " C"]
     """How many features each completion keeps."""
     active: Int[Tensor, " C"]
@@ -59,8 +60,8 @@ def pool_top_features(
     """
     Encode, pool and keep the `top_k` largest (or every non-zero) features of each completion.
 
-    residual  hookpoint output at the scored positions, completion by completion
-    lengths   scored tokens of each completion
+    residual  hookpoint output at the positions that predict tokens that count, completion by completion
+    lengths   how many of them each completion has
     """
     parts = [_keep(pooled, top_k) for pooled in _pooled_blocks(sae, residual, lengths)]
     return PooledFeatures(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fpo.scoring.packing import Packed
+
 Head = Callable[[Tensor], Tensor]
 
 # Float32 logits of a step that autograd may keep. Beyond it the head runs in chunks whose logits are
@@ -76,9 +78,10 @@ def token_logps(
     return TokenLogps(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
-def sum_logps(logps: Float[Tensor, " N"], completion: Int[Tensor, " N"], n_completions: int) -> Float[Tensor, " C"]:
-    """Log-probability of each completion, in nats: the sum over its scored tokens, float32."""
-    return logps.new_zeros(n_completions).index_add(0, completion, logps)
+def sum_logps(token_logps: Float[Tensor, " N"], packed: Packed) -> Float[Tensor, " C"]:
+    """Log-probability of each completion, in nats: the sum over its tokens that count, float32."""
+    completion = packed.counting(packed.completion)
+    return token_logps.new_zeros(len(packed.counts)).index_add(0, completion, packed.counting(token_logps))
 
 
 def _vocabulary(head: Head, hidden: Tensor) -> int:

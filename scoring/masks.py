@@ -25,7 +25,7 @@ def packed_masks(packed: Packed) -> Iterator[None]:
     """While open, every mask that a family builds is that of these packed rows."""
 
     def boolean(*, mask_function: Reach, **_: Any) -> Tensor:
-        return attention_mask(packed.pair, packed.branch, packed.position_ids, mask_function)
+        return attention_mask(packed.group, packed.branch, packed.position_ids, mask_function)
 
     def additive(*, mask_function: Reach, dtype: torch.dtype, **_: Any) -> Tensor:
         allowed = boolean(mask_function=mask_function)

@@ -1,16 +1,18 @@
 """
-Pairs laid out in rows, in one of two layouts.
+Groups laid out in rows, in one of two layouts. A group is a prompt with one or more completions.
 
-    packed  chosen and rejected share their prompt: a pair is one run of tokens `[prompt | chosen | rejected]`, its
-            position ids start again after the prompt for the rejected branch, and whole pairs stand first-fit behind
-            each other in rows no longer than the longest pair of the batch. Almost no token is padding, and every
-            token is computed once.
+    packed  the completions of a group share their prompt: a group is one run of tokens
+            `[prompt | completion 1 | completion 2 | ...]`, its position ids start again after the prompt for every
+            completion, and whole groups stand first-fit behind each other in rows no longer than the longest group of
+            the batch. Almost no token is padding, and every token is computed once.
     rows    each completion stands behind its prompt in a row of its own, padded on the right, as the family's own
-            forward reads it. The prompt is computed twice; state-space, convolution and ALiBi families need it.
+            forward reads it. The prompt is computed once per completion; state-space, convolution and ALiBi families
+            need it.
 
 Which of them is right for a model, `check.choose_layout` finds out.
 
-Dimension key:  P pairs   R rows   L row length   N scored completion tokens   C completions (2P)
+Dimension key:  T tokens   S segments (prompts and completions)   G groups   C completions   N scored completion tokens
+                R rows   L row length
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Int, Integer, Shaped
 from torch import Tensor
 
-PROMPT, CHOSEN, REJECTED = 0, 1, 2
+PROMPT = 0
 PAD = -1
 
 
@@ -33,7 +35,7 @@ Reach = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Layout(StrEnum):
-    """How pairs become rows."""
+    """How groups become rows."""
 
     PACKED = "packed"
     ROWS = "rows"
@@ -41,24 +43,32 @@ class Layout(StrEnum):
 
 class Packed(NamedTuple):
     """
-    A batch of pairs as a model reads it. Completion c is `2 * pair + side`, side 0 chosen, 1 rejected.
+    A batch of groups as a model reads it. Completions are numbered through the batch, group after group.
 
     A completion token is scored where something precedes it: after an empty prompt the first token of each
-    completion is not, as in TRL.
+    completion is not, as in TRL. A scored token counts where the score mask does not say otherwise.
     """
 
     input_ids: Int[Tensor, "R L"]
     position_ids: Int[Tensor, "R L"]
-    pair: Int[Tensor, "R S"]
-    """Which pair a token belongs to, -1 is padding. S is L where a row holds many branches, 1 where it holds one."""
-    branch: Int[Tensor, "R S"]
-    """0 prompt, 1 chosen, 2 rejected; in a row of one completion its side."""
+    group: Int[Tensor, "R W"]
+    """Which group a token belongs to, -1 is padding. W is L where a row holds many branches, 1 where it holds one."""
+    branch: Int[Tensor, "R W"]
+    """0 prompt, 1 to n the group's completions; in a row of one completion which one it is."""
     predictors: Int[Tensor, " N"]
     """Flat position (row * L + column) whose output predicts the token; completion by completion."""
     targets: Int[Tensor, " N"]
     """The token that is predicted."""
     lengths: Int[Tensor, " C"]
     """Scored tokens of each completion; they sum to N."""
+    counted: Int[Tensor, " counted"]
+    """Places among the scored tokens of those that count, ascending."""
+    counts: Int[Tensor, " C"]
+    """How many of them each completion has."""
+    prompt_predictors: Int[Tensor, " prompt_tokens"]
+    """Flat positions that predict a prompt's own tokens, group by group; none unless prompts were asked for."""
+    prompt_lengths: Int[Tensor, " G"]
+    """How many of them each group has; empty unless prompts were asked for."""
 
     @property
     def layout(self) -> Layout:
@@ -74,90 +84,188 @@ class Packed(NamedTuple):
             output_size=len(self.targets),
         )
 
+    def counting(self, scored: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "counted ..."]:
+        """Of one value per scored token, those of the tokens that count."""
+        return scored if len(self.counted) == len(self.targets) else scored[self.counted]
+
+
+class _Segments(NamedTuple):
+    """Where the prompts and completions of a batch stand in its tokens, and whose they are."""
+
+    tokens: Int[np.ndarray, " T"]
+    starts: Int[np.ndarray, " S"]
+    sizes: Int[np.ndarray, " S"]
+    group: Int[np.ndarray, " S"]
+    branch: Int[np.ndarray, " S"]
+    prompts: Int[np.ndarray, " G"]
+    """Which segment is each group's prompt."""
+    completions: Int[np.ndarray, " C"]
+    """Which segments are completions."""
+    n_completions: Int[np.ndarray, " G"]
+
+    @property
+    def prompt_sizes(self) -> Int[np.ndarray, " G"]:
+        """Tokens of each group's prompt."""
+        sizes: np.ndarray = self.sizes[self.prompts]
+        return sizes
+
+    @property
+    def scored(self) -> Int[np.ndarray, " C"]:
+        """Scored tokens of each completion."""
+        empty = self.prompt_sizes[self.group[self.completions]] == 0
+        scored: np.ndarray = np.maximum(self.sizes[self.completions] - empty, 0)
+        return scored
+
+
+class _Rows(NamedTuple):
+    """Segments laid out: what the model reads, and the flat positions of what it is asked about."""
+
+    input_ids: Int[np.ndarray, "R L"]
+    position_ids: Int[np.ndarray, "R L"]
+    group: Int[np.ndarray, "R W"]
+    branch: Int[np.ndarray, "R W"]
+    predictors: Int[np.ndarray, " N"]
+    targets: Int[np.ndarray, " N"]
+    origins: Int[np.ndarray, " G"]
+    """Flat position of each group's first token."""
+
 
 def pack(
     input_ids: Integer[np.ndarray, " T"],
-    splits: Integer[np.ndarray, " S"],
+    splits: Integer[np.ndarray, " S1"],
+    n_completions: Integer[np.ndarray, " G"],
     layout: Layout = Layout.PACKED,
+    *,
+    score_mask: Integer[np.ndarray, " N"] | None = None,
+    prompts: bool = False,
     pad_id: int | None = None,
 ) -> Packed:
     """
-    Lay pairs out in rows.
+    Lay groups out in rows.
 
-    input_ids  (T,)      prompt, chosen, rejected of every pair, back to back
-    splits     (3P+1,)   where each of them starts; the last is T
-    pad_id               any token id; no scored token sees padding, and padding is not scored. None takes the batch's
-                         first token: the embedding of a padding token may be zero, where a norm's gradient is NaN
+    input_ids      (T,)      prompt, then its completions, back to back, group after group
+    splits         (G+C+1,)  where each of these segments starts; the last is T
+    n_completions  (G,)      completions of each group, one or more
+    score_mask     (N,)      per scored token, completion by completion: 0 does not count. None: all count
+    prompts        whether to ask about the prompts' own tokens, too
+    pad_id         any token id; no scored token sees padding, and padding is not scored. None takes the batch's
+                   first token: the embedding of a padding token may be zero, where a norm's gradient is NaN
     """
-    starts = np.asarray(splits, dtype=np.int64)
+    segments = _segments(input_ids, splits, n_completions)
     if pad_id is None:
-        pad_id = int(input_ids[starts[0]]) if len(input_ids) > starts[0] else 0
-    return (_share_prompts if layout is Layout.PACKED else _repeat_prompts)(input_ids, starts, pad_id)
+        pad_id = int(segments.tokens[0]) if len(segments.tokens) else 0
+    rows = (_share_prompts if layout is Layout.PACKED else _repeat_prompts)(segments, pad_id)
+    lengths = segments.scored
+    counted, counts = _counted(lengths, score_mask)
+    asked = np.maximum(segments.prompt_sizes - 1, 0) if prompts else np.zeros(0, np.int64)
+    predictors = _runs(rows.origins, asked) if prompts else asked
+    arrays = (*rows[:-1], lengths, counted, counts, predictors, asked)
+    return Packed(*map(torch.from_numpy, arrays))
 
 
-def _share_prompts(input_ids: Integer[np.ndarray, " T"], starts: Integer[np.ndarray, " S"], pad_id: int) -> Packed:
-    prompts, chosen, rejected = np.diff(starts).reshape(-1, 3).T
-    sizes = prompts + chosen + rejected
-    longest = int(sizes.max(initial=1))
-    row_of, offset_of, n_rows = _first_fit(sizes, longest)
-    width = _row_width(longest)
-
-    # Per token: its pair, its place in it, its branch, and its flat position in the rows.
-    tokens = np.asarray(input_ids[starts[0] : starts[-1]], dtype=np.int64)
-    pair = np.repeat(np.arange(len(sizes)), sizes)
-    place = np.arange(len(tokens)) - np.repeat(starts[:-1:3] - starts[0], sizes)
-    branch = (place >= prompts[pair]).astype(np.int8) + (place >= (prompts + chosen)[pair])
-    flat = (row_of * width + offset_of)[pair] + place
-    position = place - np.where(branch == REJECTED, chosen[pair], 0)
-
-    # The first token of either completion is predicted by the last prompt token, each other by its predecessor.
-    scored = (branch != PROMPT) & (position > 0)
-    first_rejected = (branch == REJECTED) & (position == prompts[pair])
-    predictors = flat - 1 - np.where(first_rejected, chosen[pair], 0)
-    lengths = np.maximum(np.stack([chosen, rejected], axis=1) - (prompts == 0)[:, None], 0)
-
-    def in_rows(values: np.ndarray, fill: int, dtype: type[np.integer]) -> torch.Tensor:
-        rows = np.full(n_rows * width, fill, dtype=dtype)
-        rows[flat] = values
-        return torch.from_numpy(rows.reshape(n_rows, width))
-
-    return Packed(
-        input_ids=in_rows(tokens, pad_id, np.int64),
-        position_ids=in_rows(position, 0, np.int64),
-        pair=in_rows(pair, PAD, np.int32),
-        branch=in_rows(branch, PROMPT, np.int8),
-        predictors=torch.from_numpy(predictors[scored]),
-        targets=torch.from_numpy(tokens[scored]),
-        lengths=torch.from_numpy(lengths.ravel()),
+def _segments(input_ids: np.ndarray, splits: np.ndarray, n_completions: np.ndarray) -> _Segments:
+    bounds, n = np.asarray(splits, dtype=np.int64), np.asarray(n_completions, dtype=np.int64)
+    if len(bounds) != len(n) + n.sum() + 1:
+        raise ValueError(
+            f"{len(n)} groups of {n.sum()} completions have {len(n) + n.sum() + 1} splits, not {len(bounds)}"
+        )
+    group = np.repeat(np.arange(len(n)), n + 1)
+    prompts = np.cumsum(n + 1) - (n + 1)
+    branch = np.arange(len(group)) - prompts[group]
+    return _Segments(
+        tokens=np.asarray(input_ids[bounds[0] : bounds[-1]], dtype=np.int64),
+        starts=bounds[:-1] - bounds[0],
+        sizes=np.diff(bounds),
+        group=group,
+        branch=branch,
+        prompts=prompts,
+        completions=np.flatnonzero(branch),
+        n_completions=n,
     )
 
 
-def _repeat_prompts(input_ids: Integer[np.ndarray, " T"], starts: Integer[np.ndarray, " S"], pad_id: int) -> Packed:
+def _share_prompts(segments: _Segments, pad_id: int) -> _Rows:
+    starts, sizes, group, branch = segments.starts, segments.sizes, segments.group, segments.branch
+    first = starts[segments.prompts]
+    totals = np.diff(np.append(first, len(segments.tokens)))
+    longest = int(totals.max(initial=1))
+    row_of, offset_of, n_rows = _first_fit(totals, longest)
+    width = _row_width(longest)
+    origins = row_of * width + offset_of
+
+    # Per token: its flat position in the rows, its branch, and its position, which every branch counts from its prompt.
+    place = np.arange(len(segments.tokens))
+    flat = place + np.repeat(origins - first, totals)
+    prompt_of = segments.prompt_sizes[group]
+    position = place - np.repeat(starts - np.where(branch == PROMPT, 0, prompt_of), sizes)
+    branch_of = np.repeat(branch, sizes)
+
+    # The last prompt token predicts the first token of every completion, any other token predicts the next.
+    predictors = flat - 1
+    begun = segments.completions[sizes[segments.completions] > 0]
+    predictors[starts[begun]] = origins[group[begun]] + prompt_of[begun] - 1
+    scored = (branch_of != PROMPT) & (position > 0)
+
+    def in_rows(values: np.ndarray, fill: int, dtype: type[np.integer]) -> np.ndarray:
+        rows = np.full(n_rows * width, fill, dtype=dtype)
+        rows[flat] = values
+        return rows.reshape(n_rows, width)
+
+    return _Rows(
+        input_ids=in_rows(segments.tokens, pad_id, np.int64),
+        position_ids=in_rows(position, 0, np.int64),
+        group=in_rows(np.repeat(group, sizes), PAD, np.int32),
+        branch=in_rows(branch_of, PROMPT, np.int16),
+        predictors=predictors[scored],
+        targets=segments.tokens[scored],
+        origins=origins,
+    )
+
+
+def _repeat_prompts(segments: _Segments, pad_id: int) -> _Rows:
     # Row c holds completion c: the prompt, then the completion.
-    prompts = np.repeat(np.diff(starts)[::3], 2)
-    completions = np.delete(np.diff(starts).reshape(-1, 3), 0, axis=1).ravel()
-    sizes = prompts + completions
+    own = segments.completions
+    group = segments.group[own]
+    prompt_of = segments.prompt_sizes[group]
+    sizes = prompt_of + segments.sizes[own]
     width = _row_width(int(sizes.max(initial=1)))
     row = np.repeat(np.arange(len(sizes)), sizes)
     column = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    inside = column - prompts[row]
-    firsts = np.repeat(starts[:-1:3], 2), np.delete(starts[:-1].reshape(-1, 3), 0, axis=1).ravel()
-    tokens = np.asarray(input_ids, dtype=np.int64)[
-        np.where(inside < 0, firsts[0][row] + column, firsts[1][row] + inside)
-    ]
+    inside = column - prompt_of[row]
+    prompt_start = segments.starts[segments.prompts][group]
+    tokens = segments.tokens[np.where(inside < 0, prompt_start[row] + column, segments.starts[own][row] + inside)]
     scored = (inside >= 0) & (column > 0)
-    rows = np.full((max(len(sizes), 1), width), pad_id, dtype=np.int64)
+    # A batch of no groups is one row of padding.
+    shape = max(len(sizes), 1), width
+    rows = np.full(shape, pad_id, dtype=np.int64)
     rows[row, column] = tokens
-    positions = np.broadcast_to(np.arange(width), rows.shape)
-    return Packed(
-        input_ids=torch.from_numpy(rows),
-        position_ids=torch.from_numpy(positions.copy()),
-        pair=torch.from_numpy((np.arange(len(rows)) // 2).astype(np.int32)[:, None]),
-        branch=torch.from_numpy((CHOSEN + np.arange(len(rows)) % 2).astype(np.int8)[:, None]),
-        predictors=torch.from_numpy((row * width + column - 1)[scored]),
-        targets=torch.from_numpy(tokens[scored]),
-        lengths=torch.from_numpy(np.maximum(completions - (prompts == 0), 0)),
+    return _Rows(
+        input_ids=rows,
+        position_ids=np.tile(np.arange(width), (len(rows), 1)),
+        group=(group if len(group) else np.array([PAD])).astype(np.int32)[:, None],
+        branch=(segments.branch[own] if len(own) else np.array([PROMPT])).astype(np.int16)[:, None],
+        predictors=(row * width + column - 1)[scored],
+        targets=tokens[scored],
+        origins=(np.cumsum(segments.n_completions) - segments.n_completions) * width,
     )
+
+
+def _counted(lengths: np.ndarray, score_mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the scored tokens that count, and how many of them each completion has."""
+    n_scored = int(lengths.sum())
+    if score_mask is None:
+        return np.arange(n_scored), lengths.copy()
+    if len(score_mask) != n_scored:
+        raise ValueError(f"the score mask has {len(score_mask)} entries, the groups have {n_scored} scored tokens")
+    before = np.append(0, np.cumsum(score_mask != 0))
+    ends = np.cumsum(lengths)
+    return np.flatnonzero(score_mask), before[ends] - before[ends - lengths]
+
+
+def _runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """`sizes` consecutive numbers from each start on, back to back."""
+    numbers: np.ndarray = np.arange(sizes.sum()) + np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
+    return numbers
 
 
 def _row_width(longest: int) -> int:
@@ -166,7 +274,7 @@ def _row_width(longest: int) -> int:
 
 
 def _first_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Row and offset of each pair: longest first, into the first row that has room (ties by position)."""
+    """Row and offset of each group: longest first, into the first row that has room (ties by position)."""
     row_of, offset_of = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
     used: list[int] = []
     for index in np.argsort(-sizes, kind="stable").tolist():
@@ -185,20 +293,20 @@ def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def attention_mask(
-    pair: Int[Tensor, "R L"],
+    group: Int[Tensor, "R L"],
     branch: Int[Tensor, "R L"],
     position_ids: Int[Tensor, "R L"],
     reach: Reach = causal,
 ) -> Bool[Tensor, "R 1 L L"]:
     """
-    True where the query (third axis) of a packed row may look at the key (last axis): same pair, the key in the prompt
+    True where the query (third axis) of a packed row may look at the key (last axis): same group, the key in the prompt
     or on the query's own branch, and within the reach of the family's own mask, of which both positions are asked.
     Padding, which stands at position 0, looks at padding, so that no row of the softmax is empty.
     """
-    rows = torch.arange(len(pair), device=pair.device)[:, None, None, None]
+    rows = torch.arange(len(group), device=group.device)[:, None, None, None]
     queries, keys = position_ids[:, None, :, None], position_ids[:, None, None, :]
     # Nothing here is wider than a bool over (R, L, L): the positions are compared, never subtracted from each other.
     allowed = reach(rows, rows.new_zeros(1, 1, 1, 1), queries, keys)
-    allowed = allowed & (pair[:, None, :, None] == pair[:, None, None, :])
+    allowed = allowed & (group[:, None, :, None] == group[:, None, None, :])
     allowed &= (branch[:, None, None, :] == PROMPT) | (branch[:, None, :, None] == branch[:, None, None, :])
     return allowed

@@ -31,7 +31,7 @@ def router_coefficient(model: Any) -> float:
 
 def router_loss(model: PreTrainedModel) -> RouterLoss | None:
     """
-    The family's load-balancing loss, from the decoder's `router_logits` and the pair of each token, over tokens that
+    The family's load-balancing loss, from the decoder's `router_logits` and the group of each token, over tokens that
     are no padding; None where the config asks for none. Raises ModelError where it asks and the family has none.
     """
     if not router_coefficient(model):
@@ -44,8 +44,8 @@ def router_loss(model: PreTrainedModel) -> RouterLoss | None:
             "this family does not compute in a way that is known here; set output_router_logits: false in config.json"
         )
 
-    def loss(router_logits: Any, pair: Tensor) -> Tensor:
-        value = function(router_logits, experts, chosen, (pair != PAD).long())
+    def loss(router_logits: Any, group: Tensor) -> Tensor:
+        value = function(router_logits, experts, chosen, (group != PAD).long())
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"{model.config.model_type}: its decoder gives no router_logits to compute their loss from"

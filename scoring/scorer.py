@@ -1,10 +1,10 @@
 """
-One forward pass over packed pairs: token log-probs and what the hookpoints give, nothing else.
+One forward pass over packed groups: token log-probs and what the hookpoints give, nothing else.
 
 `install_scoring` puts this pass in the place of a model's own `forward`, so DDP, FSDP, PEFT and autocast see
 it as they see any forward, and nothing reaches around them to the decoder or the head.
 
-Dimension key:  R rows   L row length   N scored completion tokens   D hidden   M most likely tokens
+Dimension key:  R rows   L row length   N scored completion tokens   C completions   D hidden   M most likely tokens
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fpo.scoring.routers import router_loss
 
 
 class Scores(NamedTuple):
-    """What a model says about packed pairs, completion by completion."""
+    """What a model says about packed groups, completion by completion."""
 
     token_logps: Float[Tensor, " N"]
     """Log-probability of each scored token, nats, float32."""
@@ -47,17 +47,30 @@ class Scores(NamedTuple):
     """Output of each hookpoint at the positions that predict the scored tokens, in the model's dtype."""
     router_loss: Float[Tensor, ""] | None = None
     """Load-balancing loss over the batch's tokens, not multiplied yet; None where it was not asked for."""
+    prompt_residuals: tuple[Float[Tensor, "prompt_tokens D"], ...] = ()
+    """Output of each hookpoint at the positions that predict the prompts' own tokens, where the batch asks for them."""
+    hidden_sums: Float[Tensor, "C D"] | None = None
+    """
+    Sum of what the head reads (the last hidden states, after the final norm) over the tokens of each completion that
+    count, float32; None where it was not asked for.
+    """
 
 
 def install_scoring(
-    model: PreTrainedModel, hookpoints: tuple[str, ...] = (), top_logits: int = 0, *, routers: bool = False
+    model: PreTrainedModel,
+    hookpoints: tuple[str, ...] = (),
+    top_logits: int = 0,
+    *,
+    routers: bool = False,
+    hidden_sums: bool = False,
 ) -> None:
     """
     Make `model(**packed._asdict())` return Scores. `model` is the causal LM itself, not a wrapper around it.
 
-    hookpoints  module paths whose outputs are reported
-    top_logits  how many most likely tokens to report at each position
-    routers     whether to report the load-balancing loss, where the model's config asks for it
+    hookpoints   module paths whose outputs are reported
+    top_logits   how many most likely tokens to report at each position
+    routers      whether to report the load-balancing loss, where the model's config asks for it
+    hidden_sums  whether to report each completion's summed last hidden states
     Raises ModelError for a hookpoint that the model does not have.
     """
     balance = router_loss(model) if routers else None
@@ -82,12 +95,19 @@ def install_scoring(
             )
         with capture(self, hookpoints) as outputs:
             output = _decoder_output(text_decoder(self), packed, extras)
-        hidden: Tensor = output.last_hidden_state
-        at = packed.predictors
-        scored = token_logps(hidden.flatten(0, 1)[at], packed.targets, FamilyHead(self, decoder_path), top=top_logits)
-        residuals = tuple(_output(outputs, name).flatten(0, 1)[at] for name in hookpoints)
-        balancing = None if balance is None else balance(output.router_logits, packed.pair)
-        return Scores(scored.logps, scored.top_indices, scored.top_logps, residuals, balancing)
+        hidden = output.last_hidden_state.flatten(0, 1)[packed.predictors]
+        scored = token_logps(hidden, packed.targets, FamilyHead(self, decoder_path), top=top_logits)
+        given = [_output(outputs, name).flatten(0, 1) for name in hookpoints]
+        asked = given if len(packed.prompt_lengths) else []
+        return Scores(
+            token_logps=scored.logps,
+            top_indices=scored.top_indices,
+            top_logps=scored.top_logps,
+            residuals=tuple(states[packed.predictors] for states in given),
+            router_loss=None if balance is None else balance(output.router_logits, packed.group),
+            prompt_residuals=tuple(states[packed.prompt_predictors] for states in asked),
+            hidden_sums=_sums(hidden, packed) if hidden_sums else None,
+        )
 
     model.forward = types.MethodType(forward, model)
 
@@ -99,6 +119,12 @@ def mixed_precision(device: torch.device, autocast: str | None) -> AbstractConte
     """
     dtype = None if autocast is None else getattr(torch, autocast)
     return torch.autocast(device.type, dtype=dtype, enabled=autocast is not None)
+
+
+def _sums(hidden: Float[Tensor, "N D"], packed: Packed) -> Float[Tensor, "C D"]:
+    """Over the tokens of each completion that count, in their order on every device; float32 whatever hidden is."""
+    # The counts are its own sums of the mask, so the check that would make the host wait is left out.
+    return torch.segment_reduce(packed.counting(hidden).float(), "sum", lengths=packed.counts, unsafe=True)
 
 
 def _output(outputs: dict[str, Tensor], hookpoint: str) -> Tensor:

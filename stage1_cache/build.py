@@ -1,14 +1,14 @@
 """
-`fpo cache`: find the caches that a recipe asks for, and build or finish those that are not there.
+`fpo cache`: find the caches that a recipe asks for, with the columns beside them; build or finish what is not there.
 
-A hit costs seconds. On a miss, what other caches of the same scorer hold is copied, the rest is scored: see `fill`.
+A hit costs seconds. What other caches of the same scorer hold is copied, the rest is scored: see `fill`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,32 +19,57 @@ import numpy as np
 from fpo.errors import CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
 from fpo.memo import remember
 from fpo.progress import is_first_rank, say
-from fpo.recipe import Recipe
-from fpo.scoring import Layout, Packed, adapter_folder, extremes, load_sae, model_folder, pack
-from fpo.scoring.sae.formats import read_decoder
+from fpo.recipe import Feature, Recipe
+from fpo.scoring import adapter_folder, extremes, load_sae, model_folder
+from fpo.scoring.hookpoints import canonical_hookpoint
+from fpo.scoring.sae import read_decoder
 from fpo.scoring.self_check import check_sae
 from fpo.stage1_cache.drops import DropReport
-from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_checks, self_checks
-from fpo.stage1_cache.fill import completed, fill, inputs, token_rows
-from fpo.stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_pairs, spelled
-from fpo.stage1_cache.score import ReferenceScorer
+from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_check, self_check_of
+from fpo.stage1_cache.fill import Filled, Part, completed, fill, inputs, rows_of, token_groups
+from fpo.stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_groups, spelled
+from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.store import (
     Cache,
     CacheWriter,
+    Claims,
     Nearest,
     Rebuild,
-    ReusableRows,
+    Reusable,
+    Spec,
     Store,
+    Want,
     cache_key,
     check_changed,
+    column_name,
+    covers,
     differences,
+    held_columns,
     is_url,
+    lacks,
     nearest,
     open_cache,
+    recipe_facts,
+    serving,
 )
+from fpo.store.format.ragged import starts_of
 
 # Scored completion tokens that the self-check is measured on.
 SELF_CHECK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ColumnReport:
+    """A column beside a cache, as the recipe asks for it."""
+
+    name: str
+    """features at model.layers.12, top 64"""
+    key: str
+    built: bool
+    """Whether it was not there before."""
+    n_bytes: int
+    held: str
+    """The name of the column that serves it: what it holds may be more."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +78,37 @@ class CacheReport:
 
     split: str
     cache: Cache
+    """With the recipe's columns beside it."""
     drops: DropReport
+    columns: tuple[ColumnReport, ...]
+    """In the order of the recipe."""
     self_checks: tuple[SelfCheckFacts, ...]
     """One per hookpoint."""
-    built_shards: int
-    """Shards that this process wrote; where it is 0 and so is `shards_by_others`, the cache was there."""
-    seconds: float
-    pairs_scored: int
-    tokens_scored: int
+    base_built: bool = False
+    """Whether the base was not there before."""
+    built_shards: int = 0
+    """Shards that this process wrote, of the base, or of the columns where the base was there."""
+    seconds: float = 0.0
+    scored: int = 0
+    """Completions that this process scored."""
+    tokens_scored: int = 0
     layout: str | None = None
-    """How the pairs were laid out for the reference; None where this process scored none."""
-    pairs_reused: int = 0
-    """Pairs that this process copied from other caches of the same scorer instead of scoring them."""
+    """How the groups were laid out for the reference; None where this process scored none."""
+    reused: int = 0
+    """Completions that this process copied from other caches of the same scorer instead of scoring them."""
     reuse_problems: tuple[str, ...] = ()
-    """Caches and shards that could not be copied from, one line each; their pairs were scored."""
+    """Caches and shards that could not be copied from, one line each; their rows were scored."""
     foreign_shards: int = 0
     """
     Shards of a cache that was finished here that were not computed in this store: left by a stopped pull, an
     unpacked cache, or a killed writer. Nothing is copied from them into other caches.
     """
     rebuilt_shards: int = 0
-    """Shards of a complete cache that were damaged and are put back."""
+    """Shards of a complete cache or column that were damaged and are put back."""
     nearest: Nearest | None = None
     """On a miss, the cache that came closest and the fields that differ."""
     trained_on: int = 0
-    """Of the held-out pairs: how many stand in the training split too."""
+    """Of the held-out groups: how many share a completion with the training split."""
     shards_by_others: int = 0
     """Shards that other processes wrote meanwhile."""
 
@@ -100,22 +131,24 @@ def build_caches(
     """
     check_inputs(recipe)
     identities = cache_identities(recipe)
-    lazy = _LazyScorer(recipe, batch_tokens, identities[0].scorer)
+    lazy = _LazyScorer(recipe, batch_tokens, identities[0])
     siblings = {cache_key(identity.key_recipe) for identity in identities}
     rebuilt = [_rebuild(identity, store, lazy) if rebuild else 0 for identity in identities]
     reports = [_build(identity, store, lazy, siblings, on_miss) for identity in identities]
-    trained_on = [0, *(shared_pairs(identity, identities[0]) for identity in identities[1:])]
+    trained_on = [0, *(shared_groups(identity, identities[0]) for identity in identities[1:])]
     return [
-        replace(report, rebuilt_shards=shards, trained_on=pairs)
-        for report, shards, pairs in zip(reports, rebuilt, trained_on, strict=True)
+        replace(report, rebuilt_shards=shards, trained_on=groups)
+        for report, shards, groups in zip(reports, rebuilt, trained_on, strict=True)
     ]
 
 
 def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
     """
-    The complete cache of a recipe's training pairs, or of its held-out ones.
+    The complete cache of a recipe's training groups, or of its held-out ones, with the columns that its objective reads
+    beside it and no others.
 
-    Raises CacheMissing or CacheIncomplete; RecipeError where held-out pairs are asked for and the recipe has none.
+    Raises CacheMissing (also for a column) or CacheIncomplete; RecipeError where held-out groups are asked for and the
+    recipe has none.
     """
     check_inputs(recipe)
     if held_out and recipe.data.eval_split is None:
@@ -124,9 +157,12 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
         )
     identity = cache_identities(recipe)[1 if held_out else 0]
     try:
-        return open_cache(store, cache_key(identity.key_recipe))
+        cache = open_cache(store, cache_key(identity.key_recipe))
     except CacheMissing:
         raise CacheMissing(_missing(store, identity)) from None
+    feature = recipe.constrained_feature()
+    cache.read_columns([] if feature is None else [identity.specs[feature]])
+    return cache
 
 
 def _missing(store: Path | str, identity: CacheIdentity) -> str:
@@ -142,21 +178,28 @@ def _missing(store: Path | str, identity: CacheIdentity) -> str:
     return "\n  ".join([f"{said}; nearest is {near.key[:12]}, which differs in", *near.lines()])
 
 
-def reference_scorer(recipe: Recipe, batch_tokens: int, named: dict[str, Any]) -> ReferenceScorer:
+def reference_scorer(recipe: Recipe, batch_tokens: int, named: CacheIdentity, specs: Sequence[Spec]) -> ReferenceScorer:
     """
-    The recipe's reference with its SAEs, loaded. Raises ModelError where the files are not (any more) what the key
-    names: `named` is the scorer's part of it.
+    The recipe's reference, loaded, with the SAEs that these columns need. Raises ModelError where the files are not
+    (any more) what the keys of `named` stand for.
     """
     reference = recipe.reference
+    hookpoints = {spec["hookpoint"] for spec in specs if "hookpoint" in spec}
+    saes = {
+        canonical_hookpoint(feature.hookpoint): load_sae(feature.sae, feature.hookpoint)
+        for feature in recipe.features
+        if canonical_hookpoint(feature.hookpoint) in hookpoints
+    }
     scorer = ReferenceScorer(
         model_folder(reference.model, reference.revision),
         reference.arithmetic,
         [] if reference.adapter is None else [adapter_folder(reference.adapter)],
-        [(f.hookpoint, load_sae(f.sae, f.hookpoint), f.top_k) for f in recipe.features],
-        recipe.cache.top_logits,
+        saes,
+        specs,
         batch_tokens,
     )
-    changed = differences(named, cache_identities(recipe)[0].scorer)
+    now = cache_identities(recipe)[0]
+    changed = differences(named.scorer, now.scorer) + differences(_numbered(named.specs), _numbered(now.specs))
     if changed:
         raise ModelError(
             "the reference or an SAE changed on disk after the cache's key was taken; run the same command again\n"
@@ -165,68 +208,63 @@ def reference_scorer(recipe: Recipe, batch_tokens: int, named: dict[str, Any]) -
     return scorer
 
 
+def _numbered(specs: Sequence[Spec]) -> dict[str, Any]:
+    return {"columns": list(specs)}
+
+
 @dataclass(frozen=True)
 class _LazyScorer:
     """The reference and its SAEs, loaded when the first shard needs them, and what loading them found."""
 
     recipe: Recipe
     batch_tokens: int
-    named: dict[str, Any]
-    """The scorer's part of the keys."""
+    named: CacheIdentity
+    """Whose scorer and columns the keys name."""
 
     @cached_property
     def _loaded(self) -> ReferenceScorer:
         if is_first_rank():
             say(f"loading the reference {self.recipe.reference.model} ...")
-        return reference_scorer(self.recipe, self.batch_tokens, self.named)
+        return reference_scorer(self.recipe, self.batch_tokens, self.named, self.named.specs)
 
     @cached_property
     def _checked(self) -> list[str]:
-        """The splits on whose pairs the scorer was checked; the last one's layout is the scorer's."""
+        """The splits on whose groups the scorer was checked; the last one's layout is the scorer's."""
         return []
 
     def scorer(self, identity: CacheIdentity) -> ReferenceScorer:
-        """The scorer, checked on this cache's longest and shortest pairs. Raises ModelError."""
+        """The scorer, checked on this cache's longest and shortest groups. Raises ModelError."""
         if self._checked[-1:] != [identity.split]:
             tokens = identity.tokens
-            self._loaded.check(*token_rows(tokens.input_ids, tokens.splits, extremes(tokens.lengths)))
+            self._loaded.check(token_groups(identity, extremes(tokens.splits, tokens.n_completions)))
             self._checked.append(identity.split)
         return self._loaded
 
-    def self_checks(self, identity: CacheIdentity) -> list[dict[str, Any]]:
-        """Hold every SAE against the first pairs. Raises SelfCheckError."""
-        facts = []
+    def self_check(self, identity: CacheIdentity, feature: Feature) -> dict[str, Any]:
+        """Hold an SAE against the first groups. Raises SelfCheckError."""
         scorer = self.scorer(identity)
-        for feature, (_, sae, _) in zip(self.recipe.features, scorer.saes, strict=True):
-            if not feature.self_check:
-                facts.append({"hookpoint": feature.hookpoint, "checked": False})
-                continue
-            decoder = read_decoder(feature.sae, feature.hookpoint)
-            sample = Packed(*(tensor.to(scorer.device) for tensor in _sample(identity, scorer.layout)))
-            check = check_sae(scorer.model, sae, decoder, feature.hookpoint, sample)
-            check.raise_if_unfit()
-            facts.append(
-                {
-                    "hookpoint": feature.hookpoint,
-                    "checked": True,
-                    "tokens": check.tokens,
-                    "l0": round(check.l0, 2),
-                    "advertised_l0": check.advertised_l0,
-                    "fvu": round(check.fvu, 4),
-                    "elsewhere": {name: round(value, 4) for name, value in check.elsewhere.items()},
-                    **({"note": check.note} if check.note else {}),
-                }
-            )
-        return facts
+        hookpoint = canonical_hookpoint(feature.hookpoint)
+        decoder = read_decoder(feature.sae, feature.hookpoint)
+        sample = scorer.packed(_sample(identity))
+        check = check_sae(scorer.model, scorer.saes[hookpoint], decoder, hookpoint, sample)
+        check.raise_if_unfit()
+        return {
+            "hookpoint": feature.hookpoint,
+            "checked": True,
+            "tokens": check.tokens,
+            "l0": round(check.l0, 2),
+            "advertised_l0": check.advertised_l0,
+            "fvu": round(check.fvu, 4),
+            "elsewhere": {name: round(value, 4) for name, value in check.elsewhere.items()},
+            **({"note": check.note} if check.note else {}),
+        }
 
 
-def _sample(identity: CacheIdentity, layout: Layout) -> Packed:
-    """The first pairs, in the shuffled order of the shards, that hold enough scored tokens."""
-    tokens = identity.tokens
+def _sample(identity: CacheIdentity) -> TokenGroups:
+    """The first groups, in the shuffled order of the shards, that hold enough scored tokens."""
     order = np.concatenate(identity.plan())
-    needed = int(np.searchsorted(np.cumsum(tokens.lengths[order, 1:].sum(1)), SELF_CHECK_TOKENS)) + 1
-    ids, splits = token_rows(tokens.input_ids, tokens.splits, order[:needed])
-    return pack(ids, splits, layout)
+    needed = int(np.searchsorted(np.cumsum(identity.scored_tokens[order]), SELF_CHECK_TOKENS)) + 1
+    return token_groups(identity, order[:needed])
 
 
 def _build(
@@ -238,12 +276,17 @@ def _build(
 ) -> CacheReport:
     started = time.monotonic()
     key = cache_key(identity.key_recipe)
-    drops = DropReport.from_dict(identity.remembered["drops"])
+    wants: list[Want] = [None, *identity.specs]
     near = None
     try:
         cache = open_cache(store, key)
+        held = cache.held_columns(identity.specs)
+        wants = [spec for spec in identity.specs if serving(held, spec) is None]
+        cache.read_columns([spec for spec in identity.specs if spec not in wants])
         check_changed(cache)
-        return CacheReport(identity.split, cache, drops, self_checks(cache), 0, time.monotonic() - started, 0, 0)
+        if is_url(store):
+            for want in filter(None, wants):
+                raise lacks(str(store), want)
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
@@ -255,86 +298,139 @@ def _build(
     except CacheIncomplete:
         if is_url(store):
             raise
-
-    identity.check_tokens()
-    plan = identity.plan()
-    writer = CacheWriter(Store(store), identity.key_recipe, [identity.tokens.pair_id[rows] for rows in plan])
-    Store(store).note_names(key, inputs(identity))
-    reusable = ReusableRows(store, identity.scorer)
-    checks = _self_checks(identity, lazy, reusable)
-    filled = fill(identity, writer, plan, reusable, lambda: lazy.scorer(identity))
-    writer.seal({"self_check": checks, "drops": identity.remembered["drops"]})
-    cache = open_cache(store, key)
-    return CacheReport(
-        split=identity.split,
-        cache=cache,
-        drops=drops,
-        self_checks=self_checks(cache),
+    filled, reusable, foreign = Filled(), None, 0
+    if wants:
+        if None not in wants and is_first_rank():
+            say(f"{identity.split}: the base is there; adding {', '.join(column_name(want) for want in wants if want)}")
+        filled, reusable, foreign = _filled(identity, Store(store), wants, lazy)
+    return replace(
+        _report(identity, store, wants),
+        base_built=None in wants,
         built_shards=filled.shards,
         seconds=time.monotonic() - started,
-        pairs_scored=filled.scored,
+        scored=filled.scored,
         tokens_scored=filled.tokens,
         layout=filled.layout,
-        pairs_reused=filled.reused,
-        reuse_problems=(*reusable.problems, *_not_ours(reusable)),
-        foreign_shards=writer.not_computed_here(),
+        reused=filled.reused,
+        reuse_problems=() if reusable is None else (*reusable.problems, *_not_ours(reusable)),
+        foreign_shards=foreign,
         nearest=near,
         shards_by_others=filled.by_others,
     )
 
 
+def _filled(
+    identity: CacheIdentity, store: Store, wants: Sequence[Want], lazy: _LazyScorer
+) -> tuple[Filled, Reusable, int]:
+    """Fill and seal the base or columns: what was done and copied from, and how many shards were not computed here."""
+    identity.check_tokens()
+    key, plan = cache_key(identity.key_recipe), identity.plan()
+    parts = [_part(identity, store, want, plan) for want in wants]
+    store.note_names(key, inputs(identity))
+    reusable = Reusable(store, identity.scorer, wants, apart_from=key)
+    facts = [_facts(identity, part, want, lazy, reusable) for want, part in enumerate(parts)]
+    filled = fill(identity, parts, plan, reusable, Claims(store.folder(key)), lambda: lazy.scorer(identity))
+    # The base last: where it is complete, so are the columns that were begun with it.
+    for part, said in reversed(list(zip(parts, facts, strict=True))):
+        part.writer.seal(said)
+    return filled, reusable, sum(part.writer.not_computed_here() for part in parts)
+
+
+def _part(identity: CacheIdentity, store: Store, want: Want, plan: list[np.ndarray]) -> Part:
+    recipe = identity.key_recipe if want is None else identity.column_recipe(want)
+    order = identity.tokens.group_id[np.concatenate([np.empty(0, np.int64), *plan])]
+    shards = recipe_facts(recipe).shard_groups
+    return Part.of(want, CacheWriter(store, recipe, np.split(order, np.cumsum(shards)[:-1]) if shards else []), plan)
+
+
+def _report(identity: CacheIdentity, store: Path | str, built: Sequence[Want]) -> CacheReport:
+    """What is there now."""
+    cache = open_cache(store, cache_key(identity.key_recipe), columns=identity.specs)
+    columns = [
+        ColumnReport(
+            column_name(column.wanted),
+            column.sealed.key,
+            column.wanted in built,
+            column.sealed.manifest.n_bytes,
+            column_name(column.held),
+        )
+        for column in cache.columns
+    ]
+    drops = DropReport.from_dict(identity.remembered["drops"])
+    checks = tuple(self_check_of(column) for column in cache.columns[: len(identity.recipe.features)])
+    return CacheReport(identity.split, cache, drops, tuple(columns), checks)
+
+
 def _rebuild(identity: CacheIdentity, store: Path | str, lazy: _LazyScorer) -> int:
-    """Put back what is damaged of the recipe's cache, if it is complete; how many shards."""
+    """Put back what is damaged of the recipe's cache and its columns, if they are complete; how many shards."""
     if is_url(store):
         raise CacheError(f"{store} is a URL: nothing is rebuilt there; pull the cache, and rebuild it in a folder")
     key = cache_key(identity.key_recipe)
+    place = Store(store)
     try:
-        rebuild = Rebuild(store, key)
+        rebuilt = _rebuild_part(identity, place, key, None, None, lazy)
     except CacheMissing:
         return 0
+    for held in held_columns(place.folder(key), key, (), ()):
+        spec = next((spec for spec in identity.specs if covers(held.spec, spec)), None)
+        if spec is not None:
+            rebuilt += _rebuild_part(identity, place, key, held.key, held.spec, lazy)
+    return rebuilt
+
+
+def _rebuild_part(
+    identity: CacheIdentity, store: Store, key: str, column: str | None, want: Want, lazy: _LazyScorer
+) -> int:
+    rebuild = Rebuild(store, key, column=column)
+    order = np.concatenate([np.empty(0, np.int64), *identity.plan()])
+    bounds = starts_of([entry.n_groups for entry in rebuild.manifest.shards])
     for sid in rebuild.damaged:
-        rows = identity.plan()[sid]
+        rows = order[bounds[sid] : bounds[sid + 1]]
         # As it was made: rows that were copied then are copied now, the rest is scored in the same batches.
-        reusable = ReusableRows(store, identity.scorer, keys=rebuild.sources(sid))
-        (copied,) = reusable.gather([identity.digests[rows]])
-        rebuild.put(sid, completed(identity, rows, copied, lambda: lazy.scorer(identity), lambda *_: None))
+        reusable = Reusable(store, identity.scorer, [want], apart_from=key, keys=rebuild.sources(sid))
+        (copied,) = reusable.gather([identity.wanting(rows)])
+        (found,) = completed(identity, rows, [want], copied, lambda: lazy.scorer(identity), lambda *_: None)
+        rebuild.put(sid, rows_of(identity, rows, found))
     return len(rebuild.damaged)
 
 
-def _not_ours(reusable: ReusableRows) -> list[str]:
+def _not_ours(reusable: Reusable) -> list[str]:
     if not reusable.foreign:
         return []
     names = ", ".join(key[:12] for key in reusable.foreign[:5]) + (", ..." if len(reusable.foreign) > 5 else "")
     return [f"shards that were not computed in this store, of {names}: what was pulled is used by its name alone"]
 
 
-def _self_checks(identity: CacheIdentity, lazy: _LazyScorer, reusable: ReusableRows) -> list[dict[str, Any]]:
+def _facts(identity: CacheIdentity, part: Part, want: int, lazy: _LazyScorer, reusable: Reusable) -> dict[str, Any]:
     """
-    What the manifest says about the self-check: where every pair can be copied, what a cache says that holds them
-    (model and SAE are the same), else the check. It never depends on how much of the cache a killed run left,
-    or its bytes would; remembered, so that a run which has only the manifest to write loads no model.
+    What the manifest says: of the base, the drops; of features, the self-check: where every row can be copied, what a
+    column says that holds them (model and SAE are the same), else the check. It never depends on how much a killed run
+    left, or the bytes would; remembered, so that a run which has only the manifest to write loads no model.
     """
-    asked = [feature.self_check for feature in identity.recipe.features]
+    if part.want is None:
+        return {"drops": identity.remembered["drops"]}
+    if part.want["kind"] != "features":
+        return {}
+    feature = identity.recipe.features[identity.specs.index(part.want)]
+    if not feature.self_check:
+        return {"self_check": {"hookpoint": feature.hookpoint, "checked": False}}
 
     def check() -> dict[str, Any]:
-        inherited = _inherited_checks(reusable, asked)
-        if inherited is not None and reusable.held(identity.digests) == len(identity.digests):
-            return {"checks": inherited}
-        return {"checks": spelled(lazy.self_checks(identity))}
+        inherited = _inherited_check(reusable, want)
+        whole = identity.wanting(np.arange(len(identity.tokens)))
+        if inherited is not None and reusable.held(want, whole) == len(whole.digests):
+            return inherited
+        return {"self_check": spelled(lazy.self_check(identity, feature))}
 
-    if not any(asked):
-        return [{"hookpoint": feature.hookpoint, "checked": False} for feature in identity.recipe.features]
-    facts = {"what": "self-check", "key": cache_key(identity.key_recipe), "asked": asked}
-    checks: list[dict[str, Any]] = remember(facts, check)["checks"]
-    return checks
+    return remember({"what": "self-check", "key": part.writer.key}, check)
 
 
-def _inherited_checks(reusable: ReusableRows, asked: list[bool]) -> list[dict[str, Any]] | None:
-    """The checks that some source's manifest holds, where all that are asked for were made, here."""
+def _inherited_check(reusable: Reusable, want: int) -> dict[str, Any] | None:
+    """The check that some source's column holds, where it was made, here."""
     for source in reusable.sources:
-        if all(source.computed_here):
+        if all(source.usable[want]):
             with contextlib.suppress(ValueError):
-                found = parse_self_checks(source.facts)
-                if [one.checked for one in found] == asked:
-                    return [one.model_dump(exclude_unset=True) for one in found]
+                found = parse_self_check(source.facts[want])
+                if found.checked:
+                    return {"self_check": found.model_dump(exclude_unset=True)}
     return None

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fpo.errors import CacheDamaged
-from fpo.store import Cache
+from fpo.store import OpenColumn
 
 
 def _printable(text: str) -> str:
@@ -52,24 +52,21 @@ class SelfCheckFacts(BaseModel):
         return f"{self.hookpoint}: L0 {self.l0}{advertised}, FVU {self.fvu} on {self.tokens} tokens{note}"
 
 
-_CHECKS = TypeAdapter(tuple[SelfCheckFacts, ...], config=ConfigDict(strict=False))
-
-
-def self_checks(cache: Cache) -> tuple[SelfCheckFacts, ...]:
-    """The self-check in a cache's manifest. Raises CacheDamaged where it has another shape."""
+def self_check_of(column: OpenColumn) -> SelfCheckFacts:
+    """The self-check in the manifest of a column of features. Raises CacheDamaged where it has another shape."""
     try:
-        return parse_self_checks(cache.manifest.facts)
+        return parse_self_check(column.sealed.manifest.facts)
     except ValueError as error:
         raise CacheDamaged(
-            f"{cache.folder.where('manifest.json')} says of the self-check what fpo cache does not write: {error}; "
-            "it was made by something else: remove the cache and build it with fpo cache"
+            f"{column.sealed.folder.where('manifest.json')} says of the self-check what fpo cache does not write: "
+            f"{error}; it was made by something else: remove that column and build it with fpo cache"
         ) from None
 
 
-def parse_self_checks(facts: dict[str, Any]) -> tuple[SelfCheckFacts, ...]:
+def parse_self_check(facts: dict[str, Any]) -> SelfCheckFacts:
     """Raises ValueError naming the place."""
     try:
-        return _CHECKS.validate_python(facts.get("self_check"))
+        return SelfCheckFacts.model_validate(facts.get("self_check"))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(["self_check", *map(str, problem["loc"])])

@@ -1,18 +1,20 @@
 """
-Filling a cache: copy the pairs that another cache of the same scorer holds, score the rest, write shard by shard.
+Filling a cache: copy the rows that another cache of the same scorer holds, score the rest, write shard by shard, the
+base and the columns beside it from one pass.
 
-Every process takes the shards that have no record yet and that no other one computes (see `store.claims`): ranks of
+Every process takes the shards that are not written yet and that no other one computes (see `store.claims`): ranks of
 torchrun, an array of jobs, or the command started twice share the work without communication, any number of them may
 be killed, and any number may resume.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,9 +24,25 @@ import numpy as np
 import torch
 
 from fpo.progress import progress_bar
+from fpo.scoring.hookpoints import canonical_hookpoint
 from fpo.stage1_cache.identity import CacheIdentity
-from fpo.stage1_cache.score import ReferenceScorer
-from fpo.store import CacheWriter, Claim, Pairs, ReusableRows, Reused, own_share_first
+from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
+from fpo.store import (
+    CacheWriter,
+    Claim,
+    Claims,
+    Column,
+    ColumnRows,
+    Copied,
+    Reusable,
+    Rows,
+    TokenLogps,
+    Want,
+    own_share_first,
+    rows_per,
+)
+from fpo.store.format.groups import segments_of
+from fpo.store.format.ragged import gather, starts_of
 
 _PAUSE_SECONDS = 0.2
 """Between two looks at shards that others compute, when nothing else is left."""
@@ -35,51 +53,99 @@ class Filled:
     """What this process did; others may have done the rest."""
 
     shards: int = 0
+    """Of the base, or of the columns where the base was there."""
     by_others: int = 0
     """Shards that were missing when it began and that other processes wrote."""
     reused: int = 0
-    """Pairs that were copied."""
+    """Completions of which everything was copied."""
     scored: int = 0
-    """Pairs that were scored."""
+    """Completions that were scored."""
     tokens: int = 0
-    """Tokens of those."""
+    """Tokens of those, each prompt once."""
     layout: str | None = None
     """How they were laid out for the reference."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """The base or a column, while it is being filled."""
+
+    want: Want
+    writer: CacheWriter
+    shards: tuple[tuple[int, ...], ...]
+    """Per shard of the base, the shards of this part that hold its groups."""
+
+    @staticmethod
+    def of(want: Want, writer: CacheWriter, plan: Sequence[np.ndarray]) -> Part:
+        """plan: the groups of every shard of the base."""
+        own = starts_of([len(ids) for ids in writer.plan])[:-1]
+        bounds = np.searchsorted(own, starts_of([len(rows) for rows in plan]))
+        return Part(want, writer, tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds)))
+
+    def unwritten(self, sid: int) -> list[int]:
+        """Its shards that still have to be written, of those that belong to shard `sid` of the base."""
+        return [own for own in self.shards[sid] if not self.writer.stands(own)]
+
+    def write(self, identity: CacheIdentity, sid: int, rows: np.ndarray, column: Column, facts: dict[str, Any]) -> None:
+        """
+        Commit its shards of shard `sid` of the base.
+
+        rows    the groups of that shard
+        column  what is known of all of them
+        """
+        starts = starts_of(identity.tokens.n_completions[rows])
+        first = 0
+        for own in self.shards[sid]:
+            groups = np.arange(first, first + len(self.writer.plan[own]))
+            at = groups if column.PER == "group" else gather(starts, groups)[0]
+            self.writer.write(own, rows_of(identity, rows[groups], column.take(at)), facts)
+            first += len(groups)
+
+
+def rows_of(identity: CacheIdentity, rows: np.ndarray, column: Column) -> Rows:
+    """A shard with these groups, of the base or of a column: what is known of all of them."""
+    if isinstance(column, TokenLogps):
+        return identity.labels(rows).scored(column)
+    return ColumnRows(identity.tokens.group_id[rows], int(identity.tokens.n_completions[rows].sum()), column)
+
+
 def fill(
     identity: CacheIdentity,
-    writer: CacheWriter,
+    parts: Sequence[Part],
     plan: list[np.ndarray],
-    reusable: ReusableRows,
+    reusable: Reusable,
+    claims: Claims,
     scorer: Callable[[], ReferenceScorer],
 ) -> Filled:
     """
-    Write every shard that is missing.
+    Write every shard of every part that is missing.
 
-    plan    the pairs (positions in `identity.tokens`) of every shard
-    scorer  gives the reference, and loads it the first time; not called where every missing pair can be copied
+    plan    the groups (positions in `identity.tokens`) of every shard of the base
+    parts   one per want of `reusable`, in its order
+    scorer  gives the reference, and loads it the first time; not called where every missing row can be copied
     """
-    pending = own_share_first(writer.missing(), *own_place())
-    done = sum(len(rows) for rows in plan) - sum(len(plan[sid]) for sid in pending)
+    unwritten = sorted({sid for part in parts for sid in _behind(part, part.writer.missing())})
+    pending = own_share_first(unwritten, *own_place())
+    sizes = [int(identity.tokens.n_completions[rows].sum()) for rows in plan]
+    done = sum(sizes) - sum(sizes[sid] for sid in pending)
     filled = Filled()
-    total = len(identity.tokens)
-    with progress_bar(total, "pairs", f"cache {identity.split}", initial=done, smoothing=0.05) as progress:
+    with progress_bar(sum(sizes), "completions", f"cache {identity.split}", initial=done, smoothing=0.05) as progress:
 
-        def advance(claim: Claim, n_pairs: int, n_tokens: int) -> None:
+        def advance(claim: Claim, n_completions: int, n_tokens: int) -> None:
             claim.renew()
-            filled.scored, filled.tokens = filled.scored + n_pairs, filled.tokens + n_tokens
-            progress.update(n_pairs)
+            filled.scored, filled.tokens = filled.scored + n_completions, filled.tokens + n_tokens
+            progress.update(n_completions)
             progress.set_postfix_str(f"{filled.tokens / max(progress.elapsed, 1e-9):,.0f} tokens/s")
 
-        claims, copies = writer.claims(), dict[int, Reused]()
+        copies = dict[int, list[Copied]]()
         while pending:
             waiting = []
             for place, sid in enumerate(pending):
-                claim = None if writer.stands(sid) else claims.take(sid)
+                claim = claims.take(sid) if any(part.unwritten(sid) for part in parts) else None
                 # Asked again under the claim: its last holder may have written the shard just before.
-                if writer.stands(sid):
-                    progress.update(len(plan[sid]))
+                behind = [part for part in parts if part.unwritten(sid)]
+                if not behind:
+                    progress.update(sizes[sid])
                     filled.by_others += 1
                 elif claim is None:
                     waiting.append(sid)
@@ -87,18 +153,29 @@ def fill(
                     if sid not in copies:
                         copies = _gathered(identity, plan, reusable, [*pending[place:], *waiting])
                     copied = copies.pop(sid)
-                    progress.update(len(copied.positions))
-                    shard = completed(identity, plan[sid], copied, scorer, partial(advance, claim))
-                    facts = provenance(identity, copied, len(shard), scorer)
-                    writer.write(sid, shard, facts)
-                    filled.layout = facts.get("layout", filled.layout)
-                    filled.shards, filled.reused = filled.shards + 1, filled.reused + len(copied.positions)
+                    before = filled.scored
+                    columns = completed(identity, plan[sid], reusable.wants, copied, scorer, partial(advance, claim))
+                    scored = filled.scored - before
+                    progress.update(sizes[sid] - scored)
+                    for part, column, own in zip(parts, columns, copied, strict=True):
+                        if part in behind:
+                            made_of = inputs(identity, part.want)
+                            facts = provenance(made_of, own, len(column), scorer if scored else None)
+                            part.write(identity, sid, plan[sid], column, facts)
+                            filled.layout = facts.get("layout", filled.layout)
+                    filled.shards, filled.reused = filled.shards + 1, filled.reused + sizes[sid] - scored
                 if claim is not None:
                     claim.end()
             if waiting == pending:
                 time.sleep(_PAUSE_SECONDS)
             pending = waiting
     return filled
+
+
+def _behind(part: Part, missing: Sequence[int]) -> list[int]:
+    """The shards of the base to which these shards of a part belong."""
+    own = set(missing)
+    return [sid for sid, shards in enumerate(part.shards) if own.intersection(shards)]
 
 
 def own_place() -> tuple[int, int]:
@@ -124,51 +201,81 @@ def own_place() -> tuple[int, int]:
 
 
 def _gathered(
-    identity: CacheIdentity, plan: list[np.ndarray], reusable: ReusableRows, order: list[int]
-) -> dict[int, Reused]:
+    identity: CacheIdentity, plan: list[np.ndarray], reusable: Reusable, order: list[int]
+) -> dict[int, list[Copied]]:
     """What can be copied into the first of these shards and as many more as fit into memory."""
-    gathered = reusable.gather([identity.digests[plan[sid]] for sid in order])
+    gathered = reusable.gather([identity.wanting(plan[sid]) for sid in order])
     return dict(zip(order, gathered, strict=False))
 
 
 def completed(
     identity: CacheIdentity,
     rows: np.ndarray,
-    copied: Reused,
+    wants: Sequence[Want],
+    copied: Sequence[Copied],
     scorer: Callable[[], ReferenceScorer],
     advance: Callable[[int, int], None],
-) -> Pairs:
-    """The shard with these pairs: what was not copied is scored, in batches that depend on nothing but that."""
-    data = identity.tokens
-    rest = rows[copied.missing(len(rows))]
-    computed = None
-    if len(rest):
-        ids, splits = token_rows(data.input_ids, data.splits, rest)
-        computed = scorer().score(data.pair_id[rest], identity.digests[rest], ids, splits, advance)
-    return copied.merge(data.pair_id[rows], computed)
+) -> list[Column]:
+    """
+    What is known of these groups, of every want: what was not copied is scored, in batches that depend on nothing but
+    that.
+    """
+    n_completions = identity.tokens.n_completions[rows]
+    starts = starts_of(n_completions)
+    totals = [len(rows) if rows_per(want) == "group" else int(starts[-1]) for want in wants]
+    gaps = [own.missing(total) for own, total in zip(copied, totals, strict=True)]
+    needed = np.zeros(int(starts[-1]), dtype=bool)
+    for want, gap in zip(wants, gaps, strict=True):
+        needed[gather(starts, gap)[0] if rows_per(want) == "group" else gap] = True
+    if not needed.any():
+        return [own.merge(total, None) for own, total in zip(copied, totals, strict=True)]
+    scored = scorer().score(_picked(identity, rows, needed), wants, advance)
+    chosen, touched = np.flatnonzero(needed), np.flatnonzero(np.add.reduceat(needed, starts[:-1]))
+    columns = []
+    for want, own, total, gap, column in zip(wants, copied, totals, gaps, scored, strict=True):
+        places = np.searchsorted(touched if rows_per(want) == "group" else chosen, gap)
+        columns.append(own.merge(total, column.take(places) if len(gap) else None))
+    return columns
 
 
-def token_rows(input_ids: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and splits of some pairs, in this order."""
-    bounds = splits.astype(np.int64)
-    parts = [input_ids[bounds[3 * row] : bounds[3 * row + 3]] for row in rows]
-    sizes = np.diff(bounds).reshape(-1, 3)[rows]
-    new = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint64)
-    return (np.concatenate(parts) if parts else np.empty(0, np.uint32)), new
+def _picked(identity: CacheIdentity, rows: np.ndarray, needed: np.ndarray) -> TokenGroups:
+    """Of these groups, those of which a completion is needed, with those completions alone."""
+    tokens = identity.tokens
+    n_completions = tokens.n_completions[rows]
+    starts = starts_of(n_completions)
+    left = np.add.reduceat(needed.astype(np.int64), starts[:-1])
+    # A prompt's segment stands before those of its completions, and goes where none of them does.
+    keep = np.insert(needed, starts[:-1], left > 0)
+    segments = segments_of(tokens.n_completions, rows)[keep]
+    at, splits = gather(tokens.splits, segments)
+    mask = tokens.score_mask
+    if mask is not None:
+        completions = gather(identity.completion_starts, rows)[0][needed]
+        mask = mask[gather(identity.scored_splits, completions)[0]]
+    return TokenGroups(tokens.input_ids[at], splits, left[left > 0].astype(np.uint32), mask)
+
+
+def token_groups(identity: CacheIdentity, rows: np.ndarray) -> TokenGroups:
+    """These groups of an identity, whole."""
+    return _picked(identity, rows, np.ones(int(identity.tokens.n_completions[rows].sum()), dtype=bool))
 
 
 def provenance(
-    identity: CacheIdentity, copied: Reused, n_pairs: int, scorer: Callable[[], ReferenceScorer]
+    made_of: dict[str, Any], copied: Copied, n_rows: int, scorer: Callable[[], ReferenceScorer] | None
 ) -> dict[str, Any]:
-    """How a shard came to be: for people, never part of the key."""
+    """
+    How a shard came to be: for people, never part of the key.
+
+    scorer  what scored some of its groups; None where all rows of all parts were copied
+    """
     facts: dict[str, Any] = {
-        "inputs": inputs(identity),
+        "inputs": made_of,
         "versions": {name: version(name) for name in ("fpo", "torch", "transformers", "numpy", "zarr")},
         "host": platform.node(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "pairs": {"reused": _largest(copied.sources), "scored": n_pairs - len(copied.positions)},
+        "rows": {"reused": _largest(copied.sources), "scored": n_rows - len(copied.positions)},
     }
-    if n_pairs > len(copied.positions):
+    if scorer is not None:
         reference = scorer()
         cuda = reference.device.type == "cuda"
         facts["device"] = torch.cuda.get_device_name() if cuda else platform.processor() or "cpu"
@@ -185,13 +292,19 @@ def _largest(sources: dict[str, int], most: int = 100) -> dict[str, int]:
     return dict(ranked[:most]) | ({"others": rest} if rest else {})
 
 
-def inputs(identity: CacheIdentity) -> dict[str, Any]:
-    """The names behind the key's digests, as the recipe has them: what `fpo store ls` and `diff` show."""
+def inputs(identity: CacheIdentity, want: Want = None) -> dict[str, Any]:
+    """The names behind a key's digests, as the recipe has them: what `fpo store ls` and `diff` show."""
     recipe = identity.recipe
+    if want is not None:
+        saes = [
+            feature.sae
+            for feature in recipe.features
+            if canonical_hookpoint(feature.hookpoint) == want.get("hookpoint")
+        ]
+        return {"sae": saes[0]} if saes else {}
     silent = {"split", "eval_split"} | (set() if recipe.data.columns else {"columns"})
     return {
         "reference": recipe.reference.model_dump(include={"model", "revision", "adapter"}),
-        "features": [feature.model_dump(include={"sae"}) for feature in recipe.features],
         "data": {
             **{name: _short(value) for name, value in recipe.data.model_dump(exclude=silent).items()},
             "split": identity.split,

@@ -1,13 +1,14 @@
 """
-The cache key of a recipe: what decides the numbers, and nothing else. Paths, names, batch size, device and
-library versions are not in it, nor anything of policy, objective or training.
+The keys of what a recipe asks for, a cache and its columns: what decides the numbers, and nothing else. Paths, names,
+batch size, device and library versions are not in them, nor anything of policy, objective or training.
 
-No model is loaded here. Digests of big files and of the tokenised pairs are remembered, so a second call costs
+No model is loaded here. Digests of big files and of the tokenised groups are remembered, so a second call costs
 seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +34,26 @@ from fpo.scoring import (
     weight_files,
 )
 from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
-from fpo.scoring.sae.formats import SaeFacts, sae_config, sae_facts, sae_weight_files
-from fpo.scoring.weights import file_digest, weights_digest
-from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
-from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedPairs, tokenise, tokenizer_identity
-from fpo.store import FORMAT_VERSION, pair_digests, pairs_digest, plan_shards, shard_digest
+from fpo.scoring.sae import sae_config, sae_facts, sae_weights_digest
+from fpo.scoring.weights import weights_digest
+from fpo.stage1_cache.read import data_fingerprint, read_groups
+from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
+from fpo.store import (
+    FORMAT_VERSION,
+    Groups,
+    Spec,
+    TokenLogps,
+    Wanting,
+    cache_key,
+    column_recipe,
+    completion_digests,
+    cut_shards,
+    groups_digest,
+    plan_shards,
+    shard_digest,
+)
+from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of, summed_logps
+from fpo.store.format.ragged import I64, gather, lengths_of, starts_of
 
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
 _FEATURES_PER_TOKEN = 100
@@ -45,14 +61,14 @@ _FEATURES_PER_TOKEN = 100
 
 @dataclass(frozen=True)
 class CacheIdentity:
-    """One cache that a recipe asks for: the pairs of one split."""
+    """One cache that a recipe asks for: the groups of one split, and columns beside them."""
 
     recipe: Recipe
     split: str
 
     @cached_property
     def scorer(self) -> dict[str, Any]:
-        """The part of the key that says how pairs are scored."""
+        """The part of the key that says how groups are scored."""
         reference = self.recipe.reference
         config = reference_config(reference)
         adapter = None if reference.adapter is None else adapter_folder(reference.adapter)
@@ -65,70 +81,106 @@ class CacheIdentity:
                 **({} if reference.autocast is None else {"autocast": reference.autocast}),
                 "adapter": None if adapter is None else _adapter_identity(adapter),
             },
-            "vocab_size": config.get_text_config().vocab_size,
-            "features": [_feature_identity(feature) for feature in self.recipe.features],
-            "extras": {"top_logits": self.recipe.cache.top_logits},
+            "vocab_size": self.vocab_size,
         }
 
     @cached_property
+    def vocab_size(self) -> int:
+        """Tokens that the reference knows."""
+        return int(reference_config(self.recipe.reference).get_text_config().vocab_size)
+
+    @cached_property
+    def specs(self) -> list[Spec]:
+        """The columns that the recipe asks for beside the base, its features first and in their order."""
+        options = self.recipe.cache
+        features = [feature_spec(feature) for feature in self.recipe.features]
+        specs = [{"kind": "features", **feature} for feature in features]
+        if options.prompt_features:
+            specs += [{"kind": "prompt_features", **feature} for feature in features]
+        if options.top_logits:
+            specs.append({"kind": "top_logits", "m": options.top_logits, "vocab_size": self.vocab_size})
+        return [*specs, *([{"kind": "hidden_gram"}] if options.hidden_gram else [])]
+
+    @cached_property
     def remembered(self) -> dict[str, Any]:
-        """`pairs` (the other part of the key) and `drops`, from memory where files and rules are unchanged."""
-        return remember(self._asked(), self._pairs_and_drops, self._asked)
+        """`groups` (the other part of the key) and `drops`, from memory where files and rules are unchanged."""
+        return remember(self._asked(), self._groups_and_drops, self._asked)
 
     def _asked(self) -> dict[str, Any]:
         """What decides the tokens, without reading the data: the question that the memo answers."""
         data, options = self.recipe.data, self.recipe.cache
         name, revision = tokenizer_source(self.recipe)
         return {
-            "what": "tokenised pairs, digest by shard",
+            "what": "tokenised groups, digest by shard",
             "format": FORMAT_VERSION,
             "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
             "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
             "columns": data.columns,
             "rules": TOKENISE_RULES,
             "today": data.today,
+            "score": [data.score, data.turns, data.as_messages],
             "max_length": data.max_length,
             "shard_pairs": options.shard_pairs,
             "seed": options.seed,
-            "kept": [[facts.d_sae, feature.top_k] for facts, feature in self._features()],
-            "top_logits": options.top_logits,
         }
 
     @property
     def key_recipe(self) -> dict[str, Any]:
         """What recipe.json holds and the key is the digest of."""
-        return {"format": FORMAT_VERSION, "scorer": self.scorer, "pairs": self.remembered["pairs"]}
+        return {"format": FORMAT_VERSION, "scorer": self.scorer, "groups": self.remembered["groups"]}
+
+    def column_recipe(self, spec: Spec) -> dict[str, Any]:
+        """The same of a column; reads the data, since what it takes decides how its shards are cut."""
+        shards = [int(n) for n in self.remembered["groups"]["shard_groups"]]
+        n_bytes = self._column_bytes(spec)[np.concatenate([np.empty(0, np.int64), *self.plan()])]
+        return column_recipe(cache_key(self.key_recipe), spec, cut_shards(shards, n_bytes))
 
     @cached_property
-    def tokens(self) -> TokenisedPairs:
-        """The pairs as token ids; reads the data."""
+    def tokens(self) -> TokenisedGroups:
+        """The groups as token ids; reads the data."""
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
-        dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
+        dataset, columns = read_groups(data.source, self.split, data.subset, data.revision, data.columns)
         tokens = tokenise(
             dataset,
             load_tokenizer(name, revision),
             data.max_length,
             chat_template=data.chat_template,
             today=data.today,
+            score=data.score,
+            turns=data.turns,
+            as_messages=data.as_messages,
         )
         tokens.drops.of_columns(*columns)
         return tokens
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """(P, 16) digest of every pair, in dataset order; the report of the drops then counts those that repeat."""
-        digests = pair_digests(self.tokens.input_ids, self.tokens.splits)
-        for repeat in _repeats(digests):
-            self.tokens.drops.note("repeated", int(self.tokens.pair_id[repeat]))
+        """
+        (K, 16) digest of every completion, in dataset order; the report of the drops then counts groups that repeat.
+        """
+        tokens = self.tokens
+        digests = completion_digests(tokens.input_ids, tokens.splits, tokens.n_completions, tokens.score_mask)
+        for repeat in _repeats(_by_group(digests, tokens.n_completions)):
+            tokens.drops.note("repeated", int(tokens.group_id[repeat]))
         return digests
+
+    @cached_property
+    def completion_starts(self) -> np.ndarray:
+        """(G+1,) where the completions of each group start."""
+        return starts_of(self.tokens.n_completions)
+
+    def wanting(self, rows: np.ndarray) -> Wanting:
+        """What a shard of these groups needs."""
+        completions, _ = gather(self.completion_starts, rows)
+        return Wanting(self.digests[completions], self.tokens.n_completions[rows])
 
     def check_tokens(self) -> None:
         """
         RecipeError for a sequence longer than the reference has positions, or a token that it does not know;
         DataError where the tokens are not those that the key names.
         """
-        named, made = self.remembered["pairs"]["digest"], self._pairs_digest()
+        named, made = self.remembered["groups"]["digest"], self._groups_digest()
         if made != named:
             forget(self._asked())
             raise DataError(
@@ -137,68 +189,141 @@ class CacheIdentity:
                 "scored\n  run the same command again: what was remembered is dropped\n  if this comes back, chat "
                 "template or tokenizer give other tokens every time; set data.chat_template or data.tokenizer"
             )
-        config = reference_config(self.recipe.reference)
-        vocabulary = config.get_text_config().vocab_size
+        config, vocabulary = reference_config(self.recipe.reference), self.vocab_size
         if len(self.tokens) and int(self.tokens.input_ids.max()) >= vocabulary:
             raise RecipeError(
                 f"data.tokenizer: it gives token {self.tokens.input_ids.max()}, {self.recipe.reference.model} knows "
                 f"{vocabulary} tokens"
             )
         limit = positions(config)
-        sizes = self.tokens.lengths[:, 0] + self.tokens.lengths[:, 1:].max(1)
+        prompts, completions = segment_lengths(self.tokens.splits, self.tokens.n_completions)
+        sizes = np.repeat(prompts, self.tokens.n_completions) + completions
         if limit is not None and len(sizes) and sizes.max() > limit:
+            row = int(np.repeat(self.tokens.group_id, self.tokens.n_completions)[sizes.argmax()])
             raise RecipeError(
-                f"data.max_length: null cuts nothing, and row {self.tokens.pair_id[sizes.argmax()]} has {sizes.max()} "
+                f"data.max_length: null cuts nothing, and row {row} has {sizes.max()} "
                 f"tokens, more than the {limit} positions of {self.recipe.reference.model}; set it to {limit} or less"
             )
 
     def plan(self) -> list[np.ndarray]:
-        """Which pairs (positions in `tokens`) each shard holds."""
-        lengths = self.tokens.lengths
+        """Which groups (positions in `tokens`) each shard holds; columns decide nothing of it."""
+        prompts, completions = segment_lengths(self.tokens.splits, self.tokens.n_completions)
+        n_tokens = prompts + _summed(completions, self.completion_starts)
         options = self.recipe.cache
-        scored = lengths[:, 1:].sum(1)
-        per_pair = np.zeros(len(lengths), np.int64)
-        for facts, feature in self._features():
-            if feature.top_k == "all":
-                per_pair += 8 * np.minimum(2 * facts.d_sae, _FEATURES_PER_TOKEN * scored)
-            else:
-                per_pair += 16 * min(feature.top_k, facts.d_sae)
-        per_pair += 8 * options.top_logits * scored
-        return plan_shards(lengths, per_pair, seed=options.seed, max_pairs=options.shard_pairs)
+        return plan_shards(n_tokens, self.tokens.n_completions, seed=options.seed, max_groups=options.shard_pairs)
 
-    def _features(self) -> list[tuple[SaeFacts, Feature]]:
-        return [(sae_facts(feature.sae, feature.hookpoint), feature) for feature in self.recipe.features]
+    def labels(self, rows: np.ndarray) -> Labelled:
+        """What the base says of these groups beside log-probs."""
+        tokens = self.tokens
+        completions, _ = gather(self.completion_starts, rows)
+        at, splits = gather(tokens.splits, segments_of(tokens.n_completions, rows))
+        scored = gather(self.scored_splits, completions)[0]
+        return Labelled(
+            group_id=tokens.group_id[rows],
+            n_completions=tokens.n_completions[rows],
+            completion_digest=self.digests[completions],
+            input_ids=tokens.input_ids[at],
+            splits=splits,
+            score=tokens.score[completions],
+            weight=tokens.weight[rows],
+            score_mask=None if tokens.score_mask is None else tokens.score_mask[scored],
+        )
 
-    def _pairs_digest(self) -> str:
-        return pairs_digest(shard_digest(self.tokens.pair_id[rows], self.digests[rows]) for rows in self.plan())
+    @cached_property
+    def scored_splits(self) -> np.ndarray:
+        """(K+1,) where the scored tokens of each completion start."""
+        tokens = self.tokens
+        return starts_of(scored_lengths(*segment_lengths(tokens.splits, tokens.n_completions), tokens.n_completions))
 
-    def _pairs_and_drops(self) -> dict[str, Any]:
+    @cached_property
+    def scored_tokens(self) -> np.ndarray:
+        """(G,) scored tokens of every group."""
+        return _summed(lengths_of(self.scored_splits), self.completion_starts)
+
+    def _column_bytes(self, spec: Spec) -> I64:
+        """(G,) what a column takes of every group at most, or about: pooled features have no known end."""
+        n: I64 = self.tokens.n_completions.astype(np.int64)
+        if spec["kind"] == "top_logits":
+            return np.asarray(8 * spec["m"] * self.scored_tokens)
+        if spec["kind"] == "hidden_gram":
+            return np.asarray(4 * n * n)
+        rows, tokens = n, self.scored_tokens
+        if spec["kind"] == "prompt_features":
+            rows, tokens = np.ones_like(n), segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]
+        if spec["top_k"] == "all":
+            return np.asarray(8 * np.minimum(rows * spec["d_sae"], _FEATURES_PER_TOKEN * tokens))
+        return np.asarray(8 * rows * min(spec["top_k"], spec["d_sae"]))
+
+    def _groups_digest(self) -> str:
+        parts = (self.labels(rows) for rows in self.plan())
+        return groups_digest(
+            shard_digest(part.group_id, part.n_completions, part.completion_digest, part.score, part.weight)
+            for part in parts
+        )
+
+    def _groups_and_drops(self) -> dict[str, Any]:
         return {
-            "pairs": {
-                "digest": self._pairs_digest(),
-                "n_pairs": len(self.tokens),
+            "groups": {
+                "digest": self._groups_digest(),
+                "n_groups": len(self.tokens),
+                "n_completions": len(self.digests),
+                "score_mask": self.tokens.score_mask is not None,
                 "seed": self.recipe.cache.seed,
-                "shard_pairs": [len(rows) for rows in self.plan()],
+                "shard_groups": [len(rows) for rows in self.plan()],
             },
             "drops": self.tokens.drops.as_dict(),
         }
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Groups as the data has them: the base without what the reference says."""
+
+    group_id: np.ndarray
+    n_completions: np.ndarray
+    completion_digest: np.ndarray
+    input_ids: np.ndarray
+    splits: np.ndarray
+    score: np.ndarray
+    weight: np.ndarray
+    score_mask: np.ndarray | None
+
+    def scored(self, logps: TokenLogps) -> Groups:
+        """With what the reference says of every completion."""
+        starts = logps.splits.astype(np.int64)
+        ref_logps = summed_logps(logps.logps, starts, self.score_mask)
+        return Groups(**vars(self), ref_logps=ref_logps, token_logps=logps.logps)
+
+
+def _summed(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Of the completions of each group."""
+    running = starts_of(values)
+    return np.asarray(running[starts[1:]] - running[starts[:-1]], dtype=np.int64)
+
+
+def _by_group(digests: np.ndarray, n_completions: np.ndarray) -> np.ndarray:
+    """(K, 16) of completions -> (G, 16) of groups: of the completions together, in their order."""
+    parts = np.split(digests, starts_of(n_completions)[1:-1])
+    found = b"".join(hashlib.sha256(part.tobytes()).digest()[:16] for part in parts if len(part))
+    return np.frombuffer(found, dtype=np.uint8).reshape(-1, 16)
+
+
 def _repeats(digests: np.ndarray) -> np.ndarray:
-    """Positions of the pairs whose digest an earlier one has, ascending."""
+    """Positions of the groups whose digest an earlier one has, ascending."""
     _, firsts = np.unique(digests, axis=0, return_index=True)
     return np.setdiff1d(np.arange(len(digests)), firsts)
 
 
-def shared_pairs(one: CacheIdentity, other: CacheIdentity) -> int:
-    """How many pairs of `one` stand in `other` too, token for token; remembered."""
+def shared_groups(one: CacheIdentity, other: CacheIdentity) -> int:
+    """How many groups of `one` have a completion that stands in `other` too, token for token; remembered."""
 
     def count() -> dict[str, Any]:
         theirs = set(map(bytes, other.digests))
-        return {"shared": sum(bytes(digest) in theirs for digest in one.digests)}
+        held = np.array([bytes(digest) in theirs for digest in one.digests], dtype=np.int64)
+        return {"shared": int((_summed(held, one.completion_starts) > 0).sum())}
 
-    digests = [identity.remembered["pairs"]["digest"] for identity in (one, other)]
-    return int(remember({"what": "shared pairs", "digests": digests}, count)["shared"])
+    digests = [identity.remembered["groups"]["digest"] for identity in (one, other)]
+    return int(remember({"what": "shared groups", "digests": digests}, count)["shared"])
 
 
 def cache_identities(recipe: Recipe) -> list[CacheIdentity]:
@@ -292,14 +417,13 @@ def _adapter_identity(folder: Path) -> dict[str, Any]:
     }
 
 
-def _feature_identity(feature: Feature) -> dict[str, Any]:
+def feature_spec(feature: Feature) -> Spec:
+    """What decides the pooled features of a hookpoint."""
     facts = sae_facts(feature.sae, feature.hookpoint)
-    files = sae_weight_files(feature.sae, feature.hookpoint)
-    is_npz = files[0].suffix == ".npz"
     return {
         "hookpoint": canonical_hookpoint(feature.hookpoint),
         "sae": {
-            "weights": file_digest(files[0]) if is_npz else weights_digest(files),
+            "weights": sae_weights_digest(feature.sae, feature.hookpoint),
             "config": sae_config(feature.sae, feature.hookpoint),
         },
         "d_sae": facts.d_sae,

@@ -1,5 +1,5 @@
 """
-`fpo store verify --recompute`: score random pairs of a cache again and hold them against what it says. The only check
+`fpo store verify --recompute`: score random groups of a cache again and hold them against what it says. The only check
 that can find numbers that were wrong when they were written, or a machine whose numbers are others.
 """
 
@@ -15,7 +15,9 @@ from fpo.recipe import Recipe
 from fpo.scoring import LOGPS_TOLERANCE, extremes
 from fpo.stage1_cache.build import reference_scorer
 from fpo.stage1_cache.identity import cache_identities
-from fpo.store import Cache, Features, Pairs, differences
+from fpo.stage1_cache.score import TokenGroups, take
+from fpo.store import Cache, Features, Groups, TokenLogps, differences, serving
+from fpo.store.format.groups import summed_logps
 
 FEATURES_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2, "float16": 0.1}
 """
@@ -27,11 +29,11 @@ differ by 0. Rounding moves an activation a little, but a threshold or the SAE's
 
 @dataclass(frozen=True)
 class RecomputeReport:
-    """How far random pairs of a cache are from what the reference says now."""
+    """How far random groups of a cache are from what the reference says now."""
 
-    pairs: int
+    groups: int
     worst: float
-    """Largest mean |difference| of a pair's token log-probs, nats."""
+    """Largest mean |difference| of a completion's token log-probs, nats."""
     worst_features: float
     """Largest distance of a completion's activations, as a part of their size; 0 without features."""
     tolerance: float
@@ -40,50 +42,68 @@ class RecomputeReport:
 
 def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens: int = 8192) -> RecomputeReport:
     """
-    Score `count` random pairs of `cache` with the reference and SAEs of `recipe` and compare.
+    Score `count` random groups of `cache` with the reference and SAEs of `recipe` and compare: log-probs, and the
+    features of the recipe that stand beside the base.
 
-    Raises CacheConflict where the recipe's scorer is not the cache's, CacheDamaged naming the pair that differs most
-    of the first shard where one differs by more than the tolerance of the reference's arithmetic.
+    Raises CacheConflict where the recipe's scorer is not the cache's, CacheDamaged naming the completion that differs
+    most of the first shard where one differs by more than the tolerance of the reference's arithmetic.
     """
-    named = cache_identities(recipe)[0].scorer
-    differing = differences(cache.recipe["scorer"], named)
+    identity = cache_identities(recipe)[0]
+    differing = differences(cache.recipe["scorer"], identity.scorer)
     if differing:
         raise CacheConflict(f"the recipe does not score as cache {cache.key[:12]} was scored\n  {differing[0]}")
     precision = recipe.reference.arithmetic.precision
     tolerance, feature_tolerance = LOGPS_TOLERANCE[precision], FEATURES_TOLERANCE[precision]
-    scorer = reference_scorer(recipe, batch_tokens, named)
+    held = cache.held_columns(identity.specs)
+    specs = [spec for spec in identity.specs if spec["kind"] == "features" and serving(held, spec) is not None]
+    cache.read_columns(specs)
+    scorer = reference_scorer(recipe, batch_tokens, identity, specs)
     worst = worst_features = 0.0
     total = 0
     for where, stored in _sample(cache, count, seed):
-        few = stored.take(extremes(stored.lengths))
-        scorer.check(few.input_ids, few.splits)
-        again = scorer.score(stored.pair_id, stored.pair_digest, stored.input_ids, stored.splits)
-        means = _mean_differences(stored, again)
-        row = int(means.argmax())
-        if not means[row] <= tolerance:
+        groups = TokenGroups(stored.input_ids, stored.splits, stored.n_completions, stored.score_mask)
+        scorer.check(take(groups, extremes(stored.splits, stored.n_completions)))
+        logps, *columns = scorer.score(groups, [None, *specs])
+        assert isinstance(logps, TokenLogps)
+        means = _mean_differences(stored, logps)
+        at = int(means.argmax())
+        if not means[at] <= tolerance:
             raise CacheDamaged(
-                f"cache {cache.key[:12]}, shard {where}: pair {stored.pair_id[row]} scores {means[row]:.3g} nats per "
-                f"token away from what the cache says (at most {tolerance:g})\n"
-                f"  chosen {again.ref_logps[row, 0]:.4f} now, {stored.ref_logps[row, 0]:.4f} in the cache"
+                f"cache {cache.key[:12]}, shard {where}: {_named(stored, at)} scores {means[at]:.3g} nats per token "
+                f"away from what the cache says (at most {tolerance:g})\n"
+                f"  {_summed(stored, logps)[at]:.4f} now, {stored.ref_logps[at]:.4f} in the cache"
             )
-        worst = max(worst, float(means[row]))
-        for feature, old, new in zip(recipe.features, stored.features, again.features, strict=True):
+        worst = max(worst, float(means[at]))
+        for spec, old, new in zip(specs, stored.columns, columns, strict=True):
+            assert isinstance(old, Features)
+            assert isinstance(new, Features)
             apart = feature_distances(old, new)
             at = int(apart.argmax())
             if not apart[at] <= feature_tolerance:
                 raise CacheDamaged(
-                    f"cache {cache.key[:12]}, shard {where}: the activations of pair {stored.pair_id[at // 2]}, "
-                    f"{('chosen', 'rejected')[at % 2]}, at {feature.hookpoint} are {100 * apart[at]:.3g} % away from "
-                    f"what the cache says (at most {100 * feature_tolerance:g} %)"
+                    f"cache {cache.key[:12]}, shard {where}: the activations of {_named(stored, at)} at "
+                    f"{spec['hookpoint']} are {100 * apart[at]:.3g} % away from what the cache says (at most "
+                    f"{100 * feature_tolerance:g} %)"
                 )
             worst_features = max(worst_features, float(apart[at]))
         total += len(stored)
     return RecomputeReport(total, worst, worst_features, tolerance, feature_tolerance)
 
 
+def _named(groups: Groups, completion: int) -> str:
+    """group 17, completion 1 of 2"""
+    row = int(np.searchsorted(groups.completion_starts, completion, side="right")) - 1
+    place = completion - int(groups.completion_starts[row]) + 1
+    return f"group {groups.group_id[row]}, completion {place} of {groups.n_completions[row]},"
+
+
+def _summed(stored: Groups, logps: TokenLogps) -> np.ndarray:
+    return summed_logps(logps.logps, stored.scored_splits, stored.score_mask)
+
+
 def feature_distances(old: Features, new: Features) -> np.ndarray:
     """
-    (2P,) per completion: the distance of two sets of pooled activations, as a part of the larger one's size.
+    (K,) per completion: the distance of two sets of pooled activations, as a part of the larger one's size.
 
     A feature that only one side keeps may have been cut from the other, so it is at most as large there as the
     smallest that is kept: noise decides which of two equals is cut, and that is no distance.
@@ -110,18 +130,18 @@ def _kept(features: Features, completion: int) -> tuple[dict[int, float], float]
     return dict(kept), float(features.tail_sq.reshape(-1)[completion])
 
 
-def _mean_differences(stored: Pairs, again: Pairs) -> np.ndarray:
-    """(P,) mean |difference| of a pair's token log-probs, nats; 0 where none is scored."""
-    apart = np.concatenate([[0.0], np.cumsum(np.abs(again.token_logps - stored.token_logps), dtype=np.float64)])
-    bounds = stored.completion_splits[::2]
+def _mean_differences(stored: Groups, again: TokenLogps) -> np.ndarray:
+    """(K,) mean |difference| of a completion's token log-probs, nats; 0 where none is scored."""
+    apart = np.concatenate([[0.0], np.cumsum(np.abs(again.logps - stored.token_logps), dtype=np.float64)])
+    bounds = stored.scored_splits
     means: np.ndarray = (apart[bounds[1:]] - apart[bounds[:-1]]) / np.maximum(bounds[1:] - bounds[:-1], 1)
     return means
 
 
-def _sample(cache: Cache, count: int, seed: int) -> Iterator[tuple[int, Pairs]]:
-    """Random pairs, shard by shard."""
-    rows = np.random.default_rng(seed).choice(cache.n_pairs, min(count, cache.n_pairs), replace=False)
-    starts = np.concatenate([[0], np.cumsum(cache.shard_pairs)])
+def _sample(cache: Cache, count: int, seed: int) -> Iterator[tuple[int, Groups]]:
+    """Random groups, shard by shard."""
+    rows = np.random.default_rng(seed).choice(cache.n_groups, min(count, cache.n_groups), replace=False)
+    starts = np.concatenate([[0], np.cumsum(cache.shard_groups)])
     shard_of = np.searchsorted(starts, rows, side="right") - 1
     for sid in np.unique(shard_of):
         yield int(sid), cache.shard(int(sid)).take(np.sort(rows[shard_of == sid] - starts[sid]))

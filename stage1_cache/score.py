@@ -1,16 +1,19 @@
 """
-Scoring one shard with the reference: token ids in, everything the cache holds out.
+Scoring groups with the reference: token ids in, the rows of a base and of its columns out.
 
 The order of the work inside a shard is a pure function of the shard, so a shard has the same bytes whoever
 computes it on the same machine, and in whatever order the shards are computed.
+
+Dimension key:  G groups   K completions   N scored completion tokens   D hidden
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,27 +35,43 @@ from fpo.scoring import (
     pack,
     pool_top_features,
 )
-from fpo.store import Features, Pairs, TopLogits
+from fpo.store import Column, Features, HiddenGram, PromptFeatures, Spec, TokenLogps, TopLogits, Want
+from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of
+from fpo.store.format.ragged import gather, starts_of
 
-TopK = int | Literal["all"]
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Groups as token ids, see `pack`."""
+
+    input_ids: np.ndarray
+    splits: np.ndarray
+    """(G+K+1,)"""
+    n_completions: np.ndarray
+    score_mask: np.ndarray | None
+    """(N,)"""
+
+    def __len__(self) -> int:
+        return len(self.n_completions)
 
 
 class ReferenceScorer:
-    """The reference model, its SAEs, and the one forward that both are read from."""
+    """The reference model, its SAEs, and the one forward that everything is read from."""
 
     def __init__(
         self,
         folder: Path,
         arithmetic: Arithmetic,
         adapters: list[Path],
-        saes: list[tuple[str, Sae, TopK]],
-        top_logits: int,
+        saes: dict[str, Sae],
+        specs: Sequence[Spec],
         batch_tokens: int,
     ) -> None:
         """
         folder        the model's files; adapters are merged into it
         arithmetic    dtype of the weights, and the dtype of the autocast that they are computed under
-        saes          hookpoint, SAE and how many features to keep, in the recipe's order
+        saes          by hookpoint
+        specs         the columns to be scored besides log-probs
         batch_tokens  packed tokens per forward; changes speed and memory only
         Raises ModelError where the model cannot be loaded. `check` it on the data before it scores.
         """
@@ -63,51 +82,51 @@ class ReferenceScorer:
         model = load_model(folder, arithmetic.dtype, adapters).requires_grad_(False)
         # Quantised weights are put where they belong as they load, and some formats refuse to move.
         self.model = model if is_quantised(model) else model.to(self.device)
-        self.saes = [(hookpoint, sae.to(self.device), top_k) for hookpoint, sae, top_k in saes]
         self.arithmetic = arithmetic
         self.batch_tokens = batch_tokens
-        install_scoring(self.model, tuple(hookpoint for hookpoint, _, _ in saes), top_logits)
+        self.saes = {hookpoint: sae.to(self.device) for hookpoint, sae in saes.items()}
+        install_scoring(
+            self.model,
+            tuple(self.saes),
+            max((spec["m"] for spec in specs if spec["kind"] == "top_logits"), default=0),
+            hidden_sums=any(spec["kind"] == "hidden_gram" for spec in specs),
+        )
         self.layout = Layout.PACKED
 
-    def check(self, input_ids: np.ndarray, splits: np.ndarray) -> None:
+    def check(self, few: TokenGroups) -> None:
         """
-        Choose the layout that is right for these pairs, the data's longest and shortest (`scoring.extremes`), and look
+        Choose the layout that is right for these groups, the data's longest and shortest (`scoring.extremes`), and look
         at what the hookpoints give. Raises ModelError where the model cannot be scored.
         """
-        self.layout = choose_layout(self.model, input_ids, splits)
+        self.layout = choose_layout(self.model, few.input_ids, few.splits, few.n_completions)
         self._check_widths()
 
     def score(
         self,
-        pair_id: np.ndarray,
-        pair_digest: np.ndarray,
-        input_ids: np.ndarray,
-        splits: np.ndarray,
+        groups: TokenGroups,
+        wants: Sequence[Want],
         progress: Callable[[int, int], None] | None = None,
-    ) -> Pairs:
+    ) -> list[Column]:
         """
-        Score the pairs of one shard.
+        The rows of each want - log-probs, or a column of `specs` - in the order of the groups, of which there is one.
 
-        pair_id (P,), pair_digest (P, 16), input_ids (T,), splits (3P+1,)  as the shard will hold them
-        progress  called with (pairs, tokens) after each batch
+        progress  called with (completions, tokens) after each batch
         """
-        batches = list(micro_batches(splits, self.batch_tokens))
-        results = []
+        parts: list[list[Column]] = []
+        batches = list(micro_batches(groups, self.batch_tokens))
         for rows in batches:
-            tokens = [input_ids[splits[3 * row] : splits[3 * row + 3]] for row in rows]
-            sizes = np.diff(splits.astype(np.int64)).reshape(-1, 3)[rows]
-            bounds = np.concatenate([[0], np.cumsum(sizes)])
-            results.append(self._score_batch(np.concatenate(tokens), bounds))
+            batch = take(groups, rows)
+            parts.append(self._score_batch(batch, wants))
             if progress is not None:
-                progress(len(rows), int(bounds[-1]))
-        return _assemble(pair_id, pair_digest, input_ids, splits, batches, results)
+                progress(int(batch.n_completions.sum()), len(batch.input_ids))
+        return _in_order(groups, batches, parts)
 
     @torch.inference_mode()
     def _check_widths(self) -> None:
         """ModelError where a hookpoint does not give what its SAE reads."""
-        packed = self._packed(np.array([0, 0, 0]), np.array([0, 1, 2, 3]))
+        packed = self.packed(TokenGroups(np.array([0, 0]), np.array([0, 1, 2]), np.array([1]), None))
         residuals = self.model(**packed._asdict()).residuals
-        for (hookpoint, sae, _), residual in zip(self.saes, residuals, strict=True):
+        for (hookpoint, sae), residual in zip(self.saes.items(), residuals, strict=True):
             if residual.shape[-1] != sae.facts.d_in:
                 raise ModelError(
                     f"hookpoint {hookpoint} gives {residual.shape[-1]} numbers per token, "
@@ -115,44 +134,67 @@ class ReferenceScorer:
                 )
 
     @torch.inference_mode()
-    def _score_batch(self, input_ids: np.ndarray, splits: np.ndarray) -> _BatchResult:
-        packed = self._packed(input_ids, splits)
+    def _score_batch(self, groups: TokenGroups, wants: Sequence[Want]) -> list[Column]:
+        prompts = any(want is not None and want["kind"] == "prompt_features" for want in wants)
+        packed = self.packed(groups, prompts)
         with mixed_precision(self.device, self.arithmetic.autocast):
             scores: Scores = self.model(**packed._asdict())
-        features = [
-            pool_top_features(sae, residual, packed.lengths, top_k)
-            for (_, sae, top_k), residual in zip(self.saes, scores.residuals, strict=True)
-        ]
-        return _BatchResult(packed.lengths, scores, features)
+        return [self._column(want, scores, packed, groups) for want in wants]
 
-    def _packed(self, input_ids: np.ndarray, splits: np.ndarray) -> Packed:
-        return Packed(*(tensor.to(self.device) for tensor in pack(input_ids, splits, self.layout)))
+    def _column(self, want: Want, scores: Scores, packed: Packed, groups: TokenGroups) -> Column:
+        if want is None:
+            return TokenLogps(_splits(packed.lengths), _numpy(scores.token_logps, np.float32))
+        match want["kind"]:
+            case "features":
+                residual = packed.counting(scores.residuals[self._place(want)])
+                return _features(Features, self._pooled(want, residual, packed.counts))
+            case "prompt_features":
+                residual = scores.prompt_residuals[self._place(want)]
+                return _features(PromptFeatures, self._pooled(want, residual, packed.prompt_lengths))
+            case "top_logits":
+                indices, logps = scores.top_indices[:, : want["m"]], scores.top_logps[:, : want["m"]]
+                return TopLogits(_splits(packed.lengths), _numpy(indices, np.uint32), _numpy(logps, np.float32))
+            case "hidden_gram":
+                assert scores.hidden_sums is not None
+                return hidden_gram(scores.hidden_sums.cpu(), groups.n_completions)
+        raise AssertionError(want)
+
+    def _place(self, spec: Spec) -> int:
+        return list(self.saes).index(spec["hookpoint"])
+
+    def _pooled(self, spec: Spec, residual: Tensor, lengths: Tensor) -> PooledFeatures:
+        return pool_top_features(self.saes[spec["hookpoint"]], residual, lengths, spec["top_k"])
+
+    def packed(self, groups: TokenGroups, prompts: bool = False) -> Packed:
+        """The groups as the model reads them, on its device."""
+        packed = pack(
+            groups.input_ids,
+            groups.splits,
+            groups.n_completions,
+            self.layout,
+            score_mask=groups.score_mask,
+            prompts=prompts,
+        )
+        return Packed(*(tensor.to(self.device) for tensor in packed))
 
 
-class _BatchResult:
-    """A batch's scores as numpy, one entry per completion."""
-
-    def __init__(self, lengths: Tensor, scores: Scores, features: list[PooledFeatures]) -> None:
-        sizes = lengths.tolist()
-        self.token_logps = _split(scores.token_logps, sizes)
-        self.top_indices = _split(scores.top_indices, sizes)
-        self.top_logps = _split(scores.top_logps, sizes)
-        self.indices = [_split(f.indices, f.counts.tolist()) for f in features]
-        self.acts = [_split(f.acts, f.counts.tolist()) for f in features]
-        self.active = [f.active.cpu().numpy() for f in features]
-        self.tail_sq = [f.tail_sq.cpu().numpy() for f in features]
+def take(groups: TokenGroups, rows: np.ndarray) -> TokenGroups:
+    """These groups, in this order."""
+    tokens, splits = gather(groups.splits, segments_of(groups.n_completions, rows))
+    mask = groups.score_mask
+    if mask is not None:
+        starts = starts_of(groups.n_completions)
+        mask = mask[gather(scored_splits(groups), gather(starts, rows)[0])[0]]
+    return TokenGroups(groups.input_ids[tokens], splits, groups.n_completions[rows], mask)
 
 
-def _split(tensor: Tensor, sizes: list[int]) -> list[np.ndarray]:
-    return [part.numpy() for part in tensor.cpu().split(sizes)]
-
-
-def micro_batches(splits: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def micro_batches(groups: TokenGroups, batch_tokens: int) -> Iterator[np.ndarray]:
     """
-    Rows of a shard in batches of at most `batch_tokens` tokens (at least one pair), longest pairs first, so that
-    pairs of a batch are about as long as each other and the largest batch comes first.
+    Rows of a shard in batches of at most `batch_tokens` tokens (at least one group), longest groups first, so that
+    groups of a batch are about as long as each other and the largest batch comes first.
     """
-    sizes = np.diff(splits.astype(np.int64)[::3])
+    ends = starts_of(np.asarray(groups.n_completions, dtype=np.int64) + 1)
+    sizes = np.diff(groups.splits.astype(np.int64)[ends])
     batch: list[int] = []
     filled = 0
     for row in np.argsort(-sizes, kind="stable"):
@@ -165,48 +207,46 @@ def micro_batches(splits: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]
         yield np.array(batch)
 
 
-def _assemble(
-    pair_id: np.ndarray,
-    pair_digest: np.ndarray,
-    input_ids: np.ndarray,
-    splits: np.ndarray,
-    batches: list[np.ndarray],
-    results: list[_BatchResult],
-) -> Pairs:
-    """Put the completions of all batches back into the order of the shard."""
-    # place[c] = (batch, completion inside the batch) of the shard's completion c
-    place: list[tuple[int, int]] = [(0, 0)] * (2 * len(pair_id))
-    for index, rows in enumerate(batches):
-        for position, row in enumerate(rows):
-            for side in (0, 1):
-                place[2 * row + side] = (index, 2 * position + side)
-    n_features = len(results[0].indices) if results else 0
-    token_logps = [results[batch].token_logps[at] for batch, at in place]
-    top = [results[batch].top_logps[at] for batch, at in place]
-    features = []
-    for hookpoint in range(n_features):
-        indices = [results[batch].indices[hookpoint][at] for batch, at in place]
-        features.append(
-            Features(
-                indices=np.concatenate(indices).astype(np.uint32),
-                acts=np.concatenate([results[b].acts[hookpoint][at] for b, at in place]).astype(np.float32),
-                splits=np.concatenate([[0], np.cumsum([len(part) for part in indices])]).astype(np.uint64),
-                active=np.array([results[b].active[hookpoint][at] for b, at in place], np.uint32).reshape(-1, 2),
-                tail_sq=np.array([results[b].tail_sq[hookpoint][at] for b, at in place], np.float32).reshape(-1, 2),
-            )
-        )
-    top_logits = None
-    if top and top[0].shape[1]:
-        chosen = np.concatenate([results[batch].top_indices[at] for batch, at in place])
-        top_logits = TopLogits(chosen.astype(np.uint32), np.concatenate(top).astype(np.float32))
-    return Pairs(
-        pair_id=pair_id,
-        pair_digest=pair_digest,
-        input_ids=input_ids,
-        splits=splits,
-        # Summed in float64: a running float32 sum is off by 1e-3 nats on long completions.
-        ref_logps=np.array([part.sum(dtype=np.float64) for part in token_logps], np.float32).reshape(-1, 2),
-        token_logps=np.concatenate(token_logps).astype(np.float32) if token_logps else np.empty(0, np.float32),
-        features=tuple(features),
-        top_logits=top_logits,
+def hidden_gram(sums: Tensor, n_completions: np.ndarray) -> HiddenGram:
+    """Inner products of the completions of each group: (K, D), (G,) -> a row of n * n per group."""
+    products = []
+    for own in sums.double().split([int(n) for n in n_completions]):
+        gram = own @ own.T
+        # Exactly symmetric, whatever the kernel's order of summation.
+        products.append(((gram + gram.T) / 2).flatten().float().numpy())
+    return HiddenGram(starts_of([len(part) for part in products]).astype(np.uint64), np.concatenate(products))
+
+
+def _features(kind: type[Features], pooled: PooledFeatures) -> Features:
+    return kind(
+        splits=_splits(pooled.counts),
+        indices=_numpy(pooled.indices, np.uint32),
+        acts=_numpy(pooled.acts, np.float32),
+        active=_numpy(pooled.active, np.uint32),
+        tail_sq=_numpy(pooled.tail_sq, np.float32),
     )
+
+
+def _numpy(tensor: Tensor, dtype: Any) -> np.ndarray:
+    return tensor.cpu().numpy().astype(dtype)
+
+
+def _splits(lengths: Tensor) -> np.ndarray:
+    return starts_of(lengths.cpu().numpy()).astype(np.uint64)
+
+
+def _in_order(groups: TokenGroups, batches: list[np.ndarray], parts: list[list[Column]]) -> list[Column]:
+    """The rows of all batches, put back into the order of the groups."""
+    starts = starts_of(groups.n_completions)
+    rows = np.concatenate(batches)
+    of_groups, of_completions = np.argsort(rows), np.argsort(gather(starts, rows)[0])
+    columns = []
+    for same in zip(*parts, strict=True):
+        column = type(same[0]).concat(same)
+        columns.append(column.take(of_groups if column.PER == "group" else of_completions))
+    return columns
+
+
+def scored_splits(groups: TokenGroups) -> np.ndarray:
+    """(K+1,) where the scored tokens of each completion start."""
+    return starts_of(scored_lengths(*segment_lengths(groups.splits, groups.n_completions), groups.n_completions))

@@ -2,7 +2,7 @@
 From one forward pass over a batch to the loss of each pair: the policy's scores, the cached reference's, and the
 feature distance between them.
 
-Dimension key:  P pairs   C completions (2P, chosen before rejected)   N scored completion tokens   K columns
+Dimension key:  P pairs   C completions (2P, chosen before rejected)   N tokens that count   K columns
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ class ObjectiveMeter:
     objective: Objective
     sae: Sae | None
     hookpoint: str | None
-    feature: int | None
-    """Index of the constrained hookpoint among the cache's; None where there is no feature term."""
     incomplete: bool
     """Whether the feature set can hold features whose reference activation a top-k cache lacks."""
 
@@ -57,14 +55,13 @@ class ObjectiveMeter:
         """The recipe's objective; loads the SAE if there is a feature term."""
         feature = recipe.constrained_feature()
         if feature is None:
-            return ObjectiveMeter(recipe.objective, None, None, None, incomplete=False)
+            return ObjectiveMeter(recipe.objective, None, None, incomplete=False)
         entry, need = recipe.features[feature], recipe.objective.needs.features
         assert need is not None
         return ObjectiveMeter(
             recipe.objective,
             load_sae(entry.sae, entry.hookpoint),
             entry.hookpoint,
-            feature,
             incomplete=not need.exact_from(entry.top_k),
         )
 
@@ -78,14 +75,15 @@ class ObjectiveMeter:
         batch   from `batch_tensors`, on the policy's device
         """
         packed = Packed(*(batch[name] for name in Packed._fields))
-        counts = packed.lengths.view(-1, 2)
-        logps = sum_logps(scores.token_logps, packed.completion, len(packed.lengths)).view(-1, 2)
+        counts = packed.counts.view(-1, 2)
+        logps = sum_logps(scores.token_logps, packed).view(-1, 2)
         policy = PairLogps(logps, logps / counts)
         reference = PairLogps(batch["ref_logps"], batch["ref_logps"] / counts)
         distances, need = None, self.objective.needs.features
         if self.sae is not None:
             assert need is not None
-            distances = feature_distances(self.sae, need, scores.residuals[0], packed, _cached(batch))
+            residual = packed.counting(scores.residuals[0])
+            distances = feature_distances(self.sae, need, residual, packed, _cached(batch))
         evidence = Evidence(policy, reference, distances)
         return Measurement(self.objective.value(evidence), evidence, self.incomplete)
 
@@ -100,12 +98,12 @@ def feature_distances(
     """
     columns = _feature_set(sae, need, residual, packed, reference)
     stored = look_up(reference, columns.columns, sae.facts.d_sae)
-    side_of_token = packed.completion % 2
+    side_of_token = packed.counting(packed.completion) % 2
     sides = []
     for side in (0, 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and side == 1):
             acts = sae.pooled_columns(
-                residual[side_of_token == side], packed.lengths[side::2].tolist(), columns.columns[side::2]
+                residual[side_of_token == side], packed.counts[side::2].tolist(), columns.columns[side::2]
             )
             sides.append(feature_distance(acts, stored[side::2], columns.valid[side::2], k=need.k))
     return torch.stack(sides, dim=1)
@@ -116,7 +114,7 @@ def _feature_set(
 ) -> ColumnSet:
     if need.feature_set == "reference":
         return reference_top(reference, need.k)
-    own = policy_top(sae, residual.detach(), packed.lengths, need.k)
+    own = policy_top(sae, residual.detach(), packed.counts, need.k)
     return own if need.feature_set == "policy" else union(own, reference_top(reference, need.k))
 
 

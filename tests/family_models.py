@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from tiny_groups import some_groups
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,9 +21,9 @@ from fpo.scoring.families import silence_dropout
 from fpo.scoring.hookpoints import hookpoint_names
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-# Tokens of prompt, chosen and rejected: beyond every window, chunk and original length below, an empty prompt,
-# completions of one token.
-SHAPES = [(60, 60, 20), (5, 20, 3), (0, 40, 2), (1, 1, 6), (3, 1, 1)]
+# Tokens of each group's prompt and completions: beyond every window, chunk and original length below, one to four
+# completions, an empty prompt, completions of one token.
+SHAPES = [(60, 60, 20), (5, 20, 3), (0, 40, 2), (1, 1, 6), (3, 1, 1), (4, 5, 1, 30, 2), (2, 7)]
 
 # By the names that configs use: a field is set where a family's config has it.
 SIZES: dict[str, Any] = {
@@ -222,13 +222,6 @@ def build(case: str) -> PreTrainedModel:
     return model
 
 
-def pairs() -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and splits of pairs of SHAPES."""
-    sizes = np.array(SHAPES).ravel()
-    ids = np.random.default_rng(1).integers(3, 97, sizes.sum()).astype(np.uint32)
-    return ids, np.concatenate([[0], np.cumsum(sizes)])
-
-
 def hookpoint(model: PreTrainedModel) -> str:
     """The output of the second layer; of its MLP where a layer gives several streams."""
     name = hookpoint_names(model)[1]
@@ -237,13 +230,11 @@ def hookpoint(model: PreTrainedModel) -> str:
 
 def outcome(model: PreTrainedModel) -> str:
     """The layout that the check chooses for a model, or in a line why it refuses; scoring is installed."""
-    ids, splits = pairs()
-    few = extremes(np.array(SHAPES))
-    parts = [ids[splits[3 * row] : splits[3 * row + 3]] for row in few]
-    bounds = np.concatenate([[0], np.cumsum(np.array(SHAPES)[few].ravel())])
+    _, splits, n_completions = some_groups(SHAPES)
+    few = [SHAPES[group] for group in extremes(splits, n_completions)]
     try:
         install_scoring(model, (hookpoint(model),))
-        return str(choose_layout(model, np.concatenate(parts), bounds))
+        return str(choose_layout(model, *some_groups(few)))
     except ModelError as error:
         return "refused: " + str(error).partition(": ")[2].splitlines()[-1].strip()
 
@@ -254,8 +245,8 @@ def page(outcomes: dict[str, str]) -> str:
         "# Model families",
         "",
         "What the check says about a tiny random model of each family, with windows, chunks and original lengths that "
-        "the pairs cross (`make families` writes this page, `make test-families` holds it against separate forwards). "
-        "A name is transformers' `model_type`; the check itself runs on your model and your pairs, whatever stands "
+        "the groups cross (`make families` writes this page, `make test-families` holds it against separate forwards). "
+        "A name is transformers' `model_type`; the check itself runs on your model and your groups, whatever stands "
         "here.",
         "",
     ]

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from store_cases import make_groups, make_recipe
 
-from fpo.store import CacheWriter, Groups, open_cache, own_share_first, plan_shards, summed_logps
+from fpo.store import CacheWriter, open_cache, own_share_first, plan_shards
+from fpo.store.format.groups import Groups, summed_logps
 
 N = 24
-SIZES = [(n % 3, (1 + n % 4, 2 + n % 2)) for n in range(N)]
-GROUPS = make_groups(SIZES, seed=3)
-PLAN = plan_shards(np.full(N, 9), np.full(N, 2), seed=1, max_groups=2)
+GROUPS = make_groups([(n % 3, (1 + n % 4, 2 + n % 2)) for n in range(N)], seed=3)
+PLAN = plan_shards(np.full(N, 6), GROUPS.n_completions, seed=1, max_groups=2)
 RECIPE = make_recipe(GROUPS, PLAN)
 
 

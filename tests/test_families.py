@@ -5,35 +5,18 @@ forwards, and docs/families.md says what was measured (`make test-families`; `ma
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from family_models import CASES, PAGE, SHAPES, build, hookpoint, outcome, page, pairs
+from family_models import CASES, PAGE, SHAPES, build, hookpoint, outcome, page
+from tiny_groups import separate_forwards, some_groups
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fpo.scoring import Layout, pack
-from fpo.scoring.hookpoints import capture
 
 pytestmark = pytest.mark.families
 
 FOUND: dict[str, str] = {}
-
-
-def separate(model: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
-    """Log-probs and hookpoint outputs at the scored positions, one unpadded sequence at a time through transformers."""
-    ids, splits = pairs()
-    logps, residuals = [], []
-    for row, (prompt, _, _) in enumerate(SHAPES):
-        start, chosen, rejected, end = splits[3 * row : 3 * row + 4]
-        for first, last in ((chosen, rejected), (rejected, end)):
-            tokens = torch.tensor(np.concatenate([ids[start:chosen], ids[first:last]]).astype(np.int64))
-            with capture(model, [name]) as outputs:
-                logits = type(model).forward(model, input_ids=tokens[None], use_cache=False).logits[0].float()
-            at = torch.arange(max(prompt, 1), len(tokens))
-            logps.append(logits[at - 1].log_softmax(-1)[torch.arange(len(at)), tokens[at]])
-            residuals.append(outputs[name][0, at - 1])
-    return torch.cat(logps), torch.cat(residuals)
 
 
 def gradients(model: PreTrainedModel, logps: Tensor, residuals: Tensor) -> dict[str, Tensor]:
@@ -50,10 +33,10 @@ def test_a_family_is_measured_as_by_separate_forwards_or_refused(case: str) -> N
     FOUND[case] = outcome(model)
     if FOUND[case].startswith("refused: "):
         return
-    expected = separate(model, hookpoint(model))
+    groups = some_groups(SHAPES)
+    expected = separate_forwards(model, *groups, hookpoint(model))
     expected_grads = gradients(model, *expected)
-    ids, splits = pairs()
-    scores = model(**pack(ids, splits, Layout(FOUND[case]))._asdict())
+    scores = model(**pack(*groups, Layout(FOUND[case]))._asdict())
     grads = gradients(model, scores.token_logps, scores.residuals[0])
 
     torch.testing.assert_close(scores.token_logps, expected[0], rtol=1e-4, atol=1e-4)

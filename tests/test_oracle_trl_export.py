@@ -96,10 +96,10 @@ def our_losses(model_folder, cache) -> list[float]:
     losses = []
     for step in range(STEPS):
         batch = pairs.take(np.arange(step * BATCH, (step + 1) * BATCH))
-        packed = pack(batch.input_ids, batch.splits)
+        packed = pack(batch.input_ids, batch.splits, batch.n_completions)
         scores = policy(**packed._asdict())
-        logps = sum_logps(scores.token_logps, packed.completion, len(packed.lengths)).view(-1, 2)
-        counts = packed.lengths.view(-1, 2)
+        logps = sum_logps(scores.token_logps, packed).view(-1, 2)
+        counts = packed.counts.view(-1, 2)
         reference = torch.from_numpy(batch.ref_logps)
         value = dpo(PairLogps(logps, logps / counts), PairLogps(reference, reference / counts), beta=BETA)
         value.losses.mean().backward()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from family_models import build
-from test_scoring_packing import SHAPES, separate_forwards, some_pairs
+from test_scoring_packing import SHAPES
+from tiny_groups import separate_forwards, some_groups
 from tiny_models import FAMILIES, ROWS_FAMILIES, layer_of, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, PreTrainedModel, T5Config
@@ -18,15 +19,16 @@ from fpo.errors import ModelError
 from fpo.scoring import Layout, choose_layout, extremes, install_scoring, load_model, load_tokenizer, pack
 from fpo.scoring import check as check_module
 from fpo.scoring.families import silence_dropout
+from fpo.scoring.packing import attention_mask
 
 # Longer than every window below, and a short pair behind it.
 LONG_AND_SHORT = [(20, 20, 12), (2, 3, 4)]
 
 
-def checked(model: PreTrainedModel, shapes: list[tuple[int, int, int]] = LONG_AND_SHORT) -> Layout:
+def checked(model: PreTrainedModel, shapes: list[tuple[int, ...]] = LONG_AND_SHORT) -> Layout:
     silence_dropout(model)
     install_scoring(model)
-    return choose_layout(model, *some_pairs(shapes))
+    return choose_layout(model, *some_groups(shapes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,15 +41,15 @@ def test_what_cannot_share_a_prompt_stands_in_rows_with_the_same_numbers_hookpoi
     model = tiny_model(family)
     assert checked(model) is Layout.ROWS
     hookpoint = layer_of(family)
-    ids, splits = some_pairs()
+    groups = some_groups(SHAPES)
     weights = torch.randn(sum(chosen + rejected for _, chosen, rejected in SHAPES))
-    expected_logps, expected_residuals = separate_forwards(model, ids, splits, hookpoint)
+    expected_logps, expected_residuals = separate_forwards(model, *groups, hookpoint)
     ((expected_logps * weights).sum() + expected_residuals.square().sum()).backward()
     expected_grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
     install_scoring(model, (hookpoint,))
-    scores = model(**pack(ids, splits, Layout.ROWS)._asdict())
+    scores = model(**pack(*groups, Layout.ROWS)._asdict())
     ((scores.token_logps * weights).sum() + scores.residuals[0].square().sum()).backward()
 
     torch.testing.assert_close(scores.token_logps, expected_logps, rtol=1e-5, atol=1e-5)
@@ -59,28 +61,14 @@ def test_what_cannot_share_a_prompt_stands_in_rows_with_the_same_numbers_hookpoi
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
 def test_both_layouts_score_an_empty_prompt_and_a_completion_of_one_token_alike(family: str) -> None:
-    shapes = [(0, 4, 1), (3, 1, 1), (0, 1, 1), (1, 1, 2)]
     model = tiny_model(family)
     install_scoring(model)
-    ids, splits = some_pairs(shapes)
-    rows = pack(ids, splits, Layout.ROWS)
-    assert rows.lengths.tolist() == [3, 0, 1, 1, 0, 0, 1, 2]
-    assert rows.targets.tolist() == pack(ids, splits).targets.tolist()
-    scores = model(**rows._asdict()).token_logps
-    alone = [logps for pair in range(4) for _, logps in check_module._plain(model, ids, splits.astype(np.int64), pair)]
-    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-5, atol=1e-5)
-
-
-def test_rows_hold_the_prompt_before_each_completion() -> None:
-    """Prompt 10 11, chosen 20 21 22, rejected 30."""
-    rows = pack(np.array([10, 11, 20, 21, 22, 30]), np.array([0, 2, 5, 6]), Layout.ROWS, pad_id=0)
-    assert rows.layout is Layout.ROWS
-    assert rows.input_ids.tolist() == [[10, 11, 20, 21, 22, 0, 0, 0], [10, 11, 30, 0, 0, 0, 0, 0]]
-    assert rows.position_ids.tolist() == [list(range(8))] * 2
-    assert (rows.pair.tolist(), rows.branch.tolist()) == ([[0], [0]], [[1], [2]])
-    assert rows.predictors.tolist() == [1, 2, 3, 9]
-    assert rows.targets.tolist() == [20, 21, 22, 30]
-    assert rows.lengths.tolist() == [3, 1]
+    groups = some_groups([(0, 4, 1), (3, 1, 1), (0, 1), (1, 1, 2, 1)])
+    rows = pack(*groups, Layout.ROWS)
+    assert rows.lengths.tolist() == [3, 0, 1, 1, 0, 1, 2, 1]
+    assert rows.targets.tolist() == pack(*groups).targets.tolist()
+    alone = [check_module._plain(model, sequence).logps for sequence in check_module._Groups(*groups).sequences()]
+    torch.testing.assert_close(model(**rows._asdict()).token_logps, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +78,7 @@ def test_what_a_family_does_not_read_in_its_config_changes_nothing(stray: dict[s
     plain, with_stray = tiny_model("llama"), tiny_model("llama", **stray)
     for model in (plain, with_stray):
         assert checked(model) is Layout.PACKED
-    packed = pack(*some_pairs())
+    packed = pack(*some_groups(SHAPES))
     assert torch.equal(plain(**packed._asdict()).token_logps, with_stray(**packed._asdict()).token_logps)
 
 
@@ -112,7 +100,7 @@ def test_positions_that_depend_on_the_batch_are_refused_beyond_their_reach(case:
         checked(model, [(30, 40, 20), (1, 2, 3)])
     assert checked(model) is Layout.PACKED
     with pytest.raises(ModelError, match="a sequence of 70 tokens, and beyond 64"):
-        model(**pack(*some_pairs([(30, 40, 20)]))._asdict())
+        model(**pack(*some_groups([(30, 40, 20)]))._asdict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,7 +113,7 @@ def test_attention_by_the_place_in_the_row_is_never_packed_beyond_its_reach(dtyp
     assert checked(model) is Layout.ROWS
     assert checked(model, [(10, 20, 10), (2, 3, 4)]) is Layout.PACKED
     with pytest.raises(ModelError, match="a packed row of 56 tokens, and beyond 47"):
-        model(**pack(*some_pairs(LONG_AND_SHORT))._asdict())
+        model(**pack(*some_groups(LONG_AND_SHORT))._asdict())
 
 
 def test_rounding_of_bfloat16_does_not_hide_a_wrong_layout() -> None:
@@ -141,7 +129,7 @@ def test_a_family_whose_own_forward_fails_says_so() -> None:
 def test_dropout_is_off_wherever_a_family_reads_it_and_stays_in_the_saved_config(case: str) -> None:
     model = build(case)
     assert checked(model) is Layout.PACKED
-    packed = pack(*some_pairs())
+    packed = pack(*some_groups(SHAPES))
     evaluated = model(**packed._asdict()).token_logps
     model.train()
     assert torch.equal(model(**packed._asdict()).token_logps, evaluated)
@@ -171,10 +159,26 @@ def test_a_state_that_a_longer_batch_leaves_behind_is_found() -> None:
         checked(model)
 
 
+def test_groups_of_any_size_are_checked_completion_by_completion() -> None:
+    shapes = [(3, 5, 1, 2, 9, 1, 4, 1, 3, 2), (12, 9), (0, 4, 1, 7), (0, 1)]
+    assert checked(tiny_model("gemma2"), shapes) is Layout.PACKED
+    assert checked(tiny_model("bloom"), shapes) is Layout.ROWS
+
+
+def test_a_mask_that_is_wrong_for_the_third_completion_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the third completion for the second, so that the third looks at both."""
+    monkeypatch.setattr(
+        "fpo.scoring.masks.attention_mask",
+        lambda group, branch, *rest: attention_mask(group, branch.clamp(max=2), *rest),
+    )
+    assert checked(tiny_model("llama"), [(3, 4, 5), (2, 3)]) is Layout.PACKED
+    assert checked(tiny_model("llama"), [(3, 4, 5, 6), (2, 3)]) is Layout.ROWS
+
+
 def test_a_wrong_mask_is_found_and_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "fpo.scoring.masks.attention_mask",
-        lambda pair, *_: torch.ones(pair.shape[0], 1, pair.shape[1], pair.shape[1], dtype=torch.bool).tril(),
+        lambda group, *_: torch.ones(group.shape[0], 1, group.shape[1], group.shape[1], dtype=torch.bool).tril(),
     )
     assert checked(tiny_model("llama")) is Layout.ROWS
 
@@ -219,14 +223,28 @@ def test_rounding_refuses_no_pair_of_short_answers() -> None:
     for row in map(json.loads, lines):
         prompt, chosen, rejected = (tokenizer(row[side])["input_ids"] for side in ("prompt", "chosen", "rejected"))
         ids = np.array([*prompt[-60:], chosen[1], rejected[-1]])
-        assert choose_layout(model, ids, np.array([0, len(ids) - 2, len(ids) - 1, len(ids)])) is Layout.PACKED
+        assert (
+            choose_layout(model, ids, np.array([0, len(ids) - 2, len(ids) - 1, len(ids)]), np.array([2]))
+            is Layout.PACKED
+        )
 
 
-def test_extremes_are_the_longest_sequence_the_longest_pair_and_the_shortest() -> None:
-    """Sequences 150 170 12 170, pairs 290 190 22 180."""
-    lengths = np.array([[10, 140, 140], [150, 20, 20], [2, 10, 10], [160, 10, 10]])
-    assert extremes(lengths).tolist() == [1, 0, 2]
-    assert extremes(lengths[:1]).tolist() == [0]
+def few_of(shapes: list[tuple[int, ...]]) -> list[int]:
+    _, splits, n_completions = some_groups(shapes)
+    return extremes(splits, n_completions).tolist()
+
+
+def test_extremes_are_the_longest_sequence_the_longest_group_the_largest_and_the_shortest() -> None:
+    """Sequences 150 170 12 170 15 13, groups 290 190 22 180 25 16; the last two have three completions."""
+    shapes = [(10, 140, 140), (150, 20, 20), (2, 10, 10), (160, 10, 10), (10, 5, 5, 5), (10, 3, 2, 1)]
+    assert few_of(shapes[:4]) == [1, 0, 2]
+    assert few_of(shapes) == [1, 0, 4, 5]
+    assert few_of(shapes[:1]) == [0]
+
+
+def test_the_shortest_group_stands_last_also_where_it_has_the_longest_sequence() -> None:
+    """Sequences 10 and 8, groups 11 and 14."""
+    assert few_of([(2, 8, 1), (2, 6, 6)]) == [1, 0]
 
 
 def test_the_check_looks_at_evenly_spaced_tokens_where_all_logits_would_be_too_much(
@@ -254,7 +272,7 @@ def test_a_layer_of_parallel_streams_says_what_to_name_instead() -> None:
     model = build("gemma3n_text")
     install_scoring(model, ("model.layers.1",))
     with pytest.raises(ModelError, match=r"model.layers.1 gives 4 streams per token.*model.layers.1.mlp"):
-        model(**pack(*some_pairs())._asdict())
+        model(**pack(*some_groups(SHAPES))._asdict())
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -262,6 +280,6 @@ def test_padding_gives_no_gradient_of_nan_where_its_embedding_would_be_zero(layo
     """Gemma 3n divides by the norm of its streams; its token 0 is padding, with an embedding of zeros."""
     model = build("gemma3n_text")
     install_scoring(model)
-    packed = pack(*some_pairs(), layout)
+    packed = pack(*some_groups(SHAPES), layout)
     model(**packed._asdict()).token_logps.sum().backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

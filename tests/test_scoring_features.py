@@ -16,8 +16,7 @@ from fpo.scoring.features import (
     sparse_rows,
     union,
 )
-from fpo.scoring.sae.encoder import Sae
-from fpo.scoring.sae.formats import SaeArrays, SaeFacts
+from fpo.scoring.sae import Sae, SaeArrays, SaeFacts
 
 
 def relu_identity(size: int = 5) -> Sae:
@@ -38,6 +37,30 @@ def test_top_features_are_the_largest_means_in_ascending_order() -> None:
     assert kept.counts.tolist() == [2, 2]
     assert kept.active.tolist() == [4, 2]
     assert kept.tail_sq.tolist() == [1.25, 0.0]
+
+
+@pytest.mark.parametrize("top_k", ["all", 2])
+def test_a_completion_of_which_no_token_counts_has_no_features(top_k: int | str) -> None:
+    """The two completions with empty ones before, between and behind them."""
+    lengths = torch.tensor([0, 2, 0, 0, 1, 0])
+    kept = pool_top_features(relu_identity(), RESIDUAL, lengths, top_k)  # type: ignore[arg-type]
+    alone = pool_top_features(relu_identity(), RESIDUAL, LENGTHS, top_k)  # type: ignore[arg-type]
+    assert kept.indices.tolist() == alone.indices.tolist()
+    assert kept.acts.tolist() == alone.acts.tolist()
+    for name in ("counts", "active", "tail_sq"):
+        one, other = getattr(alone, name).tolist()
+        assert getattr(kept, name).tolist() == [0, one, 0, 0, other, 0], name
+    top = policy_top(relu_identity(), RESIDUAL, lengths, 3)
+    assert top.valid.any(1).tolist() == [False, True, False, False, True, False]
+    columns = relu_identity().pooled_columns(RESIDUAL, lengths.tolist(), torch.zeros(6, 1, dtype=torch.long))
+    assert columns[:, 0].tolist() == [0, 2.0, 0, 0, 0, 0]
+
+
+def test_a_batch_of_no_counted_token_and_one_of_no_completion_have_no_features() -> None:
+    for lengths in (torch.tensor([0, 0]), torch.tensor([], dtype=torch.long)):
+        kept = pool_top_features(relu_identity(), RESIDUAL[:0], lengths, 2)
+        assert (kept.indices.tolist(), kept.acts.tolist()) == ([], [])
+        assert kept.active.tolist() == kept.counts.tolist() == kept.tail_sq.tolist() == [0] * len(lengths)
 
 
 @pytest.mark.parametrize("top_k", ["all", 5, 4])

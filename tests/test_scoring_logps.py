@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fpo.scoring import logps as logps_module
 from fpo.scoring.logps import sum_logps, token_logps
+from fpo.scoring.packing import pack
 
 
 class Capped(nn.Module):
@@ -63,6 +65,9 @@ def test_chunks_never_hold_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sums_go_to_their_completion() -> None:
-    """Completions of 2, 0 and 1 tokens."""
-    sums = sum_logps(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 2]), 3)
-    assert sums.tolist() == [-3.0, 0.0, -4.0]
+    """Completions of 2 and 1 tokens behind a prompt, and one of 1 token behind none, which is not scored."""
+    groups = np.arange(5), np.array([0, 1, 3, 4, 4, 5]), np.array([2, 1])
+    logps = torch.tensor([-1.0, -2.0, -4.0])
+    assert sum_logps(logps, pack(*groups)).tolist() == [-3.0, -4.0, 0.0]
+    masked = pack(*groups, score_mask=np.array([0, 1, 0], np.uint8))
+    assert sum_logps(logps, masked).tolist() == [-2.0, 0.0, 0.0]

@@ -49,7 +49,7 @@ def balancing_loss(per_layer: list[Tensor], experts: int, top_k: int) -> Tensor:
 
 @pytest.mark.parametrize("family", sorted(EXPERTS))
 def test_the_routers_loss_is_that_of_separate_rows_over_the_same_tokens(family: str) -> None:
-    """Two pairs of other lengths, so rows are padded. The prompt counts once."""
+    """Two groups of other lengths, so rows are padded. The prompt counts once."""
     model = tiny_experts(family)
     rng = np.random.default_rng(0)
     sizes = np.array([5, 9, 4, 3, 2, 7])
@@ -68,8 +68,8 @@ def test_the_routers_loss_is_that_of_separate_rows_over_the_same_tokens(family: 
     assert float(whole.aux_loss.detach()) == pytest.approx(float(balancing_loss(gates, 4, 2).detach()), rel=1e-5)
 
     install_scoring(model, routers=True)
-    packed = pack(ids, splits)
-    assert (packed.pair == -1).any()
+    packed = pack(ids, splits, np.array([2, 2]))
+    assert (packed.group == -1).any()
     found = model(**packed._asdict()).router_loss
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
     found.backward()

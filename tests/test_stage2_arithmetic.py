@@ -102,7 +102,8 @@ def test_parity_refuses_an_offset_in_one_direction_that_is_small_in_size(world: 
         parity_of(world, recipe, model)
     pairs = random_pairs(PairStream(find_cache(recipe, world.store), 0, seed=3, per_device=4), 32)
     with torch.no_grad():
-        apart = model(**pack(pairs.input_ids, pairs.splits)._asdict()).token_logps - torch.from_numpy(pairs.token_logps)
+        scores = model(**pack(pairs.input_ids, pairs.splits, pairs.n_completions)._asdict())
+    apart = scores.token_logps - torch.from_numpy(pairs.token_logps)
     assert float(apart.abs().mean()) < 1e-3
     assert float(apart.mean()) < -OFFSET_TOLERANCE["float32"]
 

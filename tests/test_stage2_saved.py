@@ -41,7 +41,7 @@ def adapted(tmp_path: Path) -> TinyWorld:
 def trained(recipe: Recipe, cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Train; token log-probs of the cache's pairs by the policy in memory, just before it is saved."""
     pairs = cache.shard(0)
-    packed = pack(pairs.input_ids, pairs.splits)
+    packed = pack(pairs.input_ids, pairs.splits, pairs.n_completions)
     found: list[Tensor] = []
     save = aligning.save_policy
 

@@ -213,7 +213,9 @@ def _content_size(frame: memoryview) -> int:
         return -1
     descriptor = frame[4]
     has_checksum, has_dictionary, single_segment = descriptor & 4, descriptor & 3, descriptor & 32
-    if not has_checksum or has_dictionary:
+    # A decoder passes over the unused bit: with it set, the same array would have a second spelling.
+    reserved_or_unused = descriptor & 24
+    if not has_checksum or has_dictionary or reserved_or_unused:
         return -1
     width = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
     start = 5 if single_segment else 6

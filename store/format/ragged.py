@@ -18,10 +18,11 @@ I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
 
-def starts_of(lengths: NDArray[np.integer[Any]]) -> I64:
+def starts_of(lengths: ArrayLike) -> I64:
     """(n,) segment lengths -> (n+1,) splits."""
-    splits = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=splits[1:])
+    sizes = np.asarray(lengths, dtype=np.int64)
+    splits = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=splits[1:])
     return splits
 
 
