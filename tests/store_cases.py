@@ -155,8 +155,12 @@ class World:
         self.groups = groups.with_columns([make_column(spec, groups, seed) for seed, spec in enumerate(specs)])
         self.plan = PLAN
         self.recipe = make_recipe(groups, self.plan)
-        self.key = cache_key(self.recipe)
         self.bounds = recipe_facts(self.recipe).bounds
+
+    @property
+    def key(self) -> str:
+        """Of the cache, as its recipe is now."""
+        return cache_key(self.recipe)
 
     @property
     def path(self) -> Path:

@@ -72,7 +72,7 @@ def hostile(world: World) -> str:
     }
     theirs = World(world.store.root, specs=(FEATURES | {"hookpoint": EVIL}, EVERY_FEATURE | {"hookpoint": EVIL}))
     theirs.recipe["scorer"][EVIL] = EVIL
-    theirs.key = fill(theirs, {"inputs": evil})
+    fill(theirs, {"inputs": evil})
     fill_column(theirs, 0, {"sae": EVIL, EVIL: EVIL})
     theirs.column_writer(1)
     return theirs.key
@@ -224,7 +224,7 @@ def test_usage_tells_the_arrays_of_base_and_columns_apart(world, fpo):
 def test_diff_names_the_columns_that_one_cache_lacks(world, fpo):
     other = World(world.store.root, specs=(EVERY_FEATURE,))
     other.recipe["groups"]["seed"] = 8
-    other.key = fill(other, {})
+    fill(other, {})
     said = fpo("store", "diff", world.key, other.key, "--store", world.store.root)
     assert "groups.seed: 7 -> 8  (the same groups in another order)" in said
     assert f"only {world.key[:12]} has features at model.layers.0, top 4: org/sae-a [5a5a5a5a]" in said
