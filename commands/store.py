@@ -197,9 +197,9 @@ def store_verify(
         if "recompute" in facts:
             found = facts["recompute"]
             print(
-                f"{found['groups']} groups scored again: token log-probs differ by {found['worst']:.2g} nats at most per "
-                f"completion (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} % "
-                f"of a completion's (tolerance {100 * found['feature_tolerance']:g} %)"
+                f"{found['groups']} groups scored again: token log-probs of a completion differ by {found['worst']:.2g} "
+                f"nats at most (tolerance {found['tolerance']:g}), its activations by "
+                f"{100 * found['worst_features']:.2g} % (tolerance {100 * found['feature_tolerance']:g} %)"
             )
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
