@@ -17,17 +17,22 @@ from fpo.commands.wording import age, indented, size, with_numbers
 from fpo.errors import FpoError
 
 if TYPE_CHECKING:
-    from fpo.store import RemoteStore, Store, Summary, TransferReport
+    from fpo.store import AllOrKeys, ColumnSummary, RemoteStore, Store, Summary, TransferReport
 
 store_app = typer.Typer(help="The caches of a store: look, name, doubt, move, remove.", no_args_is_help=True)
 
 Key = Annotated[str, typer.Argument(help="Cache key, any unique prefix of it, or a tag.", metavar="KEY")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="Of the columns only this one, by the start of its key; repeatable.", metavar="KEY"),
+]
+NoColumns = Annotated[bool, typer.Option("--no-columns", help="The base alone.")]
 Url = Annotated[str, typer.Argument(help="Where to: a URL or a folder.", metavar="URL")]
 
 
 @store_app.command("ls")
 def store_ls(store: StoreOption = None, as_json: AsJson = False) -> None:
-    """List the caches: size, pairs, what they were made from, age, last use, complete or how far."""
+    """List the caches and their columns: size, groups, what they were made from, age, last use, complete or how far."""
     from fpo.store import Store, open_store
 
     opened = open_store(existing_root(store))
@@ -36,15 +41,15 @@ def store_ls(store: StoreOption = None, as_json: AsJson = False) -> None:
         print(json.dumps([_summary_facts(summary) for summary in summaries], indent=2))
         return
     if summaries:
-        print(f"{'KEY':<14}{'PAIRS':>10}{'SIZE':>11}  {'STATE':<16}{'CREATED':<12}{'USED':<12}TAGS")
+        print(f"{'KEY':<14}{'GROUPS':>10}{'SIZE':>11}  {'STATE':<16}{'CREATED':<12}{'USED':<12}TAGS")
     else:
         print(f"no caches in {store_root(store)}")
     for summary in summaries:
         print(
-            f"{summary.key[:12]:<14}{summary.n_pairs:>10,}{size(summary.n_bytes):>11}  {summary.state:<16}"
+            f"{summary.key[:12]:<14}{summary.n_groups:>10,}{size(summary.n_bytes):>11}  {summary.state:<16}"
             f"{age(summary.created):<12}{age(summary.used):<12}{', '.join(summary.tags) or '-'}"
         )
-        _print_names(summary)
+        _print_names(summary, _MOST_COLUMNS)
     here = {summary.key for summary in summaries}
     for name, key in opened.tags().items() if isinstance(opened, Store) else ():
         if key not in here:
@@ -58,16 +63,20 @@ def store_show(
     usage: Annotated[bool, typer.Option("--usage", help="Bytes of every array; reads all shards.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a complete cache was made from, its self-check and drop report, and with --usage where its bytes go."""
-    from fpo.store import counted, disk_usage, open_cache, open_store, printable
+    """
+    What a complete cache was made from, its columns, self-check and drop report; with --usage where its bytes go.
+    """
+    from fpo.store import counted, disk_usage, look_at_columns, open_cache, open_store, printable
 
     opened = open_store(store_root(store))
-    cache = open_cache(opened, key)
+    cache = open_cache(opened, key, columns="all" if usage else ())
+    columns = look_at_columns(cache.folder, cache.key)
     facts: dict[str, Any] = {
         "key": cache.key,
         "manifest_digest": cache.digest,
         "recipe": cache.recipe,
         "manifest": cache.manifest.model_dump(mode="json"),
+        "columns": [_column_facts(column) for column in columns],
     }
     if usage:
         with shard_bar("usage") as advance:
@@ -77,19 +86,22 @@ def store_show(
         return
     print(f"key         {cache.key}\nmanifest    {cache.digest}")
     print(
-        f"pairs       {cache.n_pairs:,} in {counted(len(cache.shard_pairs), 'shard')}, "
-        f"{cache.manifest.n_tokens:,} tokens, {size(cache.manifest.n_bytes)}"
+        f"groups      {cache.n_groups:,} in {counted(len(cache.shard_groups), 'shard')}, "
+        f"{cache.n_completions:,} completions, {cache.manifest.n_tokens:,} tokens, {size(cache.manifest.n_bytes)}"
     )
+    for column in columns:
+        print(f"column      {_column_line(column)}")
     for name, label in _made_from(opened, cache.key):
         print(f"{name:<12}{label}")
-    for section in ("scorer", "pairs"):
+    for section in ("scorer", "groups"):
         print(f"{section}\n{indented(cache.recipe[section])}")
     for name, fact in cache.manifest.facts.items():
         print(f"{printable(name)}\n{indented(with_numbers(fact))}")
     if usage:
         print(f"{'ARRAY':<32}{'ON DISK':>12}{'IN MEMORY':>12}")
         for array in facts["usage"]:
-            print(f"{array['name']:<32}{size(array['stored']):>12}{size(array['raw']):>12}")
+            name = f"{array['column'][:12]}/{array['name']}" if array["column"] else array["name"]
+            print(f"{name:<32}{size(array['stored']):>12}{size(array['raw']):>12}")
 
 
 @store_app.command("diff")
@@ -99,13 +111,14 @@ def store_diff(
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Why two caches are not one: the fields that differ, with both values."""
+    """Why two caches are not one: the fields that differ, with both values, and the columns that one of them lacks."""
     from fpo.store import diff
 
     report = diff(store_root(store), here, there)
     if as_json:
         facts = {part: [vars(one) for one in getattr(report, part)] for part in ("recipe", "inputs")}
-        print(json.dumps({"here": report.here, "there": report.there, **facts}, indent=2))
+        columns = {"only_here": report.only_here, "only_there": report.only_there}
+        print(json.dumps({"here": report.here, "there": report.there, **facts, "columns": columns}, indent=2))
         return
     if not report.recipe:
         print("the same cache")
@@ -115,6 +128,9 @@ def store_diff(
         print("made from:")
         for difference in report.inputs:
             print(f"  {difference}")
+    for key, labels in ((report.here, report.only_here), (report.there, report.only_there)):
+        for label in labels:
+            print(f"only {key[:12]} has {label}")
 
 
 @store_app.command("tag")
@@ -148,39 +164,42 @@ def store_verify(
         Literal["sizes", "checksums", "all"],
         typer.Option(help="Of the shards: their size; every byte; also decoding and every invariant."),
     ] = "all",
+    column: Columns = None,
+    no_columns: NoColumns = False,
     recompute: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Also score N random pairs again; needs --recipe.")
+        int | None, typer.Option(min=1, metavar="N", help="Also score N random groups again; needs --recipe.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose reference and SAEs score them.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random pairs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random groups.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Doubt a cache. Exit code 1 where anything is wrong, naming every file."""
+    """Doubt a cache and its columns. Exit code 1 where anything is wrong, naming every file."""
     from fpo.store import counted, verify
 
     if recompute is not None and recipe is None:
         raise FpoError("--recompute needs --recipe: a cache holds the digests of its reference, not where it lies")
     root = store_root(store)
     with shard_bar("verify") as advance:
-        report = verify(root, key, advance, level)
-    facts: dict[str, Any] = {
-        "key": report.key,
-        "shards": report.shards,
-        "pairs": report.pairs,
-        "problems": report.problems,
-    }
+        report = verify(root, key, advance, level, _meant(column, no_columns))
+    facts: dict[str, Any] = vars(report)
     if report.ok and recompute is not None and recipe is not None:
         facts["recompute"] = _recomputed(root, report.key, recompute, recipe, seed)
     if as_json:
         print(json.dumps(facts, indent=2))
     elif report.ok:
-        print(f"{report.key[:12]}: {counted(report.shards, 'shard')}, {report.pairs:,} pairs: {_PASSED[level]}")
+        beside = f" and {counted(len(report.columns), 'column')}" if report.columns else ""
+        print(
+            f"{report.key[:12]}: {counted(report.shards, 'shard')}, {counted(report.groups, 'group')}{beside}: "
+            f"{_PASSED[level]}"
+        )
+        for note in report.notes:
+            print(note)
         if "recompute" in facts:
             found = facts["recompute"]
             print(
-                f"{found['pairs']} pairs scored again: token log-probs differ by {found['worst']:.2g} nats at most per "
-                f"pair (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} % of a "
-                f"completion (tolerance {100 * found['feature_tolerance']:g} %)"
+                f"{found['groups']} groups scored again: token log-probs differ by {found['worst']:.2g} nats at most in "
+                f"the mean of a completion (tolerance {found['tolerance']:g}), its activations by "
+                f"{100 * found['worst_features']:.2g} % (tolerance {100 * found['feature_tolerance']:g} %)"
             )
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
@@ -195,12 +214,22 @@ _PASSED = {
 
 
 @store_app.command("push")
-def store_push(key: Key, url: Url, store: StoreOption = None, threads: int = 8, as_json: AsJson = False) -> None:
-    """Copy a complete cache to another store; only missing objects move, every byte is verified."""
+def store_push(
+    key: Key,
+    url: Url,
+    store: StoreOption = None,
+    column: Columns = None,
+    no_columns: NoColumns = False,
+    threads: int = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a complete cache and its columns to another store; only missing objects move, every byte is verified."""
     from fpo.store import push
 
     with byte_bar("push") as advance:
-        report = push(store_root(store), key, url, threads=threads, on_object=advance)
+        report = push(
+            store_root(store), key, url, columns=_meant(column, no_columns), threads=threads, on_object=advance
+        )
     _print_transfer("pushed", report, as_json)
 
 
@@ -209,15 +238,25 @@ def store_pull(
     key: Key,
     url: Annotated[str, typer.Argument(help="Where from: a URL or a folder.", metavar="URL")],
     store: StoreOption = None,
+    column: Columns = None,
+    no_columns: NoColumns = False,
     repair: Annotated[bool, typer.Option("--repair", help="Read a complete copy too and replace damage.")] = False,
     threads: int = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Copy a complete cache from another store; an interrupted pull continues."""
+    """Copy a complete cache and its columns from another store; an interrupted pull continues."""
     from fpo.store import pull
 
     with byte_bar("pull") as advance:
-        report = pull(url, key, store_root(store), threads=threads, repair=repair, on_object=advance)
+        report = pull(
+            url,
+            key,
+            store_root(store),
+            columns=_meant(column, no_columns),
+            threads=threads,
+            repair=repair,
+            on_object=advance,
+        )
     _print_transfer("pulled", report, as_json)
 
 
@@ -228,7 +267,7 @@ def store_export(
     to: Annotated[Literal["trl"], typer.Option("--to", help="For whom.")],
     store: StoreOption = None,
 ) -> None:
-    """Write a cache as a `datasets` folder that TRL's own DPOTrainer trains from (docs/export.md)."""
+    """Write a cache of pairs as a `datasets` folder that TRL's own DPOTrainer trains from (docs/export.md)."""
     from fpo.store import export_trl, open_cache
 
     quiet_libraries()
@@ -241,20 +280,32 @@ def store_export(
 def store_rm(
     key: Key,
     store: StoreOption = None,
+    column: Annotated[
+        str | None, typer.Option(help="Only this column of it, by the start of its key.", metavar="KEY")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
 ) -> None:
-    """Remove a cache that nobody uses; says what would go, and asks. Tagged ones stay until fpo store untag."""
-    from fpo.store import Store, removable, rm
+    """
+    Remove a cache that nobody uses, or one column of it; says what would go, and asks. Tagged ones stay until fpo store
+    untag.
+    """
+    from fpo.store import Store, removable, removable_column, rm
 
     opened = Store(existing_root(store))
     doomed = removable(opened, key)
-    print(f"{doomed.key[:12]}  {doomed.n_pairs:,} pairs, {size(doomed.n_bytes)}, {doomed.state}")
-    _print_names(doomed)
+    again = doomed.key[:12]
+    if column is None:
+        print(f"{doomed.key[:12]}  {doomed.n_groups:,} groups, {size(doomed.n_bytes)}, {doomed.state}")
+        _print_names(doomed, len(doomed.columns))
+    else:
+        part = removable_column(opened, doomed.key, column)
+        again += f" --column {part.key[:12]}"
+        print(f"{doomed.key[:12]}  column {_column_line(part)}")
     if not yes:
         if not sys.stdin.isatty():
-            raise FpoError(f"nothing is removed without a yes; to remove it: fpo store rm {doomed.key[:12]} --yes")
+            raise FpoError(f"nothing is removed without a yes; to remove it: fpo store rm {again} --yes")
         typer.confirm("remove it?", abort=True)
-    removed = rm(opened, doomed.key)
+    removed = rm(opened, doomed.key, column)
     print(f"removed {removed.key[:12]} ({size(removed.n_bytes)})")
 
 
@@ -264,7 +315,9 @@ def store_gc(
     unused_days: Annotated[
         float | None, typer.Option(help="Also complete caches that nobody opened for so long.")
     ] = None,
-    unfinished_days: Annotated[float, typer.Option(help="Unfinished caches that nobody worked on for so long.")] = 14,
+    unfinished_days: Annotated[
+        float, typer.Option(help="Unfinished caches and columns that nobody worked on for so long.")
+    ] = 14,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -280,6 +333,7 @@ def store_gc(
         for item in found.items:
             kept = ", in use, kept" if item.in_use else ""
             name = item.key[:12] if item.key else printable(item.path.name)
+            name += f" column {item.column[:12]}" if item.column else ""
             print(f"{size(item.n_bytes):>11}  {name}: {item.reason}{kept}")
         for note in found.notes:
             print(f"{'':>11}  {note}")
@@ -305,39 +359,84 @@ def _summary_facts(summary: Summary) -> dict[str, Any]:
         "key": summary.key,
         "state": summary.state,
         "complete": summary.complete,
-        "pairs": summary.n_pairs,
+        "groups": summary.n_groups,
+        "completions": summary.n_completions,
         "bytes": summary.n_bytes,
+        "base_bytes": summary.base.n_bytes,
         "created": summary.created.isoformat(),
         "used": summary.used.isoformat() if summary.used else None,
         "tags": list(summary.tags),
         "reference": summary.reference,
-        "features": summary.features,
         "data": summary.data,
+        "columns": [_column_facts(column) for column in summary.columns],
         "problem": summary.problem,
     }
+
+
+def _column_facts(column: ColumnSummary) -> dict[str, Any]:
+    return {
+        "key": column.key,
+        "name": column.label,
+        "spec": column.spec,
+        "state": column.state,
+        "complete": column.complete,
+        "shards": column.extent.shards_total,
+        "shards_done": column.extent.shards_done,
+        "bytes": column.n_bytes,
+        "problem": column.problem,
+    }
+
+
+def _column_line(column: ColumnSummary) -> str:
+    """b87d956baeee  features at model.layers.12, top 64: sae [9b01e2aa], complete, 12.5 MiB"""
+    return f"{column.key[:12]}  {column.label}, {column.state}, {size(column.n_bytes)}"
+
+
+def _meant(column: list[str] | None, no_columns: bool) -> AllOrKeys:
+    """Which columns, by the options of a command."""
+    if no_columns and column:
+        raise typer.BadParameter("--column and --no-columns exclude each other")
+    return () if no_columns else (column or "all")
 
 
 def _print_transfer(verb: str, report: TransferReport, as_json: bool) -> None:
     from fpo.store import counted
 
     if as_json:
-        print(json.dumps(vars(report), indent=2))
+        totals = {
+            name: getattr(report, name) for name in ("manifest_digest", "moved", "present", "n_bytes", "repaired")
+        }
+        columns = [vars(column) for column in report.columns]
+        print(json.dumps({**vars(report), **totals, "base": vars(report.base), "columns": columns}, indent=2))
         return
     print(
         f"{verb} {report.key[:12]} to {report.target}: {counted(report.moved, 'object')} moved "
         f"({size(report.n_bytes)}), {report.present} there already, {report.seconds:.1f} s; "
         f"manifest {report.manifest_digest[:12]}"
     )
+    for column in report.columns:
+        print(f"  column {column.key[:12]}, {column.name}: {column.moved} moved, {column.present} there already")
+    if not report.listed and not report.columns:
+        print("the base alone: its columns cannot be listed there, name each by its 64 digits with --column")
     if report.tag:
         print(f"tag {report.tag} stands for it there, too")
     for name in report.repaired:
         print(f"repaired {name}")
 
 
-def _print_names(summary: Summary) -> None:
-    for label in (summary.reference, *summary.features, summary.data):
+_MOST_COLUMNS = 4
+"""Of one cache in the listing; `show` has them all."""
+
+
+def _print_names(summary: Summary, most: int) -> None:
+    for label in (summary.reference, summary.data):
         if label:
             print(f"{'':<14}{label}")
+    for column in summary.columns[:most]:
+        state = "" if column.complete else f", {column.state}"
+        print(f"{'':<14}+ {column.key[:12]}  {column.label}{state}")
+    if len(summary.columns) > most:
+        print(f"{'':<14}+ {len(summary.columns) - most} more: fpo store show {summary.key[:12]}")
 
 
 def _made_from(store: Store | RemoteStore, key: str) -> list[tuple[str, str]]:
@@ -347,5 +446,4 @@ def _made_from(store: Store | RemoteStore, key: str) -> list[tuple[str, str]]:
     if not isinstance(store, Store):
         return []
     summary = store.summary(key)
-    named = [("reference", summary.reference), *(("feature", label) for label in summary.features)]
-    return [(name, label) for name, label in [*named, ("data", summary.data)] if label]
+    return [(name, label) for name, label in (("reference", summary.reference), ("data", summary.data)) if label]

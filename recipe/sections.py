@@ -103,7 +103,7 @@ class Feature(Section):
 
 
 class Data(Section):
-    """The preference pairs, and how they become tokens (TRL's rules)."""
+    """The groups of completions, and how they become tokens (TRL's rules)."""
 
     source: Place
     """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""

@@ -14,6 +14,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
 
 from fpo.store.beside import HeldColumn, OpenColumn, column_recipe, held_columns, lacks, serving
 from fpo.store.cache import Cache, open_cache
+from fpo.store.choose import AllOrKeys
 from fpo.store.claims import Claim, Claims
 from fpo.store.export import ExportReport, export_trl
 from fpo.store.files import printable
@@ -36,19 +37,20 @@ from fpo.store.local import Store, default_store
 from fpo.store.rebuild import Rebuild, check_changed
 from fpo.store.remote.places import RemoteStore, is_url, open_store
 from fpo.store.remote.streaming import Shelf
-from fpo.store.remote.transfer import TransferReport, pull, push
+from fpo.store.remote.transfer import Moved, TransferReport, pull, push
 from fpo.store.reuse import Copied, Reusable, TokenLogps, Want, Wanting, rows_per
-from fpo.store.summaries import ColumnSummary, Summary
+from fpo.store.summaries import ColumnSummary, Summary, look_at_columns
 from fpo.store.upkeep.collect import Collection, Garbage, gc
 from fpo.store.upkeep.describe import counted
 from fpo.store.upkeep.difference import Difference, DiffReport, Nearest, diff, differences, nearest
-from fpo.store.upkeep.manage import Removed, Tagged, removable, rm, tag, untag
+from fpo.store.upkeep.manage import Removed, Tagged, removable, removable_column, rm, tag, untag
 from fpo.store.upkeep.usage import ArrayUsage, disk_usage
 from fpo.store.verify import Report, verify
 from fpo.store.writer import CacheWriter, own_share_first
 
 __all__ = [
     "FORMAT_VERSION",
+    "AllOrKeys",
     "ArrayUsage",
     "Cache",
     "CacheWriter",
@@ -68,6 +70,7 @@ __all__ = [
     "HeldColumn",
     "HiddenGram",
     "Manifest",
+    "Moved",
     "Nearest",
     "OpenColumn",
     "PromptFeatures",
@@ -106,6 +109,7 @@ __all__ = [
     "held_columns",
     "is_url",
     "lacks",
+    "look_at_columns",
     "nearest",
     "open_cache",
     "open_store",
@@ -117,6 +121,7 @@ __all__ = [
     "push",
     "recipe_facts",
     "removable",
+    "removable_column",
     "rm",
     "rows_per",
     "scored_lengths",

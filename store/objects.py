@@ -18,8 +18,8 @@ class Objects(ABC):
     """The objects of one cache, or of a column of it."""
 
     @abstractmethod
-    def inside(self, name: str) -> Self:
-        """The place one level down."""
+    def inside(self, name: str) -> Objects:
+        """The place below, of a column say."""
 
     @abstractmethod
     def where(self, name: str) -> str:
@@ -88,6 +88,9 @@ class RemoteObjects(Objects):
 
     listable = True
     """Whether `names` works: plain web servers have no listing."""
+
+    @abstractmethod
+    def inside(self, name: str) -> Self: ...
 
     @abstractmethod
     def modified(self, name: str) -> datetime:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fpo.errors import CacheDamaged, CacheError
 from fpo.store.beside import column_facts, column_keys
+from fpo.store.files import printable
 from fpo.store.format.columns import Spec, column_name
 from fpo.store.format.manifest import (
     COLUMNS,
@@ -66,7 +67,7 @@ class ColumnSummary:
     @property
     def name(self) -> str:
         """features at model.layers.12, top 64"""
-        return column_name(self.spec) if self.spec else "a column that cannot be read"
+        return printable(column_name(self.spec), 300) if self.spec else "a column that cannot be read"
 
     @property
     def label(self) -> str:
@@ -160,13 +161,30 @@ def look_at_columns(folder: Objects, base: str) -> tuple[ColumnSummary, ...]:
     """The columns beside the cache `base`, by key, finished or not; none where the place has no listing."""
     if isinstance(folder, RemoteObjects) and not folder.listable:
         return ()
-    keys = column_keys(folder)
-    return tuple(_look_at_column(folder, base, key) for key in keys if is_begun(folder.inside(f"{COLUMNS}/{key}")))
+    return tuple(look_at_column(folder, base, key) for key in column_keys(folder) if _is_shown(folder, key))
+
+
+def look_at_column(folder: Objects, base: str, key: str) -> ColumnSummary:
+    """One column beside the cache `base`; a damaged one carries its problem instead of raising."""
+    spec: Spec = {}
+    try:
+        facts = column_facts(folder, base, key)
+        spec = facts.spec
+        return ColumnSummary(key, spec, extent_of(folder.inside(f"{COLUMNS}/{key}"), key, facts))
+    except CacheError as error:
+        return ColumnSummary(key, spec, Extent(), str(error))
 
 
 def is_begun(column: Objects) -> bool:
     """Whether anything says what a column's folder is to hold: a writer may have been killed before."""
     return bool(column.sizes([RECIPE, MANIFEST]))
+
+
+def _is_shown(folder: Objects, key: str) -> bool:
+    try:
+        return is_begun(folder.inside(f"{COLUMNS}/{key}"))
+    except CacheError:  # a link, say: it is listed with its problem, and does not hide the others
+        return True
 
 
 def extent_of(folder: Objects, key: str, facts: RecipeFacts) -> Extent:
@@ -199,13 +217,3 @@ def inputs_of(folder: Objects, key: str, done: Iterable[int]) -> dict[str, Any]:
 
 def _recipe(folder: Objects, key: str) -> dict[str, Any]:
     return fetch_parsed(folder, RECIPE, MAX_RECIPE_BYTES, partial(parse_recipe, key=key, where=folder.where(RECIPE)))[1]
-
-
-def _look_at_column(folder: Objects, base: str, key: str) -> ColumnSummary:
-    spec: Spec = {}
-    try:
-        facts = column_facts(folder, base, key)
-        spec = facts.spec
-        return ColumnSummary(key, spec, extent_of(folder.inside(f"{COLUMNS}/{key}"), key, facts))
-    except CacheError as error:
-        return ColumnSummary(key, spec, Extent(), str(error))

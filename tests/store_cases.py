@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from fpo.canonical import checked_json, parse_checked_json
 from fpo.store import CacheWriter, Store
 from fpo.store.beside import column_recipe
 from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, Spec, TopLogits
-from fpo.store.format.encoding import ColumnRows
+from fpo.store.format.encoding import ColumnRows, Rows
 from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
+from fpo.store.format.invariants import Bounds
 from fpo.store.format.key import cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.manifest import recipe_facts
 from fpo.store.format.ragged import starts_of
+from fpo.store.sealed import Sealed
 
 VOCAB = 100
 KEY = "ab" * 32
@@ -99,6 +102,16 @@ def _features(rng: np.random.Generator, R: int, spec: Spec) -> Features:
     return features
 
 
+def column_rows(spec: Spec, groups: Groups, seed: int = 0) -> ColumnRows:
+    """A shard of a random column of this spec beside these groups."""
+    return ColumnRows(groups.group_id, len(groups.completion_digest), make_column(spec, groups, seed))
+
+
+def column_bounds(spec: Spec) -> Bounds:
+    """As a column's recipe promises them."""
+    return recipe_facts(column_recipe(KEY, spec, [])).bounds
+
+
 def make_recipe(groups: Groups, plan: Sequence[np.ndarray]) -> dict[str, Any]:
     """Of a base that holds the groups with these ids, shard by shard."""
     return {
@@ -142,8 +155,12 @@ class World:
         self.groups = groups.with_columns([make_column(spec, groups, seed) for seed, spec in enumerate(specs)])
         self.plan = PLAN
         self.recipe = make_recipe(groups, self.plan)
-        self.key = cache_key(self.recipe)
         self.bounds = recipe_facts(self.recipe).bounds
+
+    @property
+    def key(self) -> str:
+        """Of the cache, as its recipe is now."""
+        return cache_key(self.recipe)
 
     @property
     def path(self) -> Path:
@@ -160,7 +177,7 @@ class World:
 
     def column_plan(self, n: int) -> list[np.ndarray]:
         """The group ids of every shard of column n: the first is cut finer than the base."""
-        return [ids[i : i + 1] for ids in PLAN for i in range(len(ids))] if n == 0 else self.plan
+        return [ids[i : i + 1] for ids in self.plan for i in range(len(ids))] if n == 0 else self.plan
 
     def column_recipe(self, n: int) -> dict[str, Any]:
         return column_recipe(self.key, self.specs[n], [len(ids) for ids in self.column_plan(n)])
@@ -204,6 +221,42 @@ class World:
         return writer
 
 
+@dataclass(frozen=True)
+class Part:
+    """The base of a world's cache, or its column of this number: each a folder with a recipe, shards and a seal."""
+
+    world: World
+    column: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.world.path if self.column is None else self.world.column_path(self.column)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.world.recipe if self.column is None else self.world.column_recipe(self.column)
+
+    @property
+    def plan(self) -> list[np.ndarray]:
+        return self.world.plan if self.column is None else self.world.column_plan(self.column)
+
+    def rows(self, sid: int) -> Rows:
+        return self.world.shard(sid) if self.column is None else self.world.column_shard(self.column, sid)
+
+    def sealed(self) -> Sealed:
+        """Opened for reading."""
+        base = self.world.store.folder(self.world.key)
+        folder = base if self.column is None else base.inside(f"columns/{self.path.name}")
+        return Sealed(folder, self.path.name)
+
+    def writer(self) -> CacheWriter:
+        return self.world.writer() if self.column is None else self.world.column_writer(self.column)
+
+    def fill(self) -> CacheWriter:
+        """Write what is missing, in order, and seal."""
+        return self.world.fill_base() if self.column is None else self.world.fill_column(self.column)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file that a reader may see, by name."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "tmp")
@@ -221,25 +274,32 @@ def unmarked(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: without_mark(data) if "records/" in name else data for name, data in files.items()}
 
 
-def arrays_in(found: Groups | Column) -> dict[str, np.ndarray]:
-    """Every array of groups and of their columns, or of a column, by name; None where there is no mask."""
-    named = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    for n, column in enumerate(named.pop("columns", ())):
-        named |= {f"columns/{n}/{name}": array for name, array in arrays_in(column).items()}
-    return {name: array for name, array in named.items() if array is not None}
+def arrays_in(found: Rows | Column) -> dict[str, np.ndarray]:
+    """Every array of groups and of the columns beside them, of a column's shard or of a column, by name."""
+    named: dict[str, Any] = {}
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if isinstance(value, np.ndarray):
+            named[field.name] = value
+        for n, column in enumerate(value if isinstance(value, tuple) else ()):
+            named |= {f"columns/{n}/{name}": array for name, array in arrays_in(column).items()}
+        if isinstance(value, Column):
+            named |= arrays_in(value)
+    return named
 
 
-def same(a: Groups | Column, b: Groups | Column) -> bool:
+def same(a: Rows | Column, b: Rows | Column) -> bool:
     """Equal arrays, bit by bit, dtypes and shapes; columns of the same kinds."""
     left, right = arrays_in(a), arrays_in(b)
-    return _kinds(a) == _kinds(b) and all(
+    return (type(a), _kinds(a), sorted(left)) == (type(b), _kinds(b), sorted(right)) and all(
         x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-        for x, y in ((left[name], right.get(name, np.empty(0))) for name in left)
+        for x, y in ((left[name], right[name]) for name in left)
     )
 
 
-def _kinds(found: Groups | Column) -> list[Any]:
-    return [sorted(arrays_in(found)), type(found), *map(type, getattr(found, "columns", ()))]
+def _kinds(found: Rows | Column) -> list[Any]:
+    columns = found.columns if isinstance(found, Groups) else ()
+    return [found.n_completions, type(found.column)] if isinstance(found, ColumnRows) else [*map(type, columns)]
 
 
 # Empty prompts, groups of one, completions of no token and no groups at all are inside.

@@ -1,8 +1,8 @@
 """
-A writer that is killed at its n-th system call, for every n: python store_killed_writer.py FOLDER
+A writer that is killed at its n-th system call, for every n: python store_killed_writer.py FOLDER STEP
 
-For n = 1, 2, ... a forked child fills the store FOLDER/n and gets SIGKILL right before call n, which leaves
-what call n - 1 left. Stops at the first n that a writer does not reach.
+For n = 1, 1 + STEP, 1 + 2 STEP, ... a forked child fills the store FOLDER/n, a base and then a column beside it, and
+gets SIGKILL right before call n, which leaves what call n - 1 left. Stops at the first n that a writer does not reach.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from store_cases import World
+from store_cases import TOP_LOGITS, World
 
 CALLS = ("mkdir", "open", "write", "fsync", "link", "unlink", "rename")
+
+
+def world_in(root: Path) -> World:
+    """What is filled there."""
+    return World(root, [TOP_LOGITS])
 
 
 def die_at(n: int) -> None:
@@ -40,7 +45,7 @@ def die_at(n: int) -> None:
 def killed(root: Path, n: int) -> bool:
     child = os.fork()
     if child == 0:
-        world = World(root)
+        world = world_in(root)
         die_at(n)
         world.fill()
         os._exit(0)
@@ -50,12 +55,12 @@ def killed(root: Path, n: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, step: int) -> None:
     n = 1
     while killed(folder / f"{n}", n):
-        n += 1
-    print(n - 1)
+        n += step
+    print(n)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -9,31 +9,28 @@ and prints the output address.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from store_cases import make_pairs, make_recipe
+from store_cases import make_groups, make_recipe
 
-from fpo.store import CacheWriter, Pairs, open_cache, own_share_first, plan_shards
+from fpo.store import CacheWriter, open_cache, own_share_first, plan_shards
+from fpo.store.format.groups import Groups, summed_logps
 
 N = 24
-LENGTHS = [(n % 3, 1 + n % 4, 2 + n % 2) for n in range(N)]
-PAIRS = make_pairs(LENGTHS, seed=3)
-PLAN = plan_shards(np.array(LENGTHS), np.zeros(N, np.int64), seed=1, max_pairs=2)
-RECIPE = make_recipe(PAIRS, PLAN)
+GROUPS = make_groups([(n % 3, (1 + n % 4, 2 + n % 2)) for n in range(N)], seed=3)
+PLAN = plan_shards(np.full(N, 6), GROUPS.n_completions, seed=1, max_groups=2)
+RECIPE = make_recipe(GROUPS, PLAN)
 
 
-def scored_by(writer: int, sid: int) -> Pairs:
+def scored_by(writer: int, sid: int) -> Groups:
     """A shard as this writer computes it: every log-prob differs from the others' by a little."""
-    pairs = PAIRS.take(PLAN[sid])
-    logps = pairs.token_logps - np.float32(1e-4) * writer
-    bounds = pairs.completion_splits
-    sums = [logps[a:b].sum(dtype=np.float64) for a, b in itertools.pairwise(bounds)]
-    return dataclasses.replace(pairs, token_logps=logps, ref_logps=np.array(sums, np.float32).reshape(-1, 2))
+    groups = GROUPS.take(PLAN[sid])
+    logps = groups.token_logps - np.float32(1e-4) * writer
+    return dataclasses.replace(groups, token_logps=logps, ref_logps=summed_logps(logps, groups.scored_splits))
 
 
 def main(store: Path, name: int, at_most: int) -> None:

@@ -200,6 +200,12 @@ DATA = [
         "1 of 1 completions kept",
     ),
     _refused(
+        "kto without its labels",
+        lambda b: b.pairs([{"prompt": "w1", "completion": "w2"}]),
+        "no column 'label'",
+        "prompt, completion",
+    ),
+    _refused(
         "rows inside one object",
         lambda b: b.pairs(json.dumps({"data": [TEXT]}), "pairs.json"),
         "its rows stand inside 'data'",

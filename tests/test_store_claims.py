@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -45,7 +46,6 @@ def holder(folder):
         stdout=subprocess.PIPE,
         text=True,
         bufsize=1,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -119,7 +119,7 @@ def test_listings_that_come_late_hide_no_shard(tmp_path, monkeypatch):
     assert verify(world.store, first.key).ok
 
 
-def test_a_committed_shard_is_never_replaced_by_a_writer_with_other_pairs(tmp_path):
+def test_a_committed_shard_is_never_replaced_by_a_writer_with_other_groups(tmp_path):
     """The same tokens under one key, in other rows: each writer's plan is sound by itself."""
     world = World(tmp_path)
     writer = world.writer()
@@ -127,9 +127,8 @@ def test_a_committed_shard_is_never_replaced_by_a_writer_with_other_pairs(tmp_pa
     writer.write(0, world.shard(0), {})
     path = writer.folder.root / "shards/000000.zarr.zip"
     before = (path.stat().st_ino, path.read_bytes())
-    theirs = world.pairs.take(world.plan[0])
-    object.__setattr__(theirs, "pair_id", theirs.pair_id + 10)
-    with pytest.raises(CacheConflict, match=r"is committed with the pairs \[3, 0\], this writer has \[13, 10\] there"):
+    theirs = dataclasses.replace(world.shard(0), group_id=world.shard(0).group_id + 10)
+    with pytest.raises(CacheConflict, match=r"is committed with the groups \[3, 0\], this writer has \[13, 10\] there"):
         late.write(0, theirs, {})
     with pytest.raises(CacheConflict, match="the rows of another dataset"):
         CacheWriter(world.store, world.recipe, [ids + 10 for ids in world.plan])

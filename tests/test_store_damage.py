@@ -1,4 +1,7 @@
+"""Every kind of damage is refused by name, in the base of a cache and in a column of it."""
+
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -6,14 +9,20 @@ import shutil
 
 import numpy as np
 import pytest
-from store_cases import LENGTHS, PLAN, World, make_pairs, make_recipe, tree
-from store_forgery import forge
+from store_cases import FEATURES, TOP_LOGITS, Part, World, column_bounds, digest_of, make_groups, tree
+from store_forgery import cache_of, forge
 
 from fpo.canonical import canonical_json, checked_json, parse_checked_json
 from fpo.errors import CacheDamaged, CacheError, CacheMissing
-from fpo.store import CacheWriter, Store, default_store, export_trl, open_cache, pair_digests, shard_digest, verify
+from fpo.store import Store, default_store, open_cache, verify
+from fpo.store.files import Folder
 from fpo.store.format.encoding import encode_shard
-from fpo.store.format.pairs import gather
+from fpo.store.format.key import completion_digests
+from fpo.store.format.ragged import gather
+from fpo.store.sealed import Sealed
+
+BASE, COLUMN = None, 1
+"""The column has the base's three shards; the one before it is cut finer."""
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +35,49 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def cache(pristine, tmp_path):
     """The folder of a whole cache that a test may damage."""
-    key = pristine.store.keys()[0]
-    return shutil.copytree(pristine.store.path(key), tmp_path / key)
+    return shutil.copytree(pristine.path, tmp_path / pristine.key)
+
+
+def folder_of(cache, pristine, part):
+    """The base's or the column's."""
+    return cache / Part(pristine, part).path.relative_to(pristine.path)
+
+
+@pytest.fixture(params=[BASE, COLUMN], ids=["base", "column"])
+def folder(request, cache, pristine):
+    """What is damaged: the base, or the column beside it."""
+    return folder_of(cache, pristine, request.param)
 
 
 def train_from(folder):
-    """What training does with a cache."""
-    cache = open_cache(folder.parent, folder.name)
-    for sid in range(len(cache.shard_pairs)):
-        cache.shard(sid)
+    """What training does with a cache and its columns."""
+    cache = cache_of(folder)
+    opened = open_cache(cache.parent, cache.name, columns=(FEATURES, TOP_LOGITS))
+    for sid in range(len(opened.shard_groups)):
+        opened.shard(sid)
 
 
 def problems(folder):
-    return "\n".join(verify(folder.parent, folder.name).problems)
+    cache = cache_of(folder)
+    return "\n".join(verify(cache.parent, cache.name).problems)
+
+
+def opened(folder):
+    """Read as what it is: a cache, or a column whose recipe is believed."""
+    return Sealed(Folder(folder, cache_of(folder).parent), folder.name)
+
+
+def is_base(folder):
+    return cache_of(folder) == folder
 
 
 def assert_refused(folder, name, reading=True):
-    """verify names the file; reading it for training raises and names it too."""
+    """verify names the file; reading it for training raises and names it too, or says that there is no such column."""
     assert name in problems(folder)
     if reading:
-        with pytest.raises((CacheDamaged, CacheMissing), match=re.escape(name)) as caught:
+        named = is_base(folder) or name != "recipe.json"
+        match = re.escape(name) if named else "has no column of top 2 logits"
+        with pytest.raises((CacheDamaged, CacheMissing), match=match) as caught:
             train_from(folder)
         assert "\n" not in str(caught.value)
 
@@ -61,28 +93,28 @@ RECORDS = ("records/000000.json", "records/000001.json", "records/000002.json")
 
 
 @pytest.mark.parametrize("name", [*READ, *RECORDS])
-def test_flipped_bytes_are_refused_by_name(cache, name):
-    file = cache / name
+def test_flipped_bytes_are_refused_by_name(folder, name):
+    file = folder / name
     data = file.read_bytes()
-    step = 7 if len(data) < 2000 else 97
+    step = 29 if len(data) < 2000 else 397
     for position in [*range(0, len(data), step), len(data) - 1]:
         flipped = bytearray(data)
         flipped[position] ^= 1 << position % 8
         file.write_bytes(flipped)
-        found = problems(cache)
+        found = problems(folder)
         assert name in found, position
-    assert_refused(cache, name, reading=name in READ)
+    assert_refused(folder, name, reading=name in READ)
 
 
 @pytest.mark.parametrize("name", [*READ, *RECORDS])
 @pytest.mark.parametrize("cut", ["missing", "empty", "half", "one byte less", "junk behind", "a link"])
-def test_files_cut_or_replaced_are_refused_by_name(cache, name, cut):
-    file = cache / name
+def test_files_cut_or_replaced_are_refused_by_name(folder, name, cut, tmp_path):
+    file = folder / name
     data = file.read_bytes()
     if cut in ("missing", "a link"):
-        file.rename(cache.parent / "elsewhere")
+        file.rename(tmp_path / "elsewhere")
         if cut == "a link":
-            file.symlink_to(cache.parent / "elsewhere")
+            file.symlink_to(tmp_path / "elsewhere")
     else:
         new = {
             "empty": b"",
@@ -91,15 +123,20 @@ def test_files_cut_or_replaced_are_refused_by_name(cache, name, cut):
             "junk behind": data + b"x",
         }
         file.write_bytes(new[cut])
-    if (name, cut) == ("recipe.json", "missing"):
-        with pytest.raises(CacheMissing, match=cache.name[:12]):
-            train_from(cache)
-    elif (name, cut) == ("manifest.json", "missing"):
-        assert name in problems(cache)
+    if cut == "missing" and name == "manifest.json" and not is_base(folder):
+        # A column that is being written: nobody reads it, and nothing of it is damaged.
+        assert problems(folder) == ""
+        with pytest.raises(CacheMissing, match="has no column of top 2 logits"):
+            train_from(folder)
+    elif cut == "missing" and name == "manifest.json":
+        assert name in problems(folder)
         with pytest.raises(CacheError, match="is not complete: 3 of 3 shards are done"):
-            train_from(cache)
+            train_from(folder)
+    elif cut == "missing" and name == "recipe.json" and is_base(folder):
+        with pytest.raises(CacheMissing, match=folder.name[:12]):
+            train_from(folder)
     else:
-        assert_refused(cache, name, reading=name in READ)
+        assert_refused(folder, name, reading=name in READ)
 
 
 def swap(a, b):
@@ -108,109 +145,164 @@ def swap(a, b):
     b.write_bytes(first)
 
 
-def test_swapped_shards_are_refused_by_name(cache):
-    swap(cache / "shards/000000.zarr.zip", cache / "shards/000001.zarr.zip")
-    assert_refused(cache, "shards/000000.zarr.zip")
-    assert "shards/000001.zarr.zip" in problems(cache)
+def test_swapped_shards_are_refused_by_name(folder):
+    swap(folder / "shards/000000.zarr.zip", folder / "shards/000001.zarr.zip")
+    assert_refused(folder, "shards/000000.zarr.zip")
+    assert "shards/000001.zarr.zip" in problems(folder)
 
 
-def test_swapped_records_are_refused_by_name(cache):
-    swap(cache / "records/000000.json", cache / "records/000001.json")
-    assert "records/000000.json is the record of shard 1" in problems(cache)
+def test_swapped_records_are_refused_by_name(folder):
+    swap(folder / "records/000000.json", folder / "records/000001.json")
+    assert "records/000000.json is the record of shard 1" in problems(folder)
 
 
-def test_a_valid_shard_of_another_cache_is_refused_even_under_a_forged_manifest(cache, tmp_path):
-    """Same pairs, another seed: every checksum is made to fit, the key inside the shard does not."""
-    pairs = make_pairs(LENGTHS)
-    recipe = make_recipe(pairs, PLAN)
-    recipe["pairs"]["seed"] = 8
-    writer = CacheWriter(Store(tmp_path / "other"), recipe, PLAN)
-    writer.write(0, pairs.take(PLAN[0]), {})
-    other = writer.folder.root
-    shutil.copy(other / "shards/000000.zarr.zip", cache / "shards/000000.zarr.zip")
-    stale = parse_checked_json((other / "records/000000.json").read_bytes())
-    body = parse_checked_json((cache / "manifest.json").read_bytes())
-    body["shards"][0] |= {"size": stale["size"], "sha256": stale["sha256"]}
-    (cache / "manifest.json").write_bytes(checked_json(body))
+def test_swapped_columns_are_refused_by_name(cache, pristine):
+    """Both are right in themselves, and lie beside the base that they name; only their folders are exchanged."""
+    first, second = (folder_of(cache, pristine, part) for part in (0, COLUMN))
+    first.rename(cache / "aside")
+    second.rename(first)
+    (cache / "aside").rename(second)
+    assert problems(cache).count("recipe.json has the sha256") == 2
+    with pytest.raises(CacheMissing, match="has no column of features"):
+        train_from(cache)
+
+
+def test_a_column_of_another_base_is_refused_by_name(cache, pristine, tmp_path):
+    """Sealed and right, but of a cache with another seed."""
+    other = World(tmp_path / "other")
+    other.recipe["groups"]["seed"] = 8
+    other.fill_column(COLUMN)
+    shutil.copytree(other.column_path(COLUMN), cache / "columns" / other.column_key(COLUMN))
+    assert f"{other.column_key(COLUMN)}/recipe.json is no column of cache {pristine.key[:12]}" in problems(cache)
+    train_from(cache)  # those that belong to it still serve
+
+
+def test_a_valid_shard_of_another_cache_is_refused_even_under_a_forged_manifest(folder, pristine, tmp_path):
+    """Same groups, another seed: every checksum is made to fit, the key inside the shard does not."""
+    other = World(tmp_path / "other")
+    other.recipe["groups"]["seed"] = 8
+    part = Part(other, BASE if is_base(folder) else COLUMN)
+    part.writer().write(0, part.rows(0), {})
+    forge(folder, (part.path / "shards/000000.zarr.zip").read_bytes())
     with pytest.raises(
         CacheDamaged, match=r"000000\.zarr\.zip is damaged: zarr\.json inside it is not that of shard 0"
     ):
-        train_from(cache)
-    assert "records/000000.json does not say what manifest.json says" in problems(cache)
+        train_from(folder)
+    shutil.copy(part.path / "records/000000.json", folder / "records/000000.json")
+    assert "records/000000.json is the record of shard 0 of cache" in problems(folder)
 
 
 def with_swapped_labels(world):
-    """Shard 1 says that the rejected completions are the chosen ones; all else about it is in order."""
+    """Shard 1, two groups of two, says that the rejected completions are the preferred ones; all else is in order."""
     shard = world.shard(1)
-    rejected_first = gather(shard.splits, (3 * np.arange(len(shard))[:, None] + [0, 2, 1]).ravel())
-    ids, splits = shard.input_ids[rejected_first[0]], rejected_first[1]
-    lengths = shard.lengths[:, [0, 2, 1]]
-    made = make_pairs(lengths, ids=shard.pair_id, seed=1)
-    return dataclasses.replace(made, input_ids=ids, splits=splits, pair_digest=pair_digests(ids, splits))
+    rows, splits = gather(shard.splits, np.array([0, 2, 1, 3, 5, 4]))
+    tokens = shard.input_ids[rows]
+    made = make_groups([(3, (4, 5)), (0, (2, 1))], ids=shard.group_id)
+    digests = completion_digests(tokens, splits, made.n_completions)
+    return dataclasses.replace(made, input_ids=tokens, splits=splits, completion_digest=digests)
 
 
-@pytest.mark.parametrize("forged", ["shard", "ids", "shard and manifest", "ids and manifest"])
-def test_a_cache_of_your_key_with_other_pairs_is_refused_by_every_reader(cache, pristine, tmp_path, forged):
-    """The key fixes tokens, labels and ids: a stranger can put other numbers under it, but no other pairs."""
-    shard = pristine.shard(1)
-    if "ids" in forged:
-        pairs = dataclasses.replace(shard, pair_id=shard.pair_id + np.uint64(7))
-    else:
-        pairs = with_swapped_labels(pristine)
-    data = encode_shard(pairs, cache.name, 1, pristine.bounds)
-    claims = {"pairs_digest": shard_digest(pairs.pair_id, pairs.pair_digest)} if "manifest" in forged else {}
-    forge(cache, data, 1, **claims)
-    assert "other pairs than the key stands for" in problems(cache)
-    if "manifest" in forged:
-        with pytest.raises(CacheDamaged, match=r"manifest\.json lists other pairs than the key stands for"):
-            open_cache(cache.parent, cache.name)
-        return
-    readers = [
-        lambda: train_from(cache),
-        lambda: export_trl(open_cache(cache.parent, cache.name), tmp_path / "exported"),
-    ]
-    for read in readers:
-        with pytest.raises(CacheDamaged, match=r"000001\.zarr\.zip holds other pairs than the key stands for"):
-            read()
+OTHERS = {
+    "swapped labels": with_swapped_labels,
+    "other ids": lambda world: dataclasses.replace(world.shard(1), group_id=world.shard(1).group_id + np.uint64(7)),
+    "other scores": lambda world: dataclasses.replace(world.shard(1), score=np.zeros(4, np.float32)),
+    "other weights": lambda world: dataclasses.replace(world.shard(1), weight=np.full(2, 9, np.float32)),
+}
 
 
-def test_a_manifest_that_does_not_say_which_pairs_its_shards_hold_is_refused(cache):
-    """As they were written before the key said it."""
+@pytest.mark.parametrize("claimed", [False, True], ids=["shard", "shard and manifest"])
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_cache_of_your_key_with_other_groups_is_refused(cache, pristine, other, claimed):
+    """The key fixes tokens, labels and ids: a stranger can put other numbers under it, but no other groups."""
+    groups = other(pristine)
+    forge(
+        cache,
+        encode_shard(groups, cache.name, 1, pristine.bounds),
+        1,
+        **({"rows_digest": digest_of(groups)} if claimed else {}),
+    )
+    assert "other groups than the key stands for" in problems(cache)
+    name = r"manifest\.json lists" if claimed else r"000001\.zarr\.zip holds"
+    with pytest.raises(CacheDamaged, match=f"{name} other groups than the key stands for"):
+        train_from(cache)
+
+
+@pytest.mark.parametrize("claimed", [False, True], ids=["shard", "shard and manifest"])
+def test_a_column_with_the_rows_of_other_groups_is_refused(cache, pristine, claimed):
+    """Every checksum of the column fits; the base says whose rows belong there."""
+    folder = folder_of(cache, pristine, COLUMN)
+    rows = pristine.column_shard(COLUMN, 1)
+    other = dataclasses.replace(rows, group_id=rows.group_id[::-1].copy())
+    claims = {"rows_digest": hashlib.sha256(other.group_id.tobytes()).hexdigest()} if claimed else {}
+    forge(folder, encode_shard(other, folder.name, 1, column_bounds(TOP_LOGITS)), 1, **claims)
+    said = "it holds other groups than the base" if claimed else "holds other groups than the key stands for"
+    assert said in problems(cache)
+    with pytest.raises(CacheDamaged, match=said):
+        train_from(cache)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [([4, 5, 0, 1], "its splits are not those of the scored"), ([5, 4, 1], "it has 3 rows, the groups ask for 4")],
+    ids=["another completion has them", "of three completions"],
+)  # fmt: skip
+def test_a_column_whose_entries_are_not_the_bases_is_refused(cache, pristine, lengths, said):
+    """Group 4 has 5 and 4 scored tokens, group 1 none and 1: nine and one in all."""
+    folder = folder_of(cache, pristine, COLUMN)
+    rows = pristine.column_shard(COLUMN, 1)
+    splits = np.cumsum([0, *lengths]).astype(np.uint64)
+    forged = dataclasses.replace(
+        rows, n_completions=len(lengths), column=dataclasses.replace(rows.column, splits=splits)
+    )
+    data = encode_shard(forged, folder.name, 1, column_bounds(TOP_LOGITS))
+    forge(folder, data, 1, n_completions=len(lengths))
+    with pytest.raises(CacheDamaged, match=said):
+        train_from(cache)
+    assert said in problems(cache)
+
+
+def test_a_manifest_that_does_not_say_whose_rows_its_shards_hold_is_refused(cache):
     body = parse_checked_json((cache / "manifest.json").read_bytes())
     for entry in body["shards"]:
-        del entry["pairs_digest"]
+        del entry["rows_digest"]
     (cache / "manifest.json").write_bytes(checked_json(body))
-    with pytest.raises(CacheDamaged, match=r"shards\.0\.pairs_digest: Field required; .*fpo cache") as caught:
+    with pytest.raises(CacheDamaged, match=r"shards\.0\.rows_digest: Field required; .*fpo cache") as caught:
         open_cache(cache.parent, cache.name)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["shards/000003.zarr.zip", "shards/x", "records/000003.json", "evil.sh"])
-def test_files_that_do_not_belong_are_named_by_verify(cache, name):
-    (cache / name).write_bytes(b"")
-    assert problems(cache) == f"{cache / name} does not belong to this cache"
+def test_files_that_do_not_belong_are_named_by_verify(folder, name):
+    (folder / name).write_bytes(b"")
+    assert problems(folder) == f"{folder / name} does not belong to this cache"
 
 
-def test_leftovers_of_a_killed_writer_are_no_damage(cache):
-    (cache / "tmp/000000.zarr.zip.0123").write_bytes(b"half")
-    assert problems(cache) == ""
+def test_a_file_among_the_columns_does_not_belong(cache):
+    (cache / "columns/notes").write_bytes(b"")
+    assert problems(cache) == f"{cache / 'columns/notes'} does not belong to this cache"
+
+
+def test_leftovers_of_a_killed_writer_are_no_damage(folder):
+    (folder / "tmp/000000.zarr.zip.0123").write_bytes(b"half")
+    assert problems(folder) == ""
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_pairs": 6}, "n_pairs is 6, its shards add up to 5"),
+        ({"n_groups": 6}, "n_groups is 6, its shards add up to 5"),
+        ({"n_completions": 9}, "n_completions is 9, its shards add up to 10"),
         ({"format": 2}, "format: Input should be 1"),
         ({"key": "cd" * 32}, "is the manifest of cache cdcdcdcdcdcd"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"shards": []}, "add up to 0"),
     ],
 )
-def test_an_edited_manifest_is_refused_even_with_a_fresh_checksum(cache, change, message):
-    body = parse_checked_json((cache / "manifest.json").read_bytes()) | change
-    (cache / "manifest.json").write_bytes(checked_json(body))
+def test_an_edited_manifest_is_refused_even_with_a_fresh_checksum(folder, change, message):
+    body = parse_checked_json((folder / "manifest.json").read_bytes()) | change
+    (folder / "manifest.json").write_bytes(checked_json(body))
     with pytest.raises(CacheDamaged, match=message):
-        open_cache(cache.parent, cache.name)
+        opened(folder)
 
 
 @pytest.mark.parametrize(
@@ -223,24 +315,22 @@ def test_an_edited_manifest_is_refused_even_with_a_fresh_checksum(cache, change,
         (0, {"name": "x"}),
     ],
 )
-def test_edited_manifest_entries_are_refused(cache, number, change):
-    body = parse_checked_json((cache / "manifest.json").read_bytes())
+def test_edited_manifest_entries_are_refused(folder, number, change):
+    body = parse_checked_json((folder / "manifest.json").read_bytes())
     body["shards"][number] |= change
-    (cache / "manifest.json").write_bytes(checked_json(body))
+    (folder / "manifest.json").write_bytes(checked_json(body))
     with pytest.raises(CacheDamaged, match=r"manifest\.json is damaged"):
-        open_cache(cache.parent, cache.name)
+        opened(folder)
 
 
 @pytest.mark.parametrize("data", [b"[" * 10**5, b"9" * 10**5, b"\xff\xfe", b"null", b'{"check": 1}', b"NaN"])
-def test_hostile_json_is_refused(cache, data):
-    (cache / "manifest.json").write_bytes(data)
+def test_hostile_json_is_refused(folder, data):
+    (folder / "manifest.json").write_bytes(data)
     with pytest.raises(CacheDamaged, match=r"manifest\.json is damaged"):
-        open_cache(cache.parent, cache.name)
+        opened(folder)
 
 
 def test_a_cache_of_a_future_format_says_what_to_do(cache, pristine, tmp_path):
-    import hashlib
-
     data = canonical_json(pristine.recipe | {"format": 2})
     future = tmp_path / hashlib.sha256(data).hexdigest()
     future.mkdir()
@@ -249,14 +339,14 @@ def test_a_cache_of_a_future_format_says_what_to_do(cache, pristine, tmp_path):
         open_cache(tmp_path, future.name)
 
 
-def test_a_pair_in_two_shards_is_found(tmp_path):
+def test_a_group_in_two_shards_is_found(tmp_path):
     """The writer refuses such a plan, so it is changed behind its back."""
     world = World(tmp_path)
     writer = world.writer()
     writer.plan[2] = world.plan[0][:1].astype("uint64")
     for sid in range(3):
-        writer.write(sid, world.pairs.take(writer.plan[sid].astype(int)), {})
-    assert "a pair stands in two shards" in problems(world.store.path(writer.key))
+        writer.write(sid, dataclasses.replace(world.groups, columns=()).take(writer.plan[sid].astype(int)), {})
+    assert "a group stands in two shards" in problems(world.store.path(writer.key))
 
 
 def test_verify_reads_on_behind_the_first_problem(cache):
@@ -264,13 +354,13 @@ def test_verify_reads_on_behind_the_first_problem(cache):
     os.unlink(cache / "records/000002.json")
     (cache / "shards/000001.zarr.zip").write_bytes(b"x")
     report = verify(cache.parent, cache.name)
-    assert (len(report.problems), report.shards, report.pairs, report.ok) == (3, 1, 1, False)
+    assert (len(report.problems), report.shards, report.groups, report.ok) == (3, 1, 1, False)
 
 
 def test_verify_reports_its_progress(cache):
     seen = []
     verify(cache.parent, cache.name, lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(n, 11) for n in range(1, 12)]  # 3 of the base, 5 and 3 of its columns
 
 
 def test_a_key_may_be_abbreviated_to_a_unique_prefix(tmp_path):
@@ -300,18 +390,22 @@ def test_other_folders_in_a_store_are_no_caches(tmp_path):
     assert Store(tmp_path / "nowhere").keys() == []
 
 
-def test_summaries_say_how_far_each_cache_is(tmp_path):
+def test_summaries_say_how_far_each_cache_and_each_column_is(tmp_path):
     world = World(tmp_path)
     writer = world.writer()
     writer.write(1, world.shard(1), {})
     (started,) = world.store.summaries()
-    assert (started.complete, started.shards_done, started.shards_total, started.n_pairs) == (False, 1, 3, 5)
+    assert (started.complete, started.state, started.n_groups) == (False, "1 of 3 shards", 5)
     assert started.n_bytes == os.path.getsize(writer.folder.root / "shards/000001.zarr.zip")
-    world.fill()
+    world.fill_base()
+    world.column_writer(0).write(4, world.column_shard(0, 4), {})
     (done,) = world.store.summaries()
-    assert (done.complete, done.shards_done, done.problem) == (True, 3, None)
-    assert done.n_bytes == sum(len(b) for n, b in tree(writer.folder.root).items() if n.startswith("shards/"))
+    assert (done.complete, done.state, done.problem, done.n_completions) == (True, "complete", None, 10)
+    assert done.n_bytes == sum(len(data) for name, data in tree(world.path).items() if name.endswith(".zip"))
     assert done.recipe == world.recipe
+    (column,) = done.columns
+    assert (column.key, column.spec, column.complete) == (world.column_key(0), world.specs[0], False)
+    assert column.state == "1 of 5 shards"
 
 
 def test_a_damaged_cache_does_not_hide_the_others(cache):
@@ -330,8 +424,6 @@ def test_the_store_is_named_by_the_environment(monkeypatch, tmp_path):
 
 
 def test_the_output_address_is_the_checksum_of_the_manifest(cache):
-    import hashlib
-
     data = (cache / "manifest.json").read_bytes()
     assert open_cache(cache.parent, cache.name).digest == hashlib.sha256(data).hexdigest()
     body = json.loads(data)

@@ -1,10 +1,11 @@
 """
-The reader against bytes that nobody thought of, and whole caches of ragged pairs against what was put into them.
+The reader against bytes that nobody thought of, and whole caches of ragged groups against what was put into them.
 
 Whatever the bytes: a cache is read as it was written, or refused by a CacheError, or (recipe, plan) by a ValueError.
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -21,43 +23,59 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_cases import (
-    HOOKPOINTS,
+    FEATURES,
     KEY,
-    LENGTHS,
+    SIZES,
+    SPECS,
+    TOP_LOGITS,
     VOCAB,
+    Part,
     World,
-    make_pairs,
+    arrays_in,
+    column_bounds,
+    column_rows,
+    make_column,
+    make_groups,
     make_recipe,
-    ragged_lengths,
+    ragged_sizes,
     same,
     tree,
     unmarked,
 )
-from store_forgery import forge, forge_recipe, members_of, problems, read_all, shard_file
+from store_forgery import cache_of, forge, forge_recipe, members_of, problems, read_all, shard_file
 
 from fpo.canonical import canonical_json, checked_json, parse_checked_json
 from fpo.errors import CacheError
 from fpo.store import CacheWriter, open_cache, plan_shards, verify
-from fpo.store.format.archive import pack, unpack
-from fpo.store.format.encoding import decode_shard, encode_shard
-from fpo.store.format.invariants import Bounds, Invalid
+from fpo.store.beside import column_recipe
+from fpo.store.format.archive import pack
+from fpo.store.format.columns import Features
+from fpo.store.format.encoding import ColumnRows, decode_shard, encode_shard
+from fpo.store.format.groups import Groups
+from fpo.store.format.invariants import BaseBounds, Invalid
 from fpo.store.format.manifest import recipe_facts
 
-BOUNDS = Bounds(VOCAB, ((50, 4), (9, None)), 2)
-PAIRS = make_pairs(LENGTHS)
-SHARD = encode_shard(PAIRS, KEY, 3, BOUNDS)
-MEMBERS = {name: bytes(data) for name, data in unpack(SHARD).items()}
+GROUPS = make_groups(SIZES, score_mask=True)
+CASES = {
+    "base": (GROUPS, BaseBounds(VOCAB, score_mask=True)),
+    **{spec["kind"]: (column_rows(spec, GROUPS), column_bounds(spec)) for spec in SPECS},
+}
+"""What is held -> the rows of a shard, and the bounds that their recipe promises."""
+SHARDS = {case: encode_shard(rows, KEY, 3, bounds) for case, (rows, bounds) in CASES.items()}
+MEMBERS = {case: members_of(data) for case, data in SHARDS.items()}
 
+cases = st.sampled_from(sorted(CASES))
 fuzz = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 few = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
-def reads_as_written_or_is_refused(data):
+def reads_as_written_or_is_refused(data, case):
+    rows, bounds = CASES[case]
     try:
-        found = decode_shard(data, KEY, 3, BOUNDS)
+        found = decode_shard(data, KEY, 3, bounds)
     except Invalid:
         return
-    assert same(found, PAIRS)
+    assert same(found, rows)
 
 
 @st.composite
@@ -81,18 +99,20 @@ def mutated(draw, original):
 
 
 @fuzz
-@given(mutated(SHARD))
+@given(st.data())
 def test_mutated_shards_are_refused(data):
-    reads_as_written_or_is_refused(data)
+    case = data.draw(cases)
+    reads_as_written_or_is_refused(data.draw(mutated(SHARDS[case])), case)
 
 
 @fuzz
 @given(st.data())
 def test_mutated_members_behind_a_valid_zip_are_refused_or_mean_the_same(data):
-    changes = {}
-    for name in data.draw(st.lists(st.sampled_from(sorted(MEMBERS)), min_size=1, max_size=3, unique=True)):
-        changes[name] = data.draw(mutated(MEMBERS[name]))
-    reads_as_written_or_is_refused(pack(MEMBERS | changes))
+    case, changes = data.draw(cases), {}
+    members = MEMBERS[case]
+    for name in data.draw(st.lists(st.sampled_from(sorted(members)), min_size=1, max_size=3, unique=True)):
+        changes[name] = data.draw(mutated(members[name]))
+    reads_as_written_or_is_refused(pack(members | changes), case)
 
 
 values = {
@@ -107,33 +127,29 @@ values = {
 @given(st.data())
 def test_whatever_stands_in_the_arrays_the_invariants_hold_or_it_is_refused(data):
     """The checksum of every layer fits; only the values are a stranger's. What is read must be safe to compute with."""
-    pairs = copy.deepcopy(PAIRS)
-    arrays = [
-        pairs.pair_id,
-        pairs.splits,
-        pairs.input_ids,
-        pairs.token_logps,
-        pairs.ref_logps,
-        pairs.top_logits.indices,
-    ]
-    for features in pairs.features:
-        arrays += [features.indices, features.acts, features.splits, features.active, features.tail_sq]
+    case = data.draw(cases)
+    rows, bounds = CASES[case]
+    rows = copy.deepcopy(rows)
+    arrays = [array for array in arrays_in(rows).values() if array.size]
     for array in data.draw(st.lists(st.sampled_from(arrays), min_size=1, max_size=3)):
         place = data.draw(st.integers(0, array.size - 1))
         array.reshape(-1)[place] = data.draw(values[array.dtype.name])
     with pytest.MonkeyPatch.context() as unchecked:
-        unchecked.setattr("fpo.store.format.encoding.check_pairs", lambda *_: None)
-        forged = encode_shard(pairs, KEY, 3, BOUNDS)
+        unchecked.setattr("fpo.store.format.encoding._check", lambda *_: None)
+        forged = encode_shard(rows, KEY, 3, bounds)
     try:
-        found = decode_shard(forged, KEY, 3, BOUNDS)
+        found = decode_shard(forged, KEY, 3, bounds)
     except Invalid:
         return
-    whole = found.take(np.arange(len(found)))
-    assert same(whole, found)
-    assert found.input_ids.max() < VOCAB
-    assert np.isfinite(found.token_logps).all()
-    for features, (d_sae, _) in zip(found.features, BOUNDS.features, strict=True):
-        assert features.indices.max(initial=0) < d_sae
+    if isinstance(found, Groups):
+        assert same(found.take(np.arange(len(found))), found)
+        assert found.input_ids.max() < VOCAB
+        assert np.isfinite(found.token_logps).all()
+        assert (found.counted >= 0).all()
+    else:
+        assert same(found.column.take(np.arange(len(found.column))), found.column)
+        if isinstance(found.column, Features):
+            assert found.column.indices.max(initial=0) < bounds.d_sae
 
 
 json_values = st.recursive(
@@ -180,9 +196,16 @@ def world(tmp_path_factory):
     return world
 
 
+def trained(folder):
+    """How many groups training gets, with the columns that it asked for."""
+    cache = cache_of(folder)
+    opened = open_cache(cache.parent, cache.name, columns=(FEATURES, TOP_LOGITS))
+    return sum(len(opened.shard(sid)) for sid in range(len(opened.shard_groups)))
+
+
 def refused_in_one_line(cache):
     with pytest.raises(CacheError) as caught:
-        read_all(cache)
+        trained(cache)
     first = str(caught.value).split("\n")[0]
     assert first.isprintable()
     assert len(first) < 2000
@@ -196,25 +219,28 @@ def with_checksum(body):
         return json.dumps(body, default=str).encode(errors="replace")
 
 
+parts = st.sampled_from([None, 0, 1])
+"""The base, the column that is cut finer, and the other one."""
+
+
 @few
-@given(data=st.data())
-def test_edited_manifests_under_a_valid_checksum_are_refused_or_true(world, data):
-    (key,) = world.store.keys()
-    cache = world.store.path(key)
-    original = (cache / "manifest.json").read_bytes()
+@given(data=st.data(), part=parts)
+def test_edited_manifests_under_a_valid_checksum_are_refused_or_true(world, data, part):
+    folder = Part(world, part).path
+    original = (folder / "manifest.json").read_bytes()
     body = parse_checked_json(original)
     changed = data.draw(edited(body))
     try:
-        (cache / "manifest.json").write_bytes(with_checksum(changed))
+        (folder / "manifest.json").write_bytes(with_checksum(changed))
         try:
-            assert read_all(cache) == 5
+            assert trained(folder) == 5
             assert {k: v for k, v in changed.items() if k != "facts"} == {k: v for k, v in body.items() if k != "facts"}
         except CacheError:
-            refused_in_one_line(cache)
-        for problem in problems(cache):
+            refused_in_one_line(folder)
+        for problem in problems(folder):
             assert problem.isprintable()
     finally:
-        (cache / "manifest.json").write_bytes(original)
+        (folder / "manifest.json").write_bytes(original)
 
 
 @few
@@ -242,28 +268,46 @@ def test_any_recipe_is_refused_or_describes_a_cache_that_is_not_there(world, dat
 
 @few
 @given(data=st.data())
-def test_mutated_json_files_are_refused(world, data):
-    (key,) = world.store.keys()
-    cache = world.store.path(key)
-    name = data.draw(st.sampled_from(["recipe.json", "manifest.json", "records/000001.json"]))
-    original = (cache / name).read_bytes()
-    changed = data.draw(mutated(original))
+def test_any_recipe_of_a_column_is_left_out_or_describes_one_that_is_not_there(world, data):
+    """It lies under the name that fits it, with a manifest that does not: named by verify, whatever it says."""
+    recipe = data.draw(edited(world.column_recipe(0)))
     try:
-        (cache / name).write_bytes(changed)
-        assert changed == original or any(name in problem for problem in problems(cache))
+        folder = forge_recipe(world.path / "columns", recipe)
+    except (TypeError, ValueError, FileExistsError):  # no canonical JSON; or nothing was changed
+        return
+    try:
+        try:
+            assert read_all(world.path) == 5
+        except CacheError as error:
+            assert f"{folder.name}/manifest.json is damaged" in str(error)  # noqa: PT017 - or no error at all
+        assert any(folder.name in problem for problem in problems(world.path))
     finally:
-        (cache / name).write_bytes(original)
+        shutil.rmtree(folder)
 
 
 @few
-@given(data=mutated(SHARD))
-def test_whole_caches_with_forged_shards_are_refused_by_name(world, data):
-    (key,) = world.store.keys()
-    copied = shutil.copytree(world.store.path(key), Path(tempfile.mkdtemp()) / key)
+@given(data=st.data(), part=parts)
+def test_mutated_json_files_are_refused(world, data, part):
+    folder = Part(world, part).path
+    name = data.draw(st.sampled_from(["recipe.json", "manifest.json", "records/000001.json"]))
+    original = (folder / name).read_bytes()
+    changed = data.draw(mutated(original))
     try:
-        forge(copied, data)
+        (folder / name).write_bytes(changed)
+        assert changed == original or any(name in problem for problem in problems(folder))
+    finally:
+        (folder / name).write_bytes(original)
+
+
+@few
+@given(data=st.data(), part=parts)
+def test_whole_caches_with_forged_shards_are_refused_by_name(world, data, part):
+    copied = shutil.copytree(world.path, Path(tempfile.mkdtemp()) / world.key)
+    folder = copied / Part(world, part).path.relative_to(world.path)
+    try:
+        forge(folder, data.draw(mutated(SHARDS["base"])))
         with pytest.raises(CacheError, match=r"shards/000000\.zarr\.zip is damaged"):
-            read_all(copied)
+            trained(copied)
     finally:
         shutil.rmtree(copied.parent)
 
@@ -273,114 +317,118 @@ def test_whole_caches_with_forged_shards_are_refused_by_name(world, data):
 
 @st.composite
 def datasets(draw):
-    """Ragged pairs, hookpoints, extras, a plan of any shard size."""
-    hookpoints = draw(st.sampled_from([(), HOOKPOINTS, HOOKPOINTS[:1]]))
-    top_logits = draw(st.integers(0, 2))
-    lengths = draw(ragged_lengths)
-    ids = draw(st.lists(st.integers(0, 2**63), min_size=len(lengths), max_size=len(lengths), unique=True).map(sorted))
-    pairs = make_pairs(lengths, ids, draw(st.integers(0, 9)), hookpoints, top_logits)
-    sizes = np.zeros(len(pairs), np.int64)
-    plan = plan_shards(pairs.lengths, sizes, seed=draw(st.integers(0, 2**64 - 1)), max_pairs=draw(st.integers(1, 4)))
-    recipe = make_recipe(pairs, [pairs.pair_id[rows] for rows in plan], hookpoints, top_logits)
-    return pairs, plan, recipe
-
-
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(datasets(), st.randoms(use_true_random=False))
-def test_a_whole_cache_gives_back_every_pair(dataset, random):
-    """Written in any order, by several writers; read by this package and by plain zarr."""
-    pairs, plan, _ = dataset
-    with tempfile.TemporaryDirectory() as folder:
-        key = write(folder, dataset, random)
-        cache = open_cache(folder, key)
-        assert cache.shard_pairs == [len(rows) for rows in plan]
-        assert cache.n_pairs == len(pairs)
-        for sid, rows in enumerate(plan):
-            assert same(cache.shard(sid), pairs.take(rows))
-            with zarr.storage.ZipStore(shard_file(Path(folder) / key, sid), mode="r") as opened:
-                group = zarr.open_group(opened, mode="r")
-                assert np.array_equal(group["input_ids"][:], pairs.take(rows).input_ids)
-                assert np.array_equal(group["token_logps"][:], pairs.take(rows).token_logps)
-        report = verify(folder, key)
-        assert (report.problems, report.pairs, report.shards) == ([], len(pairs), len(plan))
+    """Ragged groups, a mask or none, columns, plans of any shard size."""
+    sizes = draw(ragged_sizes)
+    ids = draw(st.lists(st.integers(0, 2**63), min_size=len(sizes), max_size=len(sizes), unique=True).map(sorted))
+    groups = make_groups(sizes, ids, draw(st.integers(0, 9)), score_mask=draw(st.booleans()))
+    n_tokens = np.array([prompt + sum(completions) for prompt, completions in sizes], np.int64)
+    plan = plan_shards(
+        n_tokens, groups.n_completions, seed=draw(st.integers(0, 2**64 - 1)), max_groups=draw(st.integers(1, 4))
+    )
+    specs = draw(st.lists(st.sampled_from(SPECS), max_size=2, unique_by=str))
+    finer = draw(st.booleans())
+    return groups.with_columns([make_column(spec, groups) for spec in specs]), plan, specs, finer
 
 
 def write(folder, dataset, random):
-    pairs, plan, recipe = dataset
-    ids = [pairs.pair_id[rows] for rows in plan]
-    writers = [CacheWriter(folder, recipe, ids) for _ in range(2)]
+    """Each base and column by two writers, in any order."""
+    groups, plan, specs, finer = dataset
+    base = dataclasses.replace(groups, columns=())
+    key = fill(folder, make_recipe(base, [groups.group_id[rows] for rows in plan]), groups, plan, random, base.take)
+    for n, spec in enumerate(specs):
+        cut = [part for rows in plan for part in np.array_split(rows, 2 if finer and len(rows) > 1 else 1)]
+
+        def rows_of(rows, n=n):
+            taken = groups.take(rows)
+            return ColumnRows(taken.group_id, len(taken.completion_digest), taken.columns[n])
+
+        fill(folder, column_recipe(key, spec, [len(rows) for rows in cut]), groups, cut, random, rows_of)
+    return key
+
+
+def fill(folder, recipe, groups, plan, random, rows_of):
+    writers = [CacheWriter(folder, recipe, [groups.group_id[rows] for rows in plan]) for _ in range(2)]
     order = writers[0].missing()
     random.shuffle(order)
     for sid in order:
-        random.choice(writers).write(sid, pairs.take(plan[sid]), {})
+        random.choice(writers).write(sid, rows_of(plan[sid]), {})
     writers[0].seal({})
     return writers[0].key
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(datasets(), st.randoms(use_true_random=False))
-def test_the_same_pairs_give_the_same_bytes_in_whatever_order_they_come(dataset, random):
+def test_a_whole_cache_gives_back_every_group(dataset, random):
+    """Written in any order, by several writers; read by this package and by plain zarr."""
+    groups, plan, specs, _ = dataset
+    with tempfile.TemporaryDirectory() as folder:
+        key = write(folder, dataset, random)
+        cache = open_cache(folder, key, columns=specs)
+        assert cache.shard_groups == [len(rows) for rows in plan]
+        assert cache.n_groups == len(groups)
+        for sid, rows in enumerate(plan):
+            assert same(cache.shard(sid), groups.take(rows))
+            with zarr.storage.ZipStore(shard_file(Path(folder) / key, sid), mode="r") as opened:
+                group = zarr.open_group(opened, mode="r")
+                assert np.array_equal(group["input_ids"][:], groups.take(rows).input_ids)
+                assert np.array_equal(group["token_logps"][:], groups.take(rows).token_logps)
+        report = verify(folder, key)
+        assert (report.problems, report.groups, report.shards) == ([], len(groups), len(plan))
+        assert len(report.columns) == len(specs)
+
+
+@settings(deadline=None, max_examples=8)
+@given(datasets(), st.randoms(use_true_random=False))
+def test_the_same_groups_give_the_same_bytes_in_whatever_order_they_come(dataset, random):
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         first, second = write(one, dataset, random), write(other, dataset, random)
         assert unmarked(tree(Path(one) / first)) == unmarked(tree(Path(other) / second))
 
 
 HARD_CASES = {
-    "no pairs": [],
-    "a single pair": [(3, 4, 2)],
-    "one-token completions": [(5, 1, 1), (1, 1, 1)],
-    "no prompt, one-token completions: nothing is scored": [(0, 1, 1)],
-    "an empty completion": [(2, 0, 1), (0, 0, 1)],
-    "a pair that is longer than a shard should be": [(2000, 3000, 1), (1, 1, 1)],
+    "no groups": [],
+    "a single group of one": [(3, (4,))],
+    "one-token completions": [(5, (1, 1)), (1, (1,) * 9)],
+    "no prompt, one-token completions: nothing is scored": [(0, (1, 1))],
+    "an empty completion": [(2, (0, 1)), (0, (0, 1))],
+    "a group that is longer than a shard should be": [(2000, (3000, 1)), (1, (1, 1))],
 }
 
 
-@pytest.mark.parametrize("lengths", HARD_CASES.values(), ids=HARD_CASES)
-@pytest.mark.parametrize("hookpoints", [(), ((7, 3),), HOOKPOINTS], ids=len)
-def test_the_hard_cases_come_back(tmp_path, lengths, hookpoints):
-    pairs = make_pairs(lengths, hookpoints=hookpoints)
-    plan = plan_shards(pairs.lengths, np.zeros(len(pairs), np.int64), seed=1, max_tokens=4000)
-    recipe = make_recipe(pairs, plan, hookpoints)
-    writer = CacheWriter(tmp_path, recipe, plan)
-    for sid in writer.missing():
-        writer.write(sid, pairs.take(plan[sid]), {})
-    writer.seal({})
-    cache = open_cache(tmp_path, writer.key)
-    assert all(same(cache.shard(sid), pairs.take(rows)) for sid, rows in enumerate(plan))
-    assert verify(tmp_path, writer.key).ok
+@pytest.mark.parametrize("sizes", HARD_CASES.values(), ids=HARD_CASES)
+def test_the_hard_cases_come_back(tmp_path, sizes):
+    groups = make_groups(sizes)
+    n_tokens = np.array([prompt + sum(completions) for prompt, completions in sizes], np.int64)
+    plan = plan_shards(n_tokens, groups.n_completions, seed=1, max_tokens=4000)
+    dataset = groups.with_columns([make_column(spec, groups) for spec in SPECS]), plan, SPECS, False
+    key = write(tmp_path, dataset, Random(0))
+    cache = open_cache(tmp_path, key, columns=SPECS)
+    assert all(same(cache.shard(sid), dataset[0].take(rows)) for sid, rows in enumerate(plan))
+    assert verify(tmp_path, key).ok
 
 
-def test_completions_without_features_come_back(tmp_path):
-    """top_k 4 of 50, and not one feature active in any completion."""
-    pairs = make_pairs(LENGTHS, hookpoints=((50, 4),))
-    (features,) = pairs.features
-    none = type(features)(
-        features.indices[:0],
-        features.acts[:0],
-        np.zeros_like(features.splits),
-        np.zeros_like(features.active),
-        np.zeros_like(features.tail_sq),
-    )
-    pairs = type(pairs)(**{**pairs.__dict__, "features": (none,)})
-    plan = [np.arange(5)]
-    writer = CacheWriter(tmp_path, make_recipe(pairs, plan, ((50, 4),)), plan)
-    writer.write(0, pairs, {})
-    writer.seal({})
-    assert same(open_cache(tmp_path, writer.key).shard(0), pairs)
-    assert "features/0/indices/c/0" not in members_of(shard_file(writer.folder.root).read_bytes())
+def test_completions_without_features_come_back():
+    """top_k 4 of 50, and not one feature active in any completion: an array without a chunk."""
+    K = len(GROUPS.completion_digest)
+    none = Features(np.zeros(K + 1, np.uint64), np.zeros(0, np.uint32), np.zeros(0, np.float32),
+                    np.zeros(K, np.uint32), np.zeros(K, np.float32))  # fmt: skip
+    rows = ColumnRows(GROUPS.group_id, K, none)
+    data = encode_shard(rows, KEY, 0, column_bounds(FEATURES))
+    assert same(decode_shard(data, KEY, 0, column_bounds(FEATURES)), rows)
+    assert "indices/c/0" not in members_of(data)
 
 
 # Coverage-guided: the campaign only.
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("target", ["shard", "members", "manifest", "recipe"])
+@pytest.mark.parametrize("target", ["shard", "column", "members", "column_members", "manifest", "recipe"])
 def test_atheris_finds_nothing(tmp_path, target):
     """libFuzzer behind Python's coverage, for a bounded time: store_fuzz_target.py says what counts as a find."""
     pytest.importorskip("atheris")
     here = Path(__file__).parent
     seconds = int(os.environ.get("FPO_FUZZ_SECONDS", "30"))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "PYTHONWARNINGS": ""}
+    env = {**os.environ, "PYTHONWARNINGS": ""}
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     options = [f"-max_total_time={seconds}", "-max_len=20000", "-rss_limit_mb=2048", "-print_final_stats=1"]

@@ -15,7 +15,7 @@ from fpo.errors import CacheError, ModelError
 from fpo.memo import file_facts, forget, memo_folder, remember
 from fpo.scoring.weights import file_digest, weights_digest
 from fpo.store import cache_key, default_store, plan_shards
-from fpo.store.format.plan import permutation
+from fpo.store.format.plan import cut_shards, permutation
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +31,10 @@ def test_canonical_json_is_spelled_out():
 
 def test_a_golden_key():
     """sha256sum of the very text, so that no refactoring renames everybody's caches."""
-    text = b'{"format":1,"pairs":{"seed":0},"scorer":{"dtype":"float32"}}'
-    key = cache_key({"scorer": {"dtype": "float32"}, "pairs": {"seed": 0}, "format": 1})
+    text = b'{"format":1,"groups":{"seed":0},"scorer":{"dtype":"float32"}}'
+    key = cache_key({"scorer": {"dtype": "float32"}, "groups": {"seed": 0}, "format": 1})
     assert key == hashlib.sha256(text).hexdigest()
-    assert key == "b6724bd5e049c1de7bbd2c264ca02a312a21c46d679e5f833916b23b4616c7e0"
+    assert key == "618954edbfa25e071663d0319887d692316a2422e06e96d913a5651ed6e883a9"
 
 
 class Level(enum.IntEnum):
@@ -288,29 +288,48 @@ def test_a_golden_permutation():
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)), max_size=40),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), max_size=40),
     st.integers(0, 2**64 - 1), st.integers(1, 9), st.integers(1, 60), st.integers(1, 900),
 )  # fmt: skip
-def test_a_plan_holds_every_pair_once_and_closes_shards_as_late_as_it_may(lengths, seed, pairs, tokens, n_bytes):
-    counts = np.array(lengths, dtype=np.int64).reshape(-1, 3)
-    extra = np.full(len(counts), 10)
-    plan = plan_shards(counts, extra, seed, pairs, tokens, n_bytes)
+def test_a_plan_holds_every_group_once_and_closes_shards_as_late_as_it_may(sizes, seed, groups, tokens, n_bytes):
+    counts = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    plan = plan_shards(counts[:, 0], counts[:, 1], seed, groups, tokens, n_bytes)
     assert sorted(np.concatenate([*plan, np.empty(0, np.int64)]).tolist()) == list(range(len(counts)))
 
     def fits(ids):
-        scored = sum(max(c - (p == 0), 0) for p, *sides in counts[ids] for c in sides)
-        raw = 4 * (counts[ids].sum() + scored) + len(ids) * (8 + 16 + 24 + 8 + 10)
-        return len(ids) <= pairs and counts[ids].sum() <= tokens and raw <= n_bytes
+        n_tokens, n_completions = counts[ids].sum(axis=0)
+        # Of a group: id, count, weight and one split; of a completion: digest, split, score, sum; of a token: id,
+        # log-prob, mask.
+        raw = len(ids) * (8 + 4 + 4 + 8) + n_completions * (16 + 8 + 4 + 4) + n_tokens * (4 + 4 + 1)
+        return len(ids) <= groups and n_tokens <= tokens and raw <= n_bytes
 
     assert all(len(shard) == 1 or fits(shard) for shard in plan)
     assert not any(fits(np.append(shard, after[0])) for shard, after in itertools.pairwise(plan))
 
 
 def test_the_plan_shuffles_and_depends_on_the_seed_alone():
-    lengths = np.ones((5000, 3), np.int64)
-    one, again, other = (plan_shards(lengths, np.zeros(5000, int), seed) for seed in (1, 1, 2))
+    n_tokens, n_completions = np.full(5000, 3), np.full(5000, 2)
+    one, again, other = (plan_shards(n_tokens, n_completions, seed) for seed in (1, 1, 2))
     assert [len(ids) for ids in one] == [2048, 2048, 904]
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
     assert not np.array_equal(one[0], other[0])
     # 2048 of 0..4999 drawn without order: mean 2499.5, standard error below 25.
     assert abs(one[0].mean() - 2499.5) < 100
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 50), max_size=8), max_size=6), st.integers(1, 99))
+def test_a_column_is_cut_where_the_base_is_and_between_as_late_as_it_may(shards, n_bytes):
+    """Each list is a shard of the base: what a column takes of each of its groups."""
+    sizes = np.array([size for shard in shards for size in shard], np.int64)
+    found = cut_shards([len(shard) for shard in shards], sizes, n_bytes)
+    assert found == cut_shards([len(shard) for shard in shards], sizes, n_bytes)
+    ends = np.cumsum([0, *found])
+    base = np.cumsum([0, *map(len, shards)])
+    assert set(base) <= set(ends)
+    # An empty shard of the base is an empty one of the column, so that every base shard begins one of the column's.
+    assert sum(count == 0 for count in found) == sum(not shard for shard in shards)
+    for start, end in itertools.pairwise(ends):
+        assert end - start <= 1 or sizes[start:end].sum() <= n_bytes
+        if end not in base:
+            assert sizes[start : end + 1].sum() > n_bytes

@@ -1,4 +1,4 @@
-"""A cache of a million pairs: opens at once, streams in bounded memory, in an order that needs no replay."""
+"""A cache of a million groups of two: opens at once, streams in bounded memory, in an order that needs no replay."""
 
 import time
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from store_synthetic import SHARD_PAIRS, write_cheap_cache
+from store_cases import arrays_in
+from store_synthetic import SHARD_GROUPS, cheap_spec, write_cheap_cache
 
 from fpo.stage2_align.order import BLOCK_SHARDS, cut_batches, epoch_blocks
 from fpo.stage2_align.stream import PairStream
-from fpo.store import Cache, open_cache
+from fpo.store import Cache, Store, open_cache
 
-QUICK, LARGE = 24 * SHARD_PAIRS + 77, 1_000_000
+QUICK, LARGE = 24 * SHARD_GROUPS + 77, 1_000_000
 MB = 2**20
 
 
@@ -20,17 +21,31 @@ MB = 2**20
 def cache(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
     started = time.perf_counter()
-    key = write_cheap_cache(folder, request.param)
-    print(f"\n{request.param} pairs written and sealed in {time.perf_counter() - started:.1f} s")
-    return open_cache(folder, key)
+    key = write_cheap_cache(folder, request.param, n_columns=2 if request.param == QUICK else 20)
+    print(f"\n{request.param} groups written and sealed in {time.perf_counter() - started:.1f} s")
+    return open_cache(folder, key, columns=[cheap_spec(0)])
 
 
 def test_it_opens_in_less_than_a_second(cache):
     started = time.perf_counter()
-    opened = open_cache(cache.folder.root.parent, cache.key)
+    opened = open_cache(cache.folder.root.parent, cache.key, columns="all")
     seconds = time.perf_counter() - started
-    print(f"\n{opened.n_pairs} pairs in {len(opened.shard_pairs)} shards open in {seconds * 1000:.1f} ms")
-    assert opened.n_pairs == cache.n_pairs
+    print(
+        f"\n{opened.n_groups} groups in {len(opened.shard_groups)} shards open with {len(opened.columns)} columns in "
+        f"{seconds * 1000:.1f} ms"
+    )
+    assert opened.n_groups == cache.n_groups
+    assert len(opened.columns) >= 2
+    assert seconds < 1
+
+
+def test_it_is_listed_in_less_than_a_second(cache):
+    started = time.perf_counter()
+    (summary,) = Store(cache.folder.root.parent).summaries()
+    seconds = time.perf_counter() - started
+    print(f"\n{summary.n_groups} groups with {len(summary.columns)} columns are listed in {seconds * 1000:.1f} ms")
+    assert summary.complete
+    assert all(column.complete for column in summary.columns)
     assert seconds < 1
 
 
@@ -39,11 +54,8 @@ def resident(field):
     return int(line.split()[1]) * 1024
 
 
-def raw_bytes(pairs):
-    arrays = [pairs.pair_id, pairs.pair_digest, pairs.input_ids, pairs.splits, pairs.ref_logps, pairs.token_logps]
-    for features in pairs.features:
-        arrays += [features.indices, features.acts, features.splits, features.active, features.tail_sq]
-    return sum(array.nbytes for array in arrays)
+def raw_bytes(groups):
+    return sum(array.nbytes for array in arrays_in(groups).values())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="/proc")
@@ -64,19 +76,19 @@ def test_an_epoch_streams_in_memory_that_depends_on_the_block_alone(cache):
         f"\n{seen} pairs streamed in {seconds:.1f} s ({seen / seconds:.0f}/s), a block is {block / MB:.1f} MB raw, "
         f"resident memory grew by at most {grown / MB:.1f} MB"
     )
-    assert seen == cache.n_pairs
+    assert seen == cache.n_groups
     assert grown < 8 * block + 64 * MB
 
 
 def epoch_rows(cache, epoch, batch=256, seed=3):
-    blocks = epoch_blocks(cache.shard_pairs, seed=seed, epoch=epoch, batch=batch)
+    blocks = epoch_blocks(cache.shard_groups, seed=seed, epoch=epoch, batch=batch)
     return np.concatenate([block.rows[: len(block.rows) - block.leftover] for block in blocks])
 
 
 def test_every_epoch_is_another_permutation_that_seed_and_epoch_alone_decide(cache):
     first, second = epoch_rows(cache, 0), epoch_rows(cache, 1)
     for rows in (first, second, epoch_rows(cache, 0, seed=4)):
-        assert np.array_equal(np.sort(rows), np.arange(cache.n_pairs))
+        assert np.array_equal(np.sort(rows), np.arange(cache.n_groups))
     assert np.array_equal(first, epoch_rows(cache, 0))
     for other in (second, epoch_rows(cache, 0, seed=4)):
         assert (first == other).mean() < 0.01
@@ -93,7 +105,7 @@ def test_any_step_is_reached_without_replay(cache, monkeypatch):
     steps = len(stream)
     places = sorted({1, steps // 3, steps - 2})
     wanted = {step: [] for step in places}
-    if cache.n_pairs == QUICK:
+    if cache.n_groups == QUICK:
         for step, batch in enumerate(stream):
             if step in wanted:
                 wanted[step] = batch

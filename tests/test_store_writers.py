@@ -20,11 +20,10 @@ HERE = Path(__file__).parent
 
 def run(store: Path, writers: range, at_most: int) -> list[str]:
     """Start these writers at the same time; what each printed."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / "store_one_writer.py"), str(store), str(writer), str(at_most)],
-            env={**os.environ, "PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": str(len(writers))},
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(writers))},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

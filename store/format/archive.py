@@ -25,8 +25,8 @@ _DATE_1980_01_01 = (1 << 5) | 1
 _REGULAR_FILE_0644 = 0o100644 << 16
 
 
-MAX_MEMBERS = 4096
-"""A shard of 256 hookpoints has 2835 members; a stranger's zip may have millions, each a Python object."""
+MAX_MEMBERS = 64
+"""A base has 21 at most; a stranger's zip may have millions, each a Python object."""
 
 
 def pack(members: Mapping[str, bytes | memoryview]) -> bytes:

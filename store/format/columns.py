@@ -101,7 +101,7 @@ def covers(held: Spec, wanted: Spec) -> bool:
 def cut(column: Column, held: Spec, wanted: Spec) -> Column:
     """A column of spec `held` as one of spec `wanted`, which it `covers`."""
     if isinstance(column, Features) and held["top_k"] != wanted["top_k"]:
-        return _keep_largest(column, wanted["top_k"])
+        return _keep_largest(column, wanted["top_k"], wanted["d_sae"])
     if isinstance(column, TopLogits) and held["m"] != wanted["m"]:
         return TopLogits(column.splits, column.indices[:, : wanted["m"]], column.logps[:, : wanted["m"]])
     return column
@@ -122,16 +122,21 @@ def _rank(spec: Spec, field: str) -> float:
     return float("inf") if spec.get(field) == "all" else float(spec.get(field, 0))
 
 
-def _keep_largest(column: Features, k: int) -> Features:
-    """The k largest activations of every row (ties: the lower index); `tail_sq` grows by what goes."""
+def _keep_largest(column: Features, k: int, d_sae: int) -> Features:
+    """
+    What is not zero among the k largest of all d_sae activations of a row (ties: the lower index), as the scorer pools;
+    `tail_sq` grows by what goes.
+    """
     rows = np.repeat(np.arange(len(column)), column.lengths)
     order = np.lexsort((column.indices, -column.acts, rows))
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order)) - np.repeat(starts_of(column.lengths)[:-1], column.lengths)
+    # The features that are zero stand before those below zero.
+    place += np.where(column.acts < 0, d_sae - column.active.astype(np.int64)[rows], 0)
     kept = place < k
     gone = np.bincount(rows[~kept], column.acts[~kept].astype(np.float64) ** 2, minlength=len(column))
     return type(column)(
-        splits=starts_of(np.minimum(column.lengths, k)).astype(np.uint64),
+        splits=starts_of(np.bincount(rows[kept], minlength=len(column))).astype(np.uint64),
         indices=column.indices[kept],
         acts=column.acts[kept],
         active=column.active,

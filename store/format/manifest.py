@@ -8,6 +8,7 @@ fixed spelling with a checksum of themselves inside, so that a changed byte show
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -219,7 +220,7 @@ class ColumnFacts(_Closed):
         return ColumnBounds(
             facts.kind,
             facts.d_sae or 0,
-            facts.top_k if isinstance(facts.top_k, int) else None,
+            None if facts.top_k in (None, "all") else facts.top_k,
             facts.m or 0,
             facts.vocab_size or 0,
         )
@@ -247,7 +248,7 @@ def parse_recipe(data: bytes, key: str, where: str) -> dict[str, Any]:
         raise CacheDamaged(
             f"{where} has the sha256 {sha256_hex(data)[:12]}..., its folder is named {key[:12]}...; {REPAIR}"
         )
-    return _parsed(where, lambda: _recipe(data))
+    return _parsed(where, lambda: _recipe(data, where))
 
 
 def record_bytes(record: Record) -> bytes:
@@ -288,30 +289,36 @@ def parse_manifest(data: bytes, key: str, facts: RecipeFacts, where: str) -> Man
     return manifest
 
 
-def _recipe(data: bytes) -> dict[str, Any]:
+def _recipe(data: bytes, where: str) -> dict[str, Any]:
     recipe = parse_json(data, MAX_RECIPE_BYTES)
     if not isinstance(recipe, dict) or canonical_json(recipe) != data:
         raise ValueError("it is not canonical JSON")
     if type(recipe.get("format")) is not int or recipe["format"] != FORMAT_VERSION:
         raise CacheError(
-            f"this cache has format {printable(str(recipe.get('format')))}, this version of fpo reads "
+            f"{where} has format {printable(str(recipe.get('format')))}, this version of fpo reads "
             f"{FORMAT_VERSION}; use the version that wrote it, or build the cache again with fpo cache"
         )
     if "pairs" in recipe:
         raise CacheError(
-            "this cache was written before format 1 was final: it holds pairs, not groups; "
-            "build it again with fpo cache"
+            f"{where} was written before format 1 was final: it holds pairs, not groups; "
+            "build the cache again with fpo cache"
         )
     recipe_facts(recipe)
     return recipe
 
 
 def _spelled_so(model: type[Checked], data: bytes, most_values: int) -> Checked:
-    parsed = model.model_validate(parse_checked_json(data, most_values))
+    body = parse_checked_json(data, most_values)
+    parsed = model.model_validate(body)
     # pydantic takes true and 1.0 for the format 1; another reader may not.
-    if checked_json(parsed.model_dump()) != data:
+    if _text(parsed.model_dump()) != _text(body):
         raise ValueError("it is not spelled as this format writes it")
     return parsed
+
+
+def _text(body: dict[str, Any]) -> str:
+    """Equal for what is spelled equally, and quick: without an indent, Python spells in C."""
+    return json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def _bounded(what: str, data: bytes, limit: int) -> bytes:

@@ -2,8 +2,8 @@
 Reading a cache that lies behind a URL: its shards pass through a bounded folder on this machine, ahead of the
 reader, so that training neither waits for the network nor needs disk for the whole cache.
 
-The folder is shared by all caches, runs and processes of the machine: shards are named by their sha256, which is
-checked at every read, so it may be deleted, damaged or full at any time and only speed is lost.
+The folder is shared by all caches, their columns, runs and processes of the machine: shards are named by their sha256,
+which is checked at every read, so it may be deleted, damaged or full at any time and only speed is lost.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Shelf:
         """
         self.root = Path(root) if root is not None else _default_root()
         self.max_bytes = max_bytes if max_bytes is not None else _default_bytes()
+        self.ahead = LookAhead(self.max_bytes // 2)
+        """What is fetched before it is read, for all that this process streams through the shelf."""
         self._folder = Folder(self.root)
         self._told = False
 
@@ -128,52 +130,126 @@ class Shelf:
             excess -= n_bytes
 
 
-class StreamingFolder(Objects):
-    """The objects of a remote cache; its shards come through a shelf, those that are expected ahead of time."""
+class _Plan:
+    """What one folder expects to be read."""
 
-    def __init__(
-        self, remote: Objects, entries: Sequence[ShardEntry], shelf: Shelf, threads: int = FETCH_THREADS
-    ) -> None:
-        self.remote, self.shelf = remote, shelf
-        self._entries = {shard_name(entry.shard): entry for entry in entries}
-        self._threads = threads
-        self._lock = threading.Lock()
-        self._plan: list[str] = []
+    def __init__(self, names: Sequence[str]) -> None:
+        self.left = list(reversed(names))
         """Still to be fetched, the next one last."""
-        self._ahead: dict[str, Future[None]] = {}
-        """Being fetched, or on the shelf and not read yet."""
+        self.n = len(self.left)
+
+    @property
+    def share(self) -> float:
+        """How much of it is on its way."""
+        return 1 - len(self.left) / max(self.n, 1)
+
+
+class LookAhead:
+    """
+    Fetches in the background what the folders of one shelf expect to be read, together no more than a budget. A base
+    and its columns are read side by side: whose plan is the least far on goes first.
+    """
+
+    def __init__(self, max_bytes: int, threads: int = FETCH_THREADS) -> None:
+        """max_bytes: half of the shelf; the other half is what was read lately, by this process or others."""
+        self._budget, self._threads = max_bytes, threads
+        self.lock = threading.RLock()
+        self._folders: weakref.WeakSet[StreamingFolder] = weakref.WeakSet()
         self._running = 0
-        self._process = os.getpid()
-        # Half of the shelf: the other half is what was read lately, by this process or others.
-        self._budget = shelf.max_bytes // 2
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fpo-fetch")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
+    def join(self, folder: StreamingFolder) -> None:
+        """Take a folder into account as long as it lives."""
+        with self.lock:
+            self._folders.add(folder)
+
+    def give_up(self) -> None:
+        """Nothing can be kept, so nothing is gained by fetching early."""
+        self._budget = 0
+
+    def go_on(self) -> None:
+        """Start as many fetches as threads are free and the budget allows."""
+        with self.lock:
+            while self._running < self._threads:
+                waiting = [folder for folder in self._folders if folder.plan.left]
+                if not waiting:
+                    return
+                folder = min(waiting, key=lambda one: one.plan.share)
+                entry = folder.entries[folder.plan.left[-1]]
+                if sum(one.bytes_ahead() for one in self._folders) + entry.size > self._budget:
+                    return
+                try:
+                    future = self._pool.submit(self._fetch, folder, entry)
+                except RuntimeError:  # the interpreter ends
+                    return
+                folder.ahead[folder.plan.left.pop()] = future
+                self._running += 1
+
+    def _fetch(self, folder: StreamingFolder, entry: ShardEntry) -> None:
+        try:
+            folder.fetch_ahead(entry)
+        finally:
+            with self.lock:
+                self._running -= 1
+            self.go_on()
+
+
+class StreamingFolder(Objects):
+    """
+    The objects of a remote cache, or of a column of it; its shards come through a shelf, those that are expected ahead
+    of time.
+    """
+
+    def __init__(self, remote: Objects, entries: Sequence[ShardEntry], shelf: Shelf) -> None:
+        self.remote, self.shelf = remote, shelf
+        self.entries = {shard_name(entry.shard): entry for entry in entries}
+        self.plan = _Plan([])
+        self.ahead: dict[str, Future[None]] = {}
+        """Being fetched, or on the shelf and not read yet."""
+        self._process = os.getpid()
+        shelf.ahead.join(self)
+
+    def inside(self, name: str) -> Objects:
+        """What lies inside has shards of its own, which this folder does not know."""
+        return self.remote.inside(name)
+
     def expect(self, names: Sequence[str]) -> None:
         """Fetch these in the background, in this order, as far as half of the shelf; forgets earlier hints."""
-        with self._lock:
-            self._plan = [name for name in reversed(names) if name in self._entries]
-            self._ahead = {name: future for name, future in self._ahead.items() if not future.done()}
-        self._go_on()
+        with self.shelf.ahead.lock:
+            self.plan = _Plan([name for name in names if name in self.entries])
+            self.ahead = {name: future for name, future in self.ahead.items() if not future.done()}
+        self.shelf.ahead.go_on()
+
+    def bytes_ahead(self) -> int:
+        """Of what is being fetched, or on the shelf and not read yet."""
+        return sum(self.entries[name].size for name in self.ahead)
+
+    def fetch_ahead(self, entry: ShardEntry) -> None:
+        """Put a shard on the shelf that is not there."""
+        if not self.shelf.has(entry):
+            with self.shelf.fetching(entry):
+                if not self.shelf.has(entry) and not self.shelf.put(entry, self._fetch(entry)):
+                    self.shelf.ahead.give_up()
 
     def read(self, name: str, limit: int) -> bytes:
-        entry = self._entries.get(name)
+        entry = self.entries.get(name)
         if entry is None:
             return self.remote.read(name, limit)
         if os.getpid() != self._process:
             # The threads did not come along, and waiting for one of them would never end.
             raise CacheError(f"{self.where('')} was opened before this process was forked; open it in each process")
-        with self._lock:
-            if name in self._plan:
-                self._plan.remove(name)
-            fetched = self._ahead.get(name)
+        with self.shelf.ahead.lock:
+            if name in self.plan.left:
+                self.plan.left.remove(name)
+            fetched = self.ahead.get(name)
         if fetched is not None:
             # What went wrong there is met again here, and told from here.
             fetched.exception()
         data = self._load(entry)
-        with self._lock:
-            self._ahead.pop(name, None)
-        self._go_on()
+        with self.shelf.ahead.lock:
+            self.ahead.pop(name, None)
+        self.shelf.ahead.go_on()
         return data
 
     def _load(self, entry: ShardEntry) -> bytes:
@@ -201,34 +277,6 @@ class StreamingFolder(Objects):
                     raise
                 _log.warning("%s (trying for another %d s)", error, left)
                 time.sleep(min(_PAUSE_SECONDS, left))
-
-    def _go_on(self) -> None:
-        """Start as many fetches as threads are free and the budget allows."""
-        with self._lock:
-            while self._plan and self._running < self._threads:
-                name = self._plan[-1]
-                held = sum(self._entries[ahead].size for ahead in self._ahead)
-                if held + self._entries[name].size > self._budget:
-                    return
-                try:
-                    future = self._pool.submit(self._fetch_ahead, self._entries[name])
-                except RuntimeError:  # the interpreter ends
-                    return
-                self._plan.pop()
-                self._ahead[name] = future
-                self._running += 1
-
-    def _fetch_ahead(self, entry: ShardEntry) -> None:
-        try:
-            if not self.shelf.has(entry):
-                with self.shelf.fetching(entry):
-                    if not self.shelf.has(entry) and not self.shelf.put(entry, self._fetch(entry)):
-                        # Nothing can be kept, so nothing is gained by fetching early.
-                        self._budget = 0
-        finally:
-            with self._lock:
-                self._running -= 1
-            self._go_on()
 
     def where(self, name: str) -> str:
         return self.remote.where(name)

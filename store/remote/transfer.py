@@ -1,7 +1,8 @@
 """
 Moving caches between stores: push and pull. Both directions are the same copy, from a complete cache, object by
-object, to a place that refuses taken names: recipe, then every shard and its record, the manifest last. What stands
-there already is proved, not moved; whoever is killed goes on where it stopped; and nothing is ever replaced.
+object, to a place that refuses taken names: recipe, then every shard and its record, the manifest last; the base
+first, then each column in the same way. What stands there already is proved, not moved; whoever is killed goes on where
+it stopped; and nothing is ever replaced.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from fpo.canonical import sha256_hex
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheMissing
-from fpo.store.files import TMP, Folder
+from fpo.store.beside import column_facts
+from fpo.store.choose import AllOrKeys, choose_columns
+from fpo.store.files import TMP, Folder, printable
+from fpo.store.format.columns import column_name
 from fpo.store.format.manifest import (
+    COLUMNS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECIPE_BYTES,
@@ -24,6 +29,7 @@ from fpo.store.format.manifest import (
     RECIPE,
     RECORDS,
     SHARDS,
+    ColumnFacts,
     Manifest,
     RecipeFacts,
     Record,
@@ -36,7 +42,7 @@ from fpo.store.format.manifest import (
     shard_name,
 )
 from fpo.store.local import Store
-from fpo.store.objects import Objects
+from fpo.store.objects import Objects, RemoteObjects
 from fpo.store.remote.places import RemoteStore, open_store
 from fpo.store.sealed import incomplete
 from fpo.store.shards import fetch_parsed, fetch_shard
@@ -53,13 +59,13 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class TransferReport:
-    """What `push` or `pull` did."""
+class Moved:
+    """What became of the base, or of a column."""
 
     key: str
+    name: str
+    """base, or the column in words."""
     manifest_digest: str
-    target: str
-    """Where the cache now stands."""
     moved: int
     """Objects that were written."""
     present: int
@@ -67,10 +73,53 @@ class TransferReport:
     n_bytes: int
     """Of the objects that were written."""
     repaired: tuple[str, ...]
-    """Damaged or missing objects of a complete cache that were replaced."""
+    """Damaged or missing objects of a complete base or column that were replaced."""
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What `push` or `pull` did."""
+
+    key: str
+    target: str
+    """Where the cache now stands."""
+    base: Moved
+    columns: tuple[Moved, ...]
     seconds: float
+    listed: bool = True
+    """Whether the columns could be listed where they came from; else only those that were named went."""
     tag: str | None = None
     """The tag by which the cache was named, which now stands for it at the target, too."""
+
+    @property
+    def manifest_digest(self) -> str:
+        """Of the base."""
+        return self.base.manifest_digest
+
+    @property
+    def parts(self) -> tuple[Moved, ...]:
+        """The base and the columns."""
+        return (self.base, *self.columns)
+
+    @property
+    def moved(self) -> int:
+        """Objects that were written, of all parts."""
+        return sum(part.moved for part in self.parts)
+
+    @property
+    def present(self) -> int:
+        """Objects that stood there already, of all parts."""
+        return sum(part.present for part in self.parts)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the objects that were written, of all parts."""
+        return sum(part.n_bytes for part in self.parts)
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """Objects that were replaced, of all parts."""
+        return tuple(name for part in self.parts for name in part.repaired)
 
 
 def push(
@@ -78,6 +127,7 @@ def push(
     name: str,
     url: Store | RemoteStore | Path | str,
     *,
+    columns: AllOrKeys = "all",
     threads: int = THREADS,
     on_object: Progress | None = None,
 ) -> TransferReport:
@@ -85,11 +135,13 @@ def push(
     Copy the complete cache `name` of a store to another one: a URL or a folder. A tag travels with the cache that it
     names, unless it stands for another one there.
 
+    columns: which go with the base: all complete ones, those whose keys start so, or () for none. What of it stands
+    there already stays, so a column may follow its base later.
     Every shard is checked against the manifest before it leaves and looked at after it arrived. At most `threads`
     shards are in memory. Raises CacheIncomplete (how far it is), CacheDamaged (here), CacheConflict where other bytes
     stand there under the same key (naming both manifest digests), CacheError where the other side refuses.
     """
-    return _transfer(open_store(store), name, open_store(url), threads, False, on_object)
+    return _transfer(open_store(store), name, open_store(url), columns, threads, False, on_object)
 
 
 def pull(
@@ -97,6 +149,7 @@ def pull(
     name: str,
     store: Store | Path | str,
     *,
+    columns: AllOrKeys = "all",
     threads: int = THREADS,
     repair: bool = False,
     on_object: Progress | None = None,
@@ -104,23 +157,26 @@ def pull(
     """
     Copy the complete cache `name` from a URL (or folder) into a store on this machine, every byte verified on arrival.
 
+    columns: as for `push`. From a server without a listing only those come that are named by all 64 digits.
     repair: also read what stands here already, and replace what is not as the manifest says. Without it a complete
     cache is looked at by name and size. Raises as `push` does.
     """
     target = open_store(store)
     if isinstance(target, RemoteStore):
         raise CacheError(f"{target.root} is no folder of this machine; pull goes to one, push to a URL")
-    return _transfer(open_store(url), name, target, threads, repair, on_object)
+    return _transfer(open_store(url), name, target, columns, threads, repair, on_object)
 
 
 def _transfer(
     origin: Store | RemoteStore,
     name: str,
     destination: Store | RemoteStore,
+    columns: AllOrKeys,
     threads: int,
     repair: bool,
     on_object: Progress | None,
 ) -> TransferReport:
+    start = time.monotonic()
     key = origin.resolve(name)
     tag = origin.tag_of(name, key)
     if tag is not None:
@@ -128,17 +184,46 @@ def _transfer(
     # Nobody removes either side meanwhile.
     uses = [place.use(key) for place in (origin, destination) if isinstance(place, Store)]
     try:
-        report = _Copy(origin.folder(key), destination.folder(key), key, repair).run(threads, on_object)
+        source, target = origin.folder(key), destination.folder(key)
+        # All are opened before the first is moved: what cannot go is told at once.
+        copies = [_Copy(source, target, key, repair), *_column_copies(source, target, key, columns, repair)]
+        moved = _run(copies, threads, on_object)
         if tag is not None:
             destination.carry_tag(tag, key)
-        return replace(report, tag=tag)
+        listed = not isinstance(source, RemoteObjects) or source.listable
+        seconds = time.monotonic() - start
+        return TransferReport(key, target.where(""), moved[0], tuple(moved[1:]), seconds, listed, tag)
     finally:
         for use in uses:
             use.end()
 
 
+def _column_copies(source: Objects, target: Objects, base: str, columns: AllOrKeys, repair: bool) -> list[_Copy]:
+    copies = []
+    for key in choose_columns(source, columns):
+        # A stranger's folder may hold the column of another base.
+        column_facts(source, base, key)
+        place = f"{COLUMNS}/{key}"
+        copies.append(_Copy(source.inside(place), target.inside(place), key, repair))
+    return copies
+
+
+def _run(copies: list[_Copy], threads: int, on_object: Progress | None) -> list[Moved]:
+    """One after the other: where a column stands, its base does."""
+    total = sum(copy.manifest.n_bytes for copy in copies)
+    moved, before = [], 0
+    for copy in copies:
+        moved.append(copy.run(threads, None if on_object is None else partial(_advance, on_object, before, total)))
+        before += copy.manifest.n_bytes
+    return moved
+
+
+def _advance(on_object: Progress, before: int, total: int, done: int, _total: int) -> None:
+    on_object(before + done, total)
+
+
 class _Copy:
-    """One transfer: what the source holds, and the steps that bring it to the target."""
+    """The base or a column of one transfer: what the source holds, and the steps that bring it to the target."""
 
     def __init__(self, source: Objects, target: Objects, key: str, repair: bool) -> None:
         self.source, self.target, self.key, self.repair = source, target, key, repair
@@ -148,8 +233,7 @@ class _Copy:
         self.moved = self.present = self.n_bytes = 0
         self.repaired: list[str] = []
 
-    def run(self, threads: int, on_object: Progress | None) -> TransferReport:
-        start = time.monotonic()
+    def run(self, threads: int, on_object: Progress | None) -> Moved:
         self.target.prepare(SHARDS, RECORDS)
         complete = self._target_is_complete()
         if not complete:
@@ -174,15 +258,9 @@ class _Copy:
         for folder in (SHARDS, RECORDS):
             self.target.sync(folder)
         self._count(self._seal(), len(self.manifest_data))
-        return TransferReport(
-            self.key,
-            self.digest,
-            self.target.where(""),
-            self.moved,
-            self.present,
-            self.n_bytes,
-            tuple(sorted(self.repaired)),
-            time.monotonic() - start,
+        name = column_name(self.facts.spec) if isinstance(self.facts, ColumnFacts) else "base"
+        return Moved(
+            self.key, printable(name), self.digest, self.moved, self.present, self.n_bytes, tuple(sorted(self.repaired))
         )
 
     def _count(self, written: bool, n_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """
-Collecting what nobody needs: what killed processes left, unfinished caches that nobody works on, caches that nobody
-uses. Looks first, removes only when told to, and never what is in use, tagged or damaged.
+Collecting what nobody needs: what killed processes left, unfinished caches and columns that nobody works on, caches
+that nobody uses. Looks first, removes only when told to, and never what is in use, tagged or damaged. A complete column
+goes with its cache alone: who reads a cache says so of the whole, so nobody can tell whether a column is unused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from fpo.errors import CacheError, CacheInUse
+from fpo.store.beside import column_keys
 from fpo.store.files import TMP, Folder, explained
-from fpo.store.format.manifest import MANIFEST, RECIPE, RECORDS
+from fpo.store.format.manifest import COLUMNS, MANIFEST, RECIPE, RECORDS
 from fpo.store.local import NAMES, USES, Store
-from fpo.store.upkeep.manage import REMOVED, bytes_in, remove_cache
+from fpo.store.summaries import is_begun, look_at_column
+from fpo.store.upkeep.manage import REMOVED, bytes_in, remove_cache, remove_column
 from fpo.store.upkeep.tags import TAGS, read_tag, remove_tag
 from fpo.store.upkeep.use import alone, begin_account, is_used, last_use, tells_of_all
 
@@ -43,6 +46,8 @@ class Garbage:
     """For people: "12 of 40 shards, unused for 20 days"."""
     key: str | None = None
     """Of the cache, where it is one or belongs to one."""
+    column: str | None = None
+    """Key of the column, where it is one or belongs to one."""
     in_use: bool = False
     """Somebody works with it, or used or tagged it since it was looked at: it stays."""
     removed: bool = False
@@ -73,10 +78,10 @@ def gc(
     on_item: Callable[[Garbage], None] | None = None,
 ) -> Collection:
     """
-    Collect what killed processes left, tags of caches that are no more, unfinished caches that nobody worked on for
-    `unfinished_days` and complete caches that nobody opened for `unused_days`; None keeps them all. Damaged caches
-    and those with a tag are kept in any case: remove them by name. So is, for now, a cache whose uses some of its
-    readers could not note: silence is no disuse, it is counted from this collection on.
+    Collect what killed processes left, tags of caches that are no more, unfinished caches and columns that nobody
+    worked on for `unfinished_days` and complete caches that nobody opened for `unused_days`; None keeps them all.
+    Damaged caches and those with a tag are kept in any case: remove them by name. So is, for now, a cache whose uses
+    some of its readers could not note: silence is no disuse, it is counted from this collection on.
 
     on_item(item) is called for each thing found, after it is removed unless this is a dry run.
     Raises CacheError where the store cannot be listed; what fails later is in `problems`.
@@ -142,6 +147,8 @@ class _Collector:
         days = self._days_beyond(key, tagged)
         if days is None:
             self._temporaries(f"{key}/{TMP}", "left by a writer that was killed", key)
+            for column in column_keys(folder):
+                self._attempt(partial(self._column, key, column, tagged))
             return
         state = f"unused for {days:.0f} days"
         if RECIPE in folder.names():
@@ -152,6 +159,38 @@ class _Collector:
         kind: Literal["unused", "unfinished"] = "unused" if MANIFEST in folder.names() else "unfinished"
         item = Garbage(kind, folder.root, bytes_in(folder.root), state, key)
         self._found(item, partial(self._remove_cache, item, key))
+
+    def _column(self, key: str, column: str, tagged: set[str]) -> None:
+        """A column of a cache that stays."""
+        folder = self.store.folder(key).inside(f"{COLUMNS}/{column}")
+        days = self._column_days_beyond(folder, key, tagged)
+        if days is None:
+            self._temporaries(f"{key}/{COLUMNS}/{column}/{TMP}", "left by a writer that was killed", key, column=column)
+            return
+        state = f"nobody worked on it for {days:.0f} days"
+        if is_begun(folder):
+            found = look_at_column(self.store.folder(key), key, column)
+            if found.problem is not None:
+                return
+            state = f"{found.name}, {found.state}, {state}"
+        item = Garbage("unfinished", folder.root, bytes_in(folder.root), state, key, column)
+        self._found(item, partial(self._remove_column, item, folder, key, column))
+
+    def _remove_column(self, item: Garbage, folder: Folder, key: str, column: str) -> None:
+        with alone(self.store.use_file(key), f"cache {key[:12]}"):
+            # Looked at again: since the first look somebody may have worked on it, finished it or tagged the cache.
+            if self._column_days_beyond(folder, key, set(self.store.tags().values())) is None:
+                item.in_use = True
+            else:
+                remove_column(self.store, key, column)
+
+    def _column_days_beyond(self, folder: Folder, key: str, tagged: set[str]) -> float | None:
+        """For how long nobody worked on an unfinished column; None where it stays."""
+        limit = self.limits[False]
+        if key in tagged or limit is None or MANIFEST in folder.names():
+            return None
+        days = (time.time() - _newest(folder.root)) / _DAY
+        return days if days >= limit else None
 
     def _remove_cache(self, item: Garbage, key: str) -> None:
         with alone(self.store.use_file(key), f"cache {key[:12]}"):
@@ -205,7 +244,9 @@ class _Collector:
         """What killed processes left among the tags and the notes of uses."""
         self._temporaries(place, "left by a process that was killed", None, ".")
 
-    def _temporaries(self, place: str, reason: str, key: str | None, start: str = "") -> None:
+    def _temporaries(
+        self, place: str, reason: str, key: str | None, start: str = "", column: str | None = None
+    ) -> None:
         """Old files in a folder of the store whose names begin so; those of a cache go when nobody writes it."""
         for name in self.folder.names(place):
             path = self.store.root / place / name
@@ -217,7 +258,7 @@ class _Collector:
                 self.collection.problems.append(f"cannot read {path}: {error.strerror}; see the reason")
                 continue
             if name.startswith(start) and time.time() - facts.st_mtime >= _TEMPORARY_AGE:
-                item = Garbage("temporary", path, facts.st_size, reason, key)
+                item = Garbage("temporary", path, facts.st_size, reason, key, column)
                 self._found(item, partial(self._delete_temporary, f"{place}/{name}", key))
 
     def _delete_temporary(self, name: str, key: str | None) -> None:

@@ -56,6 +56,9 @@ class DiffReport:
     """What makes the keys differ; empty for one and the same cache."""
     inputs: tuple[Difference, ...]
     """The names behind the digests, as the makers wrote them down; decides nothing."""
+    only_here: tuple[str, ...] = ()
+    """Complete columns that the first has and the second lacks, in words: they decide nothing either."""
+    only_there: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,17 @@ class Nearest:
 
 
 def diff(store: Store | RemoteStore | Path | str, here: str, there: str) -> DiffReport:
-    """Compare two caches of a store, finished or not. Raises CacheMissing or CacheDamaged."""
+    """Compare two caches of a store, finished or not, and which columns stand beside one alone. Raises CacheError."""
     store = open_store(store)
     a, b = _summary(store, here), _summary(store, there)
-    inputs = differences(a.inputs, b.inputs)
-    return DiffReport(a.key, b.key, differences(_recipe(store, a.key), _recipe(store, b.key)), inputs)
+    return DiffReport(
+        a.key,
+        b.key,
+        differences(_recipe(store, a.key), _recipe(store, b.key)),
+        differences(a.inputs, b.inputs),
+        _lacking(a, b),
+        _lacking(b, a),
+    )
 
 
 def nearest(
@@ -132,6 +141,12 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
             yield from _leaves(item, f"{name}[{n}]")
     elif name:
         yield name, json.dumps(value, ensure_ascii=False)
+
+
+def _lacking(here: Summary, there: Summary) -> tuple[str, ...]:
+    """Complete columns that only the first has, whatever their keys, which name the base."""
+    specs = [column.spec for column in there.columns if column.complete]
+    return tuple(column.label for column in here.columns if column.complete and column.spec not in specs)
 
 
 def _summary(store: Store | RemoteStore, name: str) -> Summary:

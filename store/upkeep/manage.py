@@ -1,7 +1,7 @@
 """
-Keeping a store in order: tags, removing a cache.
+Keeping a store in order: tags, removing a cache or a column of it.
 
-A cache disappears in one step, a rename into STORE/.state/removed, and is deleted there: killed anywhere, no
+What is removed disappears in one step, a rename into STORE/.state/removed, and is deleted there: killed anywhere, no
 half of it is left under its key, and the next collection finishes the work. What is in use is never touched.
 """
 
@@ -11,13 +11,16 @@ import contextlib
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fpo.errors import CacheError, CacheMissing
+from fpo.store.choose import choose_columns
 from fpo.store.files import Folder, explained, make_durable_dirs, refuse_links
+from fpo.store.format.manifest import COLUMNS
 from fpo.store.local import NAMES, STATE, USES, Store
-from fpo.store.summaries import Summary
+from fpo.store.summaries import ColumnSummary, Summary, look_at_column
 from fpo.store.upkeep.tags import check_tag_name, remove_tag, write_tag
 from fpo.store.upkeep.use import alone
 
@@ -42,6 +45,7 @@ class Removed:
     """What `rm` did."""
 
     key: str
+    """Of the cache or of the column that went."""
     n_bytes: int
 
 
@@ -84,17 +88,31 @@ def removable(store: Store | Path | str, name: str) -> Summary:
     return summary
 
 
-def rm(store: Store | Path | str, name: str) -> Removed:
+def removable_column(store: Store | Path | str, name: str, column: str) -> ColumnSummary:
     """
-    Remove a cache, finished or not.
+    The column beside the cache `name` that `rm` would remove, whose key starts with `column`. Raises as `removable`
+    does, for the cache as for the column.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    base = removable(store, name).key
+    (key,) = choose_columns(store.folder(base), [column])
+    if len(column) < FEWEST_DIGITS:
+        raise CacheError(f"{column} is short for a column to remove; give at least {FEWEST_DIGITS} digits of {key}")
+    return look_at_column(store.folder(base), base, key)
 
-    Raises as `removable` does, or CacheInUse naming who reads or writes it.
+
+def rm(store: Store | Path | str, name: str, column: str | None = None) -> Removed:
+    """
+    Remove a cache with all its columns, finished or not, or of its columns the one whose key starts with `column`.
+
+    Raises as `removable` does, or CacheInUse naming who reads or writes the cache.
     """
     store = store if isinstance(store, Store) else Store(store)
     key = removable(store, name).key
+    doomed = None if column is None else removable_column(store, name, column).key
     with alone(store.use_file(key), f"cache {key[:12]} in {store.root}"):
         _refuse_tagged(key, store.tags_of(key))
-        return remove_cache(store, key)
+        return remove_cache(store, key) if doomed is None else remove_column(store, key, doomed)
 
 
 def _refuse_tagged(key: str, tags: tuple[str, ...]) -> None:
@@ -107,14 +125,23 @@ def _refuse_tagged(key: str, tags: tuple[str, ...]) -> None:
 
 def remove_cache(store: Store, key: str) -> Removed:
     """Remove a cache that nobody uses, see `alone`, and that has no tag."""
-    folder, place = store.folder(key), Folder(store.root)
+    return _remove(store, store.folder(key), key, (f"{USES}/{key}", f"{NAMES}/{key}"))
+
+
+def remove_column(store: Store, base: str, key: str) -> Removed:
+    """Remove a column of a cache that nobody uses, see `alone`."""
+    return _remove(store, store.folder(base).inside(f"{COLUMNS}/{key}"), key, ())
+
+
+def _remove(store: Store, folder: Folder, key: str, notes: Sequence[str]) -> Removed:
+    place = Folder(store.root)
     n_bytes = bytes_in(folder.root)
     grave = f"{REMOVED}/{key}.{secrets.token_hex(8)}"
     refuse_links((store.root / grave).parent, store.root)
     with explained("make", store.root / REMOVED):
         make_durable_dirs(store.root / REMOVED, like=store.root)
     folder.move_away(store.root / grave)
-    for note in (f"{USES}/{key}", f"{NAMES}/{key}"):
+    for note in notes:
         place.remove(note)
     place.delete(grave)
     return Removed(key, n_bytes)
