@@ -93,7 +93,8 @@ def random_pairs(stream: PairStream, count: int) -> Groups:
     offsets = np.concatenate([[0], np.cumsum(stream.cache.shard_groups)])
     order = rng.permutation(len(offsets) - 1)
     enough = int(np.searchsorted(np.cumsum(np.diff(offsets)[order]), count)) + 1
-    drawn = order[: max(enough, PARITY_SHARDS)]
+    drawn = np.sort(order[: max(enough, PARITY_SHARDS)])
+    stream.cache.prefetch(drawn.tolist())
     rows = np.concatenate([np.arange(offsets[sid], offsets[sid + 1]) for sid in drawn])
     return stream.rows(rng.choice(rows, min(count, len(rows)), replace=False))
 

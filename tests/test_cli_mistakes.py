@@ -273,7 +273,7 @@ DATA = [
         "one row",
         lambda b: b.pairs([{**TEXT, "prompt": "w8"}]),
         "1 of 1 pairs kept",
-        "1 shard\n",
+        "base        1 shard, ",
         "built       1 shard in",
     ),
     _works(

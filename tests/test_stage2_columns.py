@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_servers import web_server
 from tiny_world import TinyWorld, build_tiny_world
 
 from fpo.errors import CacheDamaged, CacheMissing, DataError
@@ -103,6 +104,24 @@ def test_a_run_reads_no_column_but_the_one_of_its_hookpoint(world: TinyWorld, tm
     assert read_run(run)["column"]["key"] == report.columns[1].key
     with pytest.raises(CacheDamaged, match=f"{report.columns[0].key}/shards/000000"):
         align(recipes[hookpoints[0]], find_cache(recipes[hookpoints[0]], world.store), tmp_path / "other")
+
+
+def test_behind_a_url_nothing_is_fetched_but_the_base_and_the_column_that_is_read(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    pytest.importorskip("obstore")
+    hookpoints = ["model.layers.0", "model.layers.1"]
+    features = [feature(world, hookpoint=hookpoint) for hookpoint in hookpoints]
+    fpo = world.recipe(features=features, objective={"hookpoint": hookpoints[1]}, training={"max_steps": 1})
+    dpo = world.recipe(features=features, objective={"name": "dpo"}, training={"max_steps": 1})
+    [report, _] = build_caches(fpo, world.store)
+    read = f"columns/{report.columns[1].key}/"
+    # What the first run has fetched of the base lies on this machine's shelf for the second.
+    for recipe, places in ((dpo, {""}), (fpo, {read})):
+        with web_server(world.store) as server:
+            align(recipe, find_cache(recipe, server.url), tmp_path / recipe.objective.name)
+            fetched = [name for method, name in server.requests if method == "GET" and "shards/" in name]
+        assert {name.split("shards/")[0] for name in fetched} == places
 
 
 @pytest.mark.parametrize(
