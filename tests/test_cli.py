@@ -135,7 +135,7 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     assert "pairs.digest" in out
     assert "scorer" not in out
     out, _ = fpo(world, "store", "verify", "first", "--recompute", "6", "--recipe", recipe)
-    assert "6 pairs scored again: token log-probs differ by" in out
+    assert "6 groups scored again: token log-probs differ by" in out
     _, err = fpo(world, "store", "verify", "first", "--recompute", "6", expect=1)
     assert "--recompute needs --recipe" in err
     out, _ = fpo(world, "store", "push", "first", world.root / "other-store")
