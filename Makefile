@@ -61,8 +61,9 @@ lint: $(VENV)/installed-test
 	@mkdir -p $(VENV)/as-package && ln -sfn $(CURDIR) $(VENV)/as-package/fpo
 	$(BIN)/mypy
 
-docs: $(VENV)/installed  ## write docs/recipe.md from recipe/ and objectives/
+docs: $(VENV)/installed  ## write docs/recipe.md and docs/saes.md from the code
 	$(BIN)/python -c "from fpo import recipe; print(recipe.reference_page(), end='')" > docs/recipe.md
+	$(BIN)/python -c "from fpo.scoring.sae.page import formats_page; print(formats_page(), end='')" > docs/saes.md
 
 families: $(VENV)/installed-test  ## write docs/families.md: how each model family is laid out
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/family_models.py

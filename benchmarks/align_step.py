@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from fpo.objectives import PairLogps
 from fpo.objectives.dpo import dpo
 from fpo.scoring import Packed, install_scoring, pack, sum_logps
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_groups
 from fpo.stage1_cache.tokenise import tokenise
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    tokens = tokenise(read_pairs(str(options.pairs), "train[:400]").dataset, tokenizer, 512)
+    tokens = tokenise(read_groups(str(options.pairs), "train[:400]").dataset, tokenizer, 512)
     batches = _batches(tokens.input_ids, tokens.splits, options.batches)
     reference = _llama(len(tokenizer))
     cached = [_reference_logps(reference, ids, splits) for ids, splits in batches]

@@ -20,7 +20,7 @@ import torch
 from fpo.recipe import Arithmetic
 from fpo.scoring import Packed, install_scoring, load_model, load_tokenizer, mixed_precision, pack
 from fpo.stage1_cache.fill import token_rows
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_groups
 from fpo.stage1_cache.score import micro_batches
 from fpo.stage1_cache.tokenise import tokenise
 
@@ -32,7 +32,9 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(options.model, None)
-    tokens = tokenise(read_pairs(str(options.pairs), f"train[:{options.count}]"), tokenizer, options.max_length)
+    tokens = tokenise(
+        read_groups(str(options.pairs), f"train[:{options.count}]").dataset, tokenizer, options.max_length
+    )
     rows = np.random.default_rng(0).permutation(len(tokens))
     policy = _logps(options.model, POLICY, tokens.input_ids, tokens.splits, np.array_split(rows, len(rows) // 8))
     lengths = np.array([len(part) for part in policy])

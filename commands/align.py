@@ -64,7 +64,7 @@ def align_command(
         print(json.dumps({**facts, "last": report.last}, indent=2))
         return
     print(f"run         {report.run}")
-    print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_pairs:,} pairs")
+    print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_groups:,} pairs")
     if report.layout is not None:
         print(f"layout      {report.layout}")
     if report.parity is not None:

@@ -70,22 +70,26 @@ def _say_why(split: str, near: Nearest | None) -> None:
 
 def _cache_facts(report: CacheReport) -> dict[str, Any]:
     cache = report.cache
+    n_bytes = cache.manifest.n_bytes + sum(column.n_bytes for column in report.columns)
     return {
         "split": report.split,
         "key": cache.key,
         "manifest_digest": cache.digest,
         "path": cache.folder.where(""),
-        "pairs": cache.n_pairs,
-        "bytes": cache.manifest.n_bytes,
-        "bytes_per_pair": cache.manifest.n_bytes / max(cache.n_pairs, 1),
+        "groups": cache.n_groups,
+        "completions": cache.n_completions,
+        "bytes": n_bytes,
+        "bytes_per_group": n_bytes / max(cache.n_groups, 1),
+        "columns": [vars(column) for column in report.columns],
+        "base_built": report.base_built,
         "built_shards": report.built_shards,
         "shards_by_others": report.shards_by_others,
         "rebuilt_shards": report.rebuilt_shards,
-        "shards": len(cache.shard_pairs),
+        "shards": len(cache.shard_groups),
         "seconds": report.seconds,
-        "pairs_reused": report.pairs_reused,
-        "pairs_scored": report.pairs_scored,
-        "pairs_per_second": report.pairs_scored / report.seconds if report.seconds else 0.0,
+        "reused": report.reused,
+        "scored": report.scored,
+        "completions_per_second": report.scored / report.seconds if report.seconds else 0.0,
         "drops": report.drops.as_dict(),
         "trained_on": report.trained_on,
         "self_check": [check.model_dump(exclude_unset=True) for check in report.self_checks],
@@ -96,36 +100,38 @@ def _print_cache(report: CacheReport) -> None:
     from fpo.store import counted
 
     cache = report.cache
-    n_bytes = cache.manifest.n_bytes
     print(f"{report.split}")
     print(f"  key         {cache.key}")
     print(f"  path        {cache.folder.where('')}")
     for number, line in enumerate(report.drops.lines()):
-        print(f"  {'pairs' if number == 0 else '':<12}{line.strip()}")
+        print(f"  {'data' if number == 0 else '':<12}{line.strip()}")
     if report.trained_on:
         print(f"  {'':<12}noted {report.trained_on:,}: the training split holds them too, so they are not held out")
     print(f"  prompt      {report.drops.prompt_line()}")
     print(
-        f"  size        {size(n_bytes)}, {n_bytes / max(cache.n_pairs, 1):,.0f} bytes per pair, "
-        f"{counted(len(cache.shard_pairs), 'shard')}"
+        f"  base        {size(cache.manifest.n_bytes)}, {cache.manifest.n_bytes / max(cache.n_groups, 1):,.0f} bytes "
+        f"per group, {counted(len(cache.shard_groups), 'shard')}"
     )
+    for column in report.columns:
+        served = "" if column.held == column.name else f" (from the column of {column.held})"
+        print(f"  column      {column.name}{served}: {size(column.n_bytes)}, {'built' if column.built else 'there'}")
     for check in report.self_checks:
         print(f"  {'self-check':<12}{check.line()}")
     if report.foreign_shards:
         print(
-            f"  note        {report.foreign_shards} of {len(cache.shard_pairs)} shards were there already and not "
+            f"  note        {report.foreign_shards} of {len(cache.shard_groups)} shards were there already and not "
             "computed in this store (a stopped pull, a killed writer); no other cache will copy from them"
         )
     if report.rebuilt_shards:
         shards = "1 shard is" if report.rebuilt_shards == 1 else f"{report.rebuilt_shards} shards are"
         print(f"  rebuilt     {shards} as the manifest says again")
     elif report.built_shards or report.shards_by_others:
-        rate, tokens = report.pairs_scored / report.seconds, report.tokens_scored / report.seconds
+        rate, tokens = report.scored / report.seconds, report.tokens_scored / report.seconds
         if report.layout is not None:
             print(f"  layout      {report.layout}")
-        copied = f"{counted(report.pairs_reused, 'pair')} copied from other caches" if report.pairs_reused else ""
-        scored = f"{report.pairs_scored:,} scored ({rate:,.1f} pairs/s, {tokens:,.0f} tokens/s)"
-        done = ", ".join(filter(None, [copied, scored if report.pairs_scored else ""]))
+        copied = f"{counted(report.reused, 'completion')} copied from other caches" if report.reused else ""
+        scored = f"{report.scored:,} scored ({rate:,.1f} completions/s, {tokens:,.0f} tokens/s)"
+        done = ", ".join(filter(None, [copied, scored if report.scored else ""]))
         print(f"  built       {_built(report)} in {report.seconds:.1f} s{': ' if done else ''}{done}")
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
@@ -135,6 +141,6 @@ def _built(report: CacheReport) -> str:
     """18 shards, or 6 of 18 shards here, 12 by other processes"""
     from fpo.store import counted
 
-    total = counted(len(report.cache.shard_pairs), "shard")
-    own = total if report.built_shards == len(report.cache.shard_pairs) else f"{report.built_shards:,} of {total} here"
+    total = counted(len(report.cache.shard_groups), "shard")
+    own = total if report.built_shards == len(report.cache.shard_groups) else f"{report.built_shards:,} of {total} here"
     return f"{own}, {report.shards_by_others:,} by other processes" if report.shards_by_others else own

@@ -38,6 +38,6 @@ def evaluate_command(
     if as_json:
         print(json.dumps(metrics, indent=2))
         return
-    print(f"{cache.n_pairs:,} held-out pairs ({loaded.data.eval_split}), cache {cache.key[:12]}")
+    print(f"{cache.n_groups:,} held-out pairs ({loaded.data.eval_split}), cache {cache.key[:12]}")
     for name, value in metrics.items():
         print(f"  {name:<33}{value:.6g}")

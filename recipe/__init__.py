@@ -4,7 +4,7 @@ The recipe: one YAML file that describes an experiment, both stages.
 `reference`, `features`, `data` and `cache` decide what is computed in stage 1 and therefore the cache
 key; `policy`, `objective` and `training` never do. This package is the one place that says what a field
 is: the docstring under a field is its documentation (`docs/recipe.md` is printed from it), and every
-field is checked here before anything heavy loads.
+field is checked here before a model or data is touched.
 
     sections    its parts                     loading       from the file, with overrides; and back
     experiment  the whole, what fits          parsing       YAML

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,12 +18,29 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 from fpo.recipe.arithmetic import Arithmetic, Dtype, HalfDtype
 from fpo.section import Section
 
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "margin",
+    "completions",
+    "scores",
+    "ranks",
+    "labels",
+    "completion",
+    "label",
+    "weight",
+    "tools",
+    "chat_template_kwargs",
+)
 """The columns that pairs are made of."""
 
 
@@ -86,7 +103,7 @@ class Feature(Section):
 
 
 class Data(Section):
-    """The preference pairs, and how they become tokens (TRL's rules)."""
+    """The groups of completions, and how they become tokens (TRL's rules)."""
 
     source: Place
     """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""
@@ -118,6 +135,26 @@ class Data(Section):
     max_length: PositiveInt | None = 1024
     """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
 
+    as_messages: bool = False
+    """Read text as a conversation: the prompt as a user's message, each completion as the assistant's."""
+
+    score: Literal["completion", "assistant"] = "completion"
+    """What counts: a whole completion but what tools said, or in completions of several turns the assistant's alone."""
+
+    turns: Annotated[list[PositiveInt | None], Field(min_length=2, max_length=2)] | None = None
+    """First and last turn of the assistant that count, from 1 at a completion's beginning: `[2, 3]`, `[2, null]`."""
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> Self:
+        if self.turns is None:
+            return self
+        first, last = self.turns
+        if self.score != "assistant":
+            raise ValueError("data.turns: turns are the assistant's; set data.score: assistant with it")
+        if first is None or (last is not None and last < first):
+            raise ValueError(f"data.turns: {self.turns}: the first turn, then the last or null for all that follow")
+        return self
+
     @field_validator("columns")
     @classmethod
     def _check_columns(cls, columns: dict[str, str | None]) -> dict[str, str | None]:
@@ -137,8 +174,14 @@ class CacheOptions(Section):
     top_logits: NonNegativeInt = 0
     """Also keep the reference's most likely tokens at each completion position: how many of them."""
 
+    prompt_features: bool = False
+    """Also keep every hookpoint's features of the prompts, pooled over a prompt's own tokens."""
+
+    hidden_gram: bool = False
+    """Also keep the inner products of the completions' summed last hidden states, which displacement is told from."""
+
     shard_pairs: Annotated[int, Field(gt=0, le=2**16)] = 2048
-    """A shard closes at this many pairs (or 2^20 tokens, or 64 MiB): what a killed run can lose."""
+    """A shard closes at this many groups (or 2^20 tokens, or 64 MiB): what a killed run can lose."""
 
     seed: NonNegativeInt = 0
     """Seed of the permutation that assigns pairs to shards."""

@@ -4,7 +4,7 @@ What a model says about a group. One package, because reference and policy must 
     packing     groups -> rows, in two layouts      models      files of a model, loading; configs resolves config.json
     masks       the family's own masks, packed      families    what a family does with its config
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
-    scorer      the one forward pass                sae         activations; sae_formats reads the files
+    scorer      the one forward pass                sae         activations; files of every format
     check       is a model measured rightly         self_check  does the SAE fit the hookpoint
     features    pooled top k, column sets           routers     load-balancing loss of experts
 """
@@ -36,7 +36,7 @@ from fpo.scoring.models import (
 )
 from fpo.scoring.packing import Layout, Packed, pack
 from fpo.scoring.routers import router_coefficient
-from fpo.scoring.sae.encoder import Sae, load_sae
+from fpo.scoring.sae import Sae, load_sae
 from fpo.scoring.scorer import Scores, install_scoring, mixed_precision
 
 __all__ = [

@@ -243,9 +243,8 @@ def _deterministic_mode(model: PreTrainedModel) -> Iterator[None]:
 
 def _refuse_nan(model: PreTrainedModel, sequences: list[_Sequence], expected: list[_Plain]) -> None:
     """ModelError naming the first module whose output is not finite, where the family's own log-probs are not."""
-    bad = next(
-        (own for own, (_, logps) in zip(sequences, expected, strict=True) if not bool(logps.isfinite().all())), None
-    )
+    judged = zip(sequences, expected, strict=True)
+    bad = next((sequence for sequence, plain in judged if not bool(plain.logps.isfinite().all())), None)
     if bad is None:
         return
     first: list[tuple[str, nn.Module]] = []

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fpo.scoring.sae.encoder import MEMORY_BUDGET, Sae
+from fpo.scoring.sae import MEMORY_BUDGET, Sae
 
 
 class PooledFeatures(NamedTuple):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from fpo.errors import SelfCheckError
 from fpo.scoring.hookpoints import capture, final_norm_name, hookpoint_names, resolve_hookpoint, same_hookpoint
 from fpo.scoring.packing import Packed
-from fpo.scoring.sae.encoder import Decoder, Sae
+from fpo.scoring.sae import Decoder, Sae
 
 # Seen over wrong loads: a wrong layer moves L0 by 1.4x, a missing threshold by 13x, b_dec left in by 3x. Real data
 # against the data that an SAE was measured on moves it by up to 2x.

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +18,6 @@ from fpo.errors import ModelError
 from fpo.memo import file_facts, remember
 
 _READ_BYTES = 2**22
-_MAX_HEADER_BYTES = 10**8
-"""The limit that the safetensors library sets."""
-
 _SETTLED_NS = 2 * 10**9
 """A file that changed less than this ago may change again within the same time stamp: not remembered."""
 
@@ -73,28 +69,35 @@ def _hash_tensors(files: Sequence[Path]) -> str:
     return sha256_hex(canonical_json([tensors[name] for name in sorted(tensors)]))
 
 
+def byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """
+    Where each tensor's bytes stand in a safetensors file that the library has opened: (start, stop), in that order.
+
+    The library names tensors with type and shape but not their place, and hands out bytes only as tensors of a
+    framework. A digest reads the bytes as they are, of types that no framework here knows, too.
+    """
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes), object_pairs_hook=_each_once)
+    header.pop("__metadata__", None)
+    ranges = ((name, entry["data_offsets"]) for name, entry in header.items())
+    first = 8 + header_bytes
+    return {name: (first + start, first + stop) for name, (start, stop) in sorted(ranges, key=lambda item: item[1])}
+
+
 def _tensors_of(path: Path) -> list[tuple[str, str, list[int], str]]:
     """(name, dtype, shape, sha256 of the bytes) of every tensor in a safetensors file."""
     try:
         # What the library refuses (gaps, doubled fields, unknown types) would be hashed here and never loaded.
-        with safe_open(path, framework="np"), open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, os.stat(path).st_size - 8):
-                raise ValueError(f"a header of {header_bytes} bytes")
-            header = json.loads(file.read(header_bytes), object_pairs_hook=_each_once)
-            header.pop("__metadata__", None)
-            return [
-                (
-                    name,
-                    str(entry["dtype"]),
-                    [int(n) for n in entry["shape"]],
-                    _hash_range(file, 8 + header_bytes, entry),
-                )
-                for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            ]
+        with safe_open(path, framework="np") as tensors, open(path, "rb") as file:
+            found = []
+            for name, (start, stop) in byte_ranges(path).items():
+                header = tensors.get_slice(name)
+                found.append((name, header.get_dtype(), header.get_shape(), _hash_range(file, start, stop)))
+            return found
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); download or convert it again") from error
 
 
@@ -106,13 +109,10 @@ def _each_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _hash_range(file: BinaryIO, base: int, entry: dict[str, Any]) -> str:
-    start, end = (int(offset) for offset in entry["data_offsets"])
-    if not 0 <= start <= end:
-        raise ValueError(f"data_offsets {start}, {end}")
+def _hash_range(file: BinaryIO, start: int, stop: int) -> str:
     digest = hashlib.sha256()
-    file.seek(base + start)
-    rest = end - start
+    file.seek(start)
+    rest = stop - start
     while rest:
         block = file.read(min(rest, _READ_BYTES))
         if not block:

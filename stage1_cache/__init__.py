@@ -1,10 +1,10 @@
 """
 Pairs to cache.
 
-    pairs, columns  read and check the data      identity  the cache key, without loading a model
-    texts, tokenise TRL's rules                  score     one shard through the reference
-    drops           what was left out, and why   build     fpo cache; fill writes the shards
-    recompute       random pairs, scored again
+    read            rows to groups, checked        identity  the cache key, without loading a model
+    texts, tokenise TRL's rules                    score     one shard through the reference
+    masks           which tokens count             build     fpo cache; fill writes the shards
+    drops           what was left out, and why     recompute random pairs, scored again
 """
 
 from fpo.stage1_cache.build import CacheReport, build_caches, find_cache

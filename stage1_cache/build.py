@@ -22,7 +22,7 @@ from fpo.progress import is_first_rank, say
 from fpo.recipe import Feature, Recipe
 from fpo.scoring import adapter_folder, extremes, load_sae, model_folder
 from fpo.scoring.hookpoints import canonical_hookpoint
-from fpo.scoring.sae.formats import read_decoder
+from fpo.scoring.sae import read_decoder
 from fpo.scoring.self_check import check_sae
 from fpo.stage1_cache.drops import DropReport
 from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_check, self_check_of
@@ -284,8 +284,9 @@ def _build(
         wants = [spec for spec in identity.specs if serving(held, spec) is None]
         cache.read_columns([spec for spec in identity.specs if spec not in wants])
         check_changed(cache)
-        if wants and is_url(store):
-            raise CacheMissing(f"{lacks(store, wants[0])}; build it in a folder and move it there with fpo store push")
+        if is_url(store):
+            for want in filter(None, wants):
+                raise lacks(str(store), want)
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None

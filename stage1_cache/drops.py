@@ -14,19 +14,27 @@ DROPPED = {
     "no_shared_prompt": "there is no prompt turn: an empty prompt, or no first turn that both sides share",
     "empty_completion": "a completion has no token of its own",
     "no_scored_token": "no prompt and a completion of one token, which nothing precedes",
+    "nothing_counts": "no token of a completion counts: it is cut away, or data.turns leaves it out",
+    "no_completion": "its list of completions is empty",
 }
-"""Why a row is left out. TRL drops the first, stops at the second, trains on the others without a signal."""
+"""
+Why a row is left out, or a completion of a row that keeps others. TRL drops the first, stops at the second, trains on
+the next two without a signal.
+"""
 
 NOTED = {
     "chosen_truncated": "chosen is cut at max_length",
     "rejected_truncated": "rejected is cut at max_length",
+    "truncated": "a completion is cut at max_length",
     "prompt_tail_moved": "the prompt's end merges with a completion's beginning, or is rendered otherwise there: it "
     "counts as the completion's, as in TRL, and does no harm",
-    "empty_side": "chosen or rejected says nothing: its end token alone is scored",
+    "empty_side": "a completion says nothing: its end token alone is scored",
     "repeated": "the same tokens as an earlier pair",
     "identical": "chosen and rejected are the same tokens: their margin is always 0",
+    "alike": "two completions are the same tokens",
+    "score_against": "chosen has a lower score than rejected",
     "one_begins_other": "one side begins the other: the implicit prompt ends just before the shorter side",
-    "prompt_repeated": "both completions repeat the explicit prompt, which is then there twice",
+    "prompt_repeated": "all completions repeat the explicit prompt, which is then there twice",
     "bos_doubled": "the prompt begins with two BOS tokens, of the text or template and of the tokenizer",
 }
 """What is counted in rows that are kept, as TRL keeps them."""
@@ -51,14 +59,20 @@ class Finding:
 class DropReport:
     """Counts with examples, by the keys of `DROPPED` and `NOTED`; reasons that never occurred are absent."""
 
+    unit: str = "pairs"
+    """What a row is called."""
     read: int = 0
     kept: int = 0
+    completions: int = 0
+    """Of all rows that are kept."""
     dropped: dict[str, Finding] = field(default_factory=dict)
+    left_out: dict[str, Finding] = field(default_factory=dict)
+    """Completions that are missing in rows that are kept."""
     noted: dict[str, Finding] = field(default_factory=dict)
     prompt_column: str | None = None
     """The dataset's name of the prompt; None where it is implicit."""
     prompt_tokens: int = 0
-    """Of all pairs that are kept."""
+    """Of all rows that are kept."""
     unused_columns: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, row: int) -> None:
@@ -66,9 +80,15 @@ class DropReport:
         self.read += 1
         self.dropped.setdefault(reason, Finding()).add(row)
 
-    def keep(self, prompt_tokens: int) -> None:
+    def leave_out(self, reason: str, row: int) -> None:
+        """Count a completion that its row goes on without."""
+        assert reason in DROPPED
+        self.left_out.setdefault(reason, Finding()).add(row)
+
+    def keep(self, prompt_tokens: int, completions: int) -> None:
         self.read += 1
         self.kept += 1
+        self.completions += completions
         self.prompt_tokens += prompt_tokens
 
     def note(self, what: str, row: int) -> None:
@@ -87,7 +107,8 @@ class DropReport:
     def from_dict(facts: dict[str, Any]) -> DropReport:
         """The report that `as_dict` wrote."""
         findings = {
-            part: {key: Finding(**finding) for key, finding in facts[part].items()} for part in ("dropped", "noted")
+            part: {key: Finding(**finding) for key, finding in facts[part].items()}
+            for part in ("dropped", "left_out", "noted")
         }
         return DropReport(**{**facts, **findings})
 
@@ -99,10 +120,12 @@ class DropReport:
         return f"{where}, {mean:.{0 if mean >= 10 else 1}f} tokens on average{unused}"
 
     def lines(self) -> list[str]:
-        """The report for people: the total, then one line per reason to drop and per thing noted."""
+        """The report for people: the total, then one line per reason to drop or to leave out, and per thing noted."""
         found = [("dropped", self.dropped[key], DROPPED[key]) for key in DROPPED if key in self.dropped]
+        found += [("left out", self.left_out[key], DROPPED[key]) for key in DROPPED if key in self.left_out]
         found += [("noted", self.noted[key], NOTED[key]) for key in NOTED if key in self.noted]
-        return [f"{self.kept:,} of {self.read:,} pairs kept", *(_line(*item) for item in found)]
+        size = f" with {self.completions:,} completions" if self.unit == "groups" else ""
+        return [f"{self.kept:,} of {self.read:,} {self.unit} kept{size}", *(_line(*item) for item in found)]
 
 
 def _line(verb: str, finding: Finding, meaning: str) -> str:

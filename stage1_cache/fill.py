@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from fpo.progress import progress_bar
+from fpo.scoring.hookpoints import canonical_hookpoint
 from fpo.stage1_cache.identity import CacheIdentity
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.store import (
@@ -158,7 +159,8 @@ def fill(
                     progress.update(sizes[sid] - scored)
                     for part, column, own in zip(parts, columns, copied, strict=True):
                         if part in behind:
-                            facts = provenance(identity, own, len(column), scored > 0, scorer)
+                            made_of = inputs(identity, part.want)
+                            facts = provenance(made_of, own, len(column), scorer if scored else None)
                             part.write(identity, sid, plan[sid], column, facts)
                             filled.layout = facts.get("layout", filled.layout)
                     filled.shards, filled.reused = filled.shards + 1, filled.reused + sizes[sid] - scored
@@ -259,17 +261,21 @@ def token_groups(identity: CacheIdentity, rows: np.ndarray) -> TokenGroups:
 
 
 def provenance(
-    identity: CacheIdentity, copied: Copied, n_rows: int, scored: bool, scorer: Callable[[], ReferenceScorer]
+    made_of: dict[str, Any], copied: Copied, n_rows: int, scorer: Callable[[], ReferenceScorer] | None
 ) -> dict[str, Any]:
-    """How a shard came to be: for people, never part of the key."""
+    """
+    How a shard came to be: for people, never part of the key.
+
+    scorer  what scored some of its groups; None where all rows of all parts were copied
+    """
     facts: dict[str, Any] = {
-        "inputs": inputs(identity),
+        "inputs": made_of,
         "versions": {name: version(name) for name in ("fpo", "torch", "transformers", "numpy", "zarr")},
         "host": platform.node(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rows": {"reused": _largest(copied.sources), "scored": n_rows - len(copied.positions)},
     }
-    if scored:
+    if scorer is not None:
         reference = scorer()
         cuda = reference.device.type == "cuda"
         facts["device"] = torch.cuda.get_device_name() if cuda else platform.processor() or "cpu"
@@ -286,13 +292,19 @@ def _largest(sources: dict[str, int], most: int = 100) -> dict[str, int]:
     return dict(ranked[:most]) | ({"others": rest} if rest else {})
 
 
-def inputs(identity: CacheIdentity) -> dict[str, Any]:
-    """The names behind the key's digests, as the recipe has them: what `fpo store ls` and `diff` show."""
+def inputs(identity: CacheIdentity, want: Want = None) -> dict[str, Any]:
+    """The names behind a key's digests, as the recipe has them: what `fpo store ls` and `diff` show."""
     recipe = identity.recipe
+    if want is not None:
+        saes = [
+            feature.sae
+            for feature in recipe.features
+            if canonical_hookpoint(feature.hookpoint) == want.get("hookpoint")
+        ]
+        return {"sae": saes[0]} if saes else {}
     silent = {"split", "eval_split"} | (set() if recipe.data.columns else {"columns"})
     return {
         "reference": recipe.reference.model_dump(include={"model", "revision", "adapter"}),
-        "features": [feature.model_dump(include={"sae", "hookpoint"}) for feature in recipe.features],
         "data": {
             **{name: _short(value) for name, value in recipe.data.model_dump(exclude=silent).items()},
             "split": identity.split,

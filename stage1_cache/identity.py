@@ -34,9 +34,9 @@ from fpo.scoring import (
     weight_files,
 )
 from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
-from fpo.scoring.sae.formats import sae_config, sae_facts, sae_weight_files
-from fpo.scoring.weights import file_digest, weights_digest
-from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
+from fpo.scoring.sae import sae_config, sae_facts, sae_weights_digest
+from fpo.scoring.weights import weights_digest
+from fpo.stage1_cache.read import data_fingerprint, read_groups
 from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
 from fpo.store import (
     FORMAT_VERSION,
@@ -53,7 +53,7 @@ from fpo.store import (
     shard_digest,
 )
 from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of, summed_logps
-from fpo.store.format.ragged import gather, lengths_of, starts_of
+from fpo.store.format.ragged import I64, gather, lengths_of, starts_of
 
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
 _FEATURES_PER_TOKEN = 100
@@ -118,6 +118,7 @@ class CacheIdentity:
             "columns": data.columns,
             "rules": TOKENISE_RULES,
             "today": data.today,
+            "score": [data.score, data.turns, data.as_messages],
             "max_length": data.max_length,
             "shard_pairs": options.shard_pairs,
             "seed": options.seed,
@@ -139,13 +140,16 @@ class CacheIdentity:
         """The groups as token ids; reads the data."""
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
-        dataset, columns = read_pairs(data.source, self.split, data.subset, data.revision, data.columns)
+        dataset, columns = read_groups(data.source, self.split, data.subset, data.revision, data.columns)
         tokens = tokenise(
             dataset,
             load_tokenizer(name, revision),
             data.max_length,
             chat_template=data.chat_template,
             today=data.today,
+            score=data.score,
+            turns=data.turns,
+            as_messages=data.as_messages,
         )
         tokens.drops.of_columns(*columns)
         return tokens
@@ -236,23 +240,19 @@ class CacheIdentity:
         """(G,) scored tokens of every group."""
         return _summed(lengths_of(self.scored_splits), self.completion_starts)
 
-    def _column_bytes(self, spec: Spec) -> np.ndarray:
+    def _column_bytes(self, spec: Spec) -> I64:
         """(G,) what a column takes of every group at most, or about: pooled features have no known end."""
-        n = self.tokens.n_completions.astype(np.int64)
-        scored = self.scored_tokens
-        match spec["kind"]:
-            case "top_logits":
-                return 8 * spec["m"] * scored
-            case "hidden_gram":
-                return 4 * n * n
-            case "prompt_features":
-                rows = np.ones(len(n), np.int64)
-                tokens = segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]
-            case _:
-                rows, tokens = n, scored
+        n: I64 = self.tokens.n_completions.astype(np.int64)
+        if spec["kind"] == "top_logits":
+            return np.asarray(8 * spec["m"] * self.scored_tokens)
+        if spec["kind"] == "hidden_gram":
+            return np.asarray(4 * n * n)
+        rows, tokens = n, self.scored_tokens
+        if spec["kind"] == "prompt_features":
+            rows, tokens = np.ones_like(n), segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]
         if spec["top_k"] == "all":
-            return 8 * np.minimum(rows * spec["d_sae"], _FEATURES_PER_TOKEN * tokens)
-        return 8 * rows * min(spec["top_k"], spec["d_sae"])
+            return np.asarray(8 * np.minimum(rows * spec["d_sae"], _FEATURES_PER_TOKEN * tokens))
+        return np.asarray(8 * rows * min(spec["top_k"], spec["d_sae"]))
 
     def _groups_digest(self) -> str:
         parts = (self.labels(rows) for rows in self.plan())
@@ -420,12 +420,10 @@ def _adapter_identity(folder: Path) -> dict[str, Any]:
 def feature_spec(feature: Feature) -> Spec:
     """What decides the pooled features of a hookpoint."""
     facts = sae_facts(feature.sae, feature.hookpoint)
-    files = sae_weight_files(feature.sae, feature.hookpoint)
-    is_npz = files[0].suffix == ".npz"
     return {
         "hookpoint": canonical_hookpoint(feature.hookpoint),
         "sae": {
-            "weights": file_digest(files[0]) if is_npz else weights_digest(files),
+            "weights": sae_weights_digest(feature.sae, feature.hookpoint),
             "config": sae_config(feature.sae, feature.hookpoint),
         },
         "d_sae": facts.d_sae,

@@ -146,7 +146,7 @@ class ReferenceScorer:
             return TokenLogps(_splits(packed.lengths), _numpy(scores.token_logps, np.float32))
         match want["kind"]:
             case "features":
-                residual = scores.residuals[self._place(want)][packed.counted]
+                residual = packed.counting(scores.residuals[self._place(want)])
                 return _features(Features, self._pooled(want, residual, packed.counts))
             case "prompt_features":
                 residual = scores.prompt_residuals[self._place(want)]

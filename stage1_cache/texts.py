@@ -1,15 +1,15 @@
 """
-The three texts of a pair that get encoded, by the rules of TRL 1.16's `DPOTrainer`: the prompt, the prompt
-with chosen, the prompt with rejected.
+The texts of a group that get encoded, by the rules of TRL 1.16's `DPOTrainer` and `KTOTrainer`: the prompt, and the
+prompt with each completion.
 
     text       the end token is appended to a completion that does not end with it
-    messages   the chat template renders the prompt with a generation prompt, the other two without
-    implicit   without a prompt column, the prompt is what chosen and rejected share
+    messages   the chat template renders the prompt with a generation prompt, the others without
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
@@ -17,10 +17,12 @@ from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from fpo.errors import DataError, FpoError, RecipeError
+from fpo.stage1_cache.read import Group
 
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Arguments of apply_chat_template that are no variables of the template. TRL passes its own
 # add_generation_prompt, tokenize and return_dict and stops at a second one; the others act on the tokens,
 # which this module does not make.
@@ -41,31 +43,9 @@ _NOT_FOR_THE_TEMPLATE = frozenset(
 )
 
 
-def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """
-    (prompt, chosen, rejected) of a pair whose prompt is implicit: the prompt is the longest prefix, of
-    characters or of messages, that chosen and rejected share.
-
-    As TRL's function of that name: a space before the boundary goes to the completions, and where one side
-    begins the other, the prompt ends one character (message) before the shorter does. Unlike it, the prompt
-    is empty where already the first characters differ, even if chosen *ends* with a space (TRL looks there
-    and takes all of chosen but this space for the prompt), and where a side is empty (TRL stops).
-    """
-    shorter = min(len(chosen), len(rejected))
-    for boundary in range(shorter):
-        if chosen[boundary] != rejected[boundary]:
-            if boundary > 0 and chosen[boundary - 1] == " ":
-                boundary -= 1
-            break
-    else:
-        boundary = max(shorter - 1, 0)
-    return chosen[:boundary], chosen[boundary:], rejected[boundary:]
-
-
-def with_end_token(prompt: str, chosen: str, rejected: str, eos: str) -> tuple[str, str, str]:
-    """The texts to encode of a pair of strings."""
-    ended = [side if side.endswith(eos) else side + eos for side in (chosen, rejected)]
-    return prompt, prompt + ended[0], prompt + ended[1]
+def with_end_token(prompt: str, completions: Sequence[str], eos: str) -> list[str]:
+    """The texts to encode of a group of text: the prompt, then the prompt with each completion."""
+    return [prompt, *(prompt + (one if one.endswith(eos) else one + eos) for one in completions)]
 
 
 class ChatTemplate:
@@ -82,37 +62,63 @@ class ChatTemplate:
         texts = [text] if text is not None else own.values() if isinstance(own, dict) else [own]
         self._compiled = [_compiled(one) for one in texts]
 
-    def rendered(
-        self, sides: Sequence[list[dict[str, Any]]], row: Mapping[str, Any], number: int
-    ) -> tuple[str, str, str]:
+    def rendered(self, group: Group, row: Mapping[str, Any], number: int) -> list[str]:
         """
-        The texts to encode of a pair of messages, special tokens included. `sides`: prompt, chosen, rejected;
-        `row` may hold `tools` and `chat_template_kwargs`. Raises `DataError` where the template refuses the
-        messages, `RecipeError` where it asks for a date and has none.
+        The texts to encode of a group of messages, special tokens included: the prompt, then the prompt with each
+        completion. `row` may hold `tools` and `chat_template_kwargs`. Raises `DataError` where the template refuses
+        the messages, `RecipeError` where it asks for a date and has none.
         """
-        prompt, chosen, rejected = sides
-        arguments = {
-            "chat_template": self._text,
-            "tools": _tools(row, number),
-            **_template_arguments(row, number),
-        }
+        prompt = group.prompt
+        arguments = self._arguments(row, number)
         render = self._tokenizer.apply_chat_template
+        conversation = prompt
         try:
             with self._own_date(arguments["chat_template"]):
-                return (
-                    render(prompt, tokenize=False, add_generation_prompt=True, **arguments),
-                    render(prompt + chosen, tokenize=False, **arguments),
-                    render(prompt + rejected, tokenize=False, **arguments),
-                )
-        except FpoError:
-            raise
+                texts = [render(prompt, tokenize=False, add_generation_prompt=True, **arguments)]
+                for completion in group.completions:
+                    conversation = prompt + completion
+                    texts.append(render(conversation, tokenize=False, **arguments))
         except Exception as error:  # a template is a stranger's program: 1/0, endless recursion, any type of error
-            roles = " ".join(message["role"] for message in prompt + chosen)
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(
-                f"row {number}: the chat template refuses its messages ({roles}): {reason}; "
-                "repair or remove the row, or set another chat template"
-            ) from error
+            raise _refused(error, conversation, number) from error
+        return texts
+
+    def render(self, messages: list[dict[str, Any]], row: Mapping[str, Any], number: int, *, opened: bool) -> str:
+        """The text of a conversation; `opened` for an answer of the assistant, by the generation prompt."""
+        arguments = self._arguments(row, number)
+        try:
+            with self._own_date(arguments["chat_template"]):
+                text: str = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=opened, **arguments
+                )
+        except Exception as error:
+            raise _refused(error, messages, number) from error
+        return text
+
+    def has_tags(self, row: Mapping[str, Any], number: int) -> bool:
+        """Whether the template says itself what the assistant generates: {% generation %} ... {% endgeneration %}."""
+        arguments = self._arguments(row, number)
+        text = self._tokenizer.get_chat_template(arguments["chat_template"], arguments["tools"])
+        return _GENERATION_TAG.search(text) is not None
+
+    def generated(self, messages: list[dict[str, Any]], row: Mapping[str, Any], number: int) -> list[tuple[int, int]]:
+        """What stands between generation tags: where each piece starts and ends in `render(messages)`."""
+        arguments = self._arguments(row, number)
+        text = self._tokenizer.get_chat_template(arguments.pop("chat_template"), arguments["tools"])
+        given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        try:
+            with self._own_date(text):
+                _, spans = render_jinja_template(
+                    conversations=[given],
+                    chat_template=text,
+                    return_assistant_tokens_mask=True,
+                    **{**self._tokenizer.special_tokens_map, **arguments},
+                )
+        except Exception as error:
+            raise _refused(error, messages, number) from error
+        return list(spans[0])
+
+    def _arguments(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        return {"chat_template": self._text, "tools": _tools(row, number), **_template_arguments(row, number)}
 
     @contextmanager
     def _own_date(self, text: str | None) -> Iterator[None]:
@@ -137,6 +143,17 @@ class ChatTemplate:
                 f"set the date that it shall get, such as {date.today().isoformat()}"
             )
         return self._today.strftime(form)
+
+
+def _refused(error: Exception, messages: list[dict[str, Any]], number: int) -> FpoError:
+    if isinstance(error, FpoError):
+        return error
+    roles = " ".join(message["role"] for message in messages)
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return DataError(
+        f"row {number}: the chat template refuses its messages ({roles}): {reason}; "
+        "repair or remove the row, or set another chat template"
+    )
 
 
 def _compiled(template: str) -> Template:

@@ -1,21 +1,24 @@
 """
-Pairs to token ids, exactly as TRL 1.16's `DPOTrainer` and its collator: a cache built here and a run of TRL
-see the same tokens. `texts` says what gets encoded, `drops` what becomes of each row; here is the rest of
-the rules:
+Groups to token ids, exactly as TRL 1.16's `DPOTrainer`, `KTOTrainer` and their collators: a cache built here and a run
+of TRL see the same tokens. `texts` says what gets encoded, `masks` what of it counts, `drops` what becomes of each row;
+here is the rest of the rules:
 
     special    text is encoded with the tokenizer's own special tokens, rendered messages without
-    boundary   the prompt is the longest token prefix that the encoded prompt shares with both sequences:
+    boundary   the prompt is the longest token prefix that the encoded prompt shares with all sequences of its group:
                a token that merges across the boundary belongs to the completions
     max_length cuts the end of prompt + completion; a prompt that leaves no room for a completion is dropped
+    left out   a completion without a token that counts is left out, and its group is what it would be without it;
+               a pair is dropped with it
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,12 @@ from transformers import PreTrainedTokenizerBase
 from fpo.errors import DataError, ModelError
 from fpo.progress import progress_bar
 from fpo.scoring import template_text
-from fpo.stage1_cache.columns import is_conversational
-from fpo.stage1_cache.drops import DropReport
-from fpo.stage1_cache.texts import ChatTemplate, extract_prompt, with_end_token
+from fpo.stage1_cache.drops import DROPPED, DropReport
+from fpo.stage1_cache.masks import Masks, shared_prefix
+from fpo.stage1_cache.read import Group, Layout, as_conversation, layout_of
+from fpo.stage1_cache.texts import ChatTemplate, with_end_token
 
-TOKENISE_RULES = "trl-1.16/2"
+TOKENISE_RULES = "trl-1.16/3"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""
 
 # What decides the ids besides the weights; config.json because its model_type may pick the tokenizer's class.
@@ -49,30 +53,49 @@ _TOKENIZER_FILES = [
 
 
 @dataclass(frozen=True)
-class TokenisedPairs:
-    """P pairs as token ids: part 3p is pair p's prompt, 3p+1 its chosen, 3p+2 its rejected completion."""
+class TokenisedGroups:
+    """G groups with K completions as token ids, each prompt followed by its completions."""
 
-    pair_id: npt.NDArray[np.uint64]
-    """(P,) row in the dataset, ascending."""
+    group_id: npt.NDArray[np.uint64]
+    """(G,) row in the dataset, ascending."""
+    n_completions: npt.NDArray[np.uint32]
+    """(G,)"""
     input_ids: npt.NDArray[np.uint32]
-    """(T,) the parts back to back; a prompt is held once."""
+    """(T,) prompts and completions back to back; a prompt is held once."""
     splits: npt.NDArray[np.uint64]
-    """(3P+1,) where each part starts, and T."""
+    """(G+K+1,) where each of them starts, and T."""
+    score_mask: npt.NDArray[np.uint8] | None
+    """(C,) 0 where a scored token does not count; None where all do."""
+    score: npt.NDArray[np.float32]
+    """(K,) higher is better; NaN where the data says nothing."""
+    weight: npt.NDArray[np.float32]
+    """(G,)"""
     drops: DropReport
 
     def __len__(self) -> int:
-        return len(self.pair_id)
+        return len(self.group_id)
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(P, 3) tokens of prompt, chosen, rejected."""
+    def lengths_of_prompts(self) -> npt.NDArray[np.int64]:
+        """(G,) tokens."""
+        return self._lengths[self._prompts]
+
+    @property
+    def lengths_of_completions(self) -> npt.NDArray[np.int64]:
+        """(K,) tokens, also those that are not scored."""
+        return np.delete(self._lengths, self._prompts)
+
+    @property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        """(G+K,) tokens of each part."""
         starts = self.splits.astype(np.int64)
-        return (starts[1:] - starts[:-1]).reshape(-1, 3)
+        return starts[1:] - starts[:-1]
 
     @property
-    def n_completions(self) -> npt.NDArray[np.uint32]:
-        """(P,) two each."""
-        return np.full(len(self), 2, np.uint32)
+    def _prompts(self) -> npt.NDArray[np.int64]:
+        """(G,) which of the parts are prompts."""
+        sizes = self.n_completions.astype(np.int64) + 1
+        return np.cumsum(sizes) - sizes
 
 
 def tokenise(
@@ -82,47 +105,62 @@ def tokenise(
     *,
     chat_template: str | None = None,
     today: str | None = None,
+    score: str = "completion",
+    turns: Sequence[int | None] | None = None,
+    as_messages: bool = False,
     batch_size: int = 256,
-) -> TokenisedPairs:
+) -> TokenisedGroups:
     """
-    Token ids of the pairs of `read_pairs`, in the dataset's order.
+    Token ids of the groups of `read_groups`, in the dataset's order.
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
     path of one, in place of the tokenizer's own; `today`: the ISO date that a template gets which asks for it.
+    `score`, `turns`, `as_messages`: as the recipe's `data` has them.
     Raises `DataError` without a chat template for messages or an end token for text, for a template that is no
-    Jinja, where the template refuses a row, and where no pair is left; `RecipeError` for one that lacks its date.
+    Jinja, where the template refuses a row, where masks need messages or cannot be told exactly, and where nothing
+    is left; `RecipeError` for a template that lacks its date.
     """
     if len(dataset) == 0:
-        raise DataError("no pairs to tokenise: the dataset has 0 rows; ask for a split that has some")
-    if conversational := is_conversational(dataset[0]):
+        raise DataError("no rows to tokenise: the dataset has none; ask for a split that has some")
+    layout = layout_of(dataset.column_names, dataset[0])
+    conversational = as_messages or isinstance(dataset[0][layout.shows], list)
+    _check_kind(isinstance(dataset[0][layout.shows], list), score, turns, as_messages)
+    if conversational:
         template = ChatTemplate(tokenizer, _template(tokenizer, chat_template), today)
+        masks = Masks(template, tokenizer, assistant=score == "assistant", turns=turns)
     elif tokenizer.eos_token is None:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), with which completions of text "
             "must end; set one in its tokenizer_config.json, or another data.tokenizer"
         )
 
-    pairs = _Builder(max_length, tokenizer.bos_token_id)
-    with progress_bar(len(dataset), "pairs", "tokenise") as progress:
+    groups = _Builder(layout, max_length, tokenizer.bos_token_id)
+    with progress_bar(len(dataset), layout.unit, "tokenise") as progress:
         for batch in _batches(dataset, batch_size):
-            kept: list[tuple[int, list[str]]] = []
+            kept: list[tuple[int, Group, list[bytearray | None]]] = []
             texts: list[str] = []
             for number, row in batch:
-                sides, notes = _sides(row)
-                if conversational and not sides[0]:
-                    pairs.report.drop("no_shared_prompt", number)
+                group = layout.group(row)
+                if as_messages:
+                    group = as_conversation(group)
+                if reason := _unusable(group, conversational):
+                    groups.report.drop(reason, number)
                     continue
-                kept.append((number, notes))
-                texts += (
-                    template.rendered(sides, row, number)
-                    if conversational
-                    else with_end_token(*sides, tokenizer.eos_token)
-                )
-            encoded = _encode(tokenizer, texts, add_special_tokens=not conversational)
-            for index, (number, notes) in enumerate(kept):
-                pairs.add(number, notes, *encoded[3 * index : 3 * index + 3])
+                if conversational:
+                    new = template.rendered(group, row, number)
+                    sides = zip(group.completions, new[1:], strict=True)
+                    counted = [masks.of(group.prompt, one, text, row, number) for one, text in sides]
+                    kept.append((number, group, counted))
+                else:
+                    new = with_end_token(group.prompt, group.completions, tokenizer.eos_token)
+                    kept.append((number, group, [None] * len(group.completions)))
+                texts += new
+            encoded = iter(_encode(tokenizer, texts, add_special_tokens=not conversational))
+            for number, group, counted in kept:
+                alone = next(encoded)
+                groups.add(number, group, alone, list(islice(encoded, len(group.completions))), counted)
             progress.update(len(batch))
-    return pairs.result()
+    return groups.result()
 
 
 def tokenizer_identity(path: str, *, revision: str | None = None, chat_template: str | None = None) -> dict[str, Any]:
@@ -150,52 +188,116 @@ def tokenizer_identity(path: str, *, revision: str | None = None, chat_template:
 
 
 class _Builder:
-    """Parts of pairs appended to typed buffers: 4 bytes a token, however many pairs."""
+    """Parts of groups appended to typed buffers: 4 bytes a token, however many groups."""
 
-    def __init__(self, max_length: int | None, bos: int | None) -> None:
-        self.max_length, self.bos = max_length, bos
-        self.report = DropReport()
-        self.pair_id, self.splits = array("Q"), array("Q", [0])
+    def __init__(self, layout: Layout, max_length: int | None, bos: int | None) -> None:
+        self.whole, self.max_length, self.bos = layout.whole, max_length, bos
+        self.report = DropReport(unit=layout.unit)
+        self.group_id, self.n_completions, self.splits = array("Q"), array("I"), array("Q", [0])
         self.input_ids = array("I")
+        self.score, self.weight = array("f"), array("f")
+        self.scored = 0
+        self.score_mask: bytearray | None = None
 
     def add(
-        self, row: int, notes: list[str], alone: list[int], with_chosen: list[int], with_rejected: list[int]
+        self,
+        row: int,
+        group: Group,
+        alone: list[int],
+        sequences: list[list[int]],
+        masks: Sequence[bytearray | None],
     ) -> None:
-        """Keep or drop a row, given the encoded prompt, prompt + chosen and prompt + rejected."""
-        shared = min(_shared_prefix(alone, with_chosen), _shared_prefix(alone, with_rejected))
-        chosen = with_chosen[shared : self.max_length]
-        rejected = with_rejected[shared : self.max_length]
-        if self.max_length is not None and shared >= self.max_length:
-            return self.report.drop("prompt_fills_max_length", row)
-        if not chosen or not rejected:
-            return self.report.drop("empty_completion", row)
-        if shared == 0 and min(len(chosen), len(rejected)) == 1:
-            return self.report.drop("no_scored_token", row)
-        self.report.keep(shared)
-        self.pair_id.append(row)
-        for part in (alone[:shared], chosen, rejected):
-            self.input_ids.extend(part)
-            self.splits.append(len(self.input_ids))
-        holds = {
-            "chosen_truncated": shared + len(chosen) < len(with_chosen),
-            "rejected_truncated": shared + len(rejected) < len(with_rejected),
-            "prompt_tail_moved": shared < len(alone),
-            "identical": chosen == rejected,
-            "bos_doubled": self.bos is not None and alone[:shared][:2] == [self.bos, self.bos],
-        }
-        for what in (*notes, *(name for name in holds if holds[name])):
-            self.report.note(what, row)
+        """
+        Keep or drop a row, given the encoded prompt, the prompt with each completion, and which tokens of those
+        count (None: all of them).
+        """
+        shares = [shared_prefix(alone, ids) for ids in sequences]
+        left = list(range(len(sequences)))
+        out: list[str] = []
+        while True:
+            shared = min([shares[place] for place in left])
+            if self.max_length is not None and shared >= self.max_length:
+                return self.report.drop("prompt_fills_max_length", row)
+            reasons = {place: why for place in left if (why := self._useless(shared, sequences[place], masks[place]))}
+            if not reasons:
+                break
+            out += reasons.values()
+            left = [place for place in left if place not in reasons]
+            # What is left out may have been what cut the shared prompt short.
+            if self.whole or not left:
+                return self.report.drop(min(out, key=list(DROPPED).index), row)
+        self._append(row, group, alone[:shared], [(place, sequences[place], masks[place]) for place in left])
+        for reason in out:
+            self.report.leave_out(reason, row)
+        self._note(row, group, alone, shared, [sequences[place] for place in left])
         return None
 
-    def result(self) -> TokenisedPairs:
+    def _useless(self, shared: int, ids: list[int], mask: bytearray | None) -> str | None:
+        """Why a completion behind a prompt of so many tokens cannot be kept, if so."""
+        if len(ids) <= shared:
+            return "empty_completion"
+        if shared == 0 and len(ids[: self.max_length]) == 1:
+            return "no_scored_token"
+        if mask is not None and 1 not in mask[max(shared, 1) : self.max_length]:
+            return "nothing_counts"
+        return None
+
+    def _append(
+        self, row: int, group: Group, prompt: list[int], left: list[tuple[int, list[int], bytearray | None]]
+    ) -> None:
+        self.report.keep(len(prompt), len(left))
+        self.group_id.append(row)
+        self.n_completions.append(len(left))
+        self.weight.append(group.weight)
+        self.input_ids.extend(prompt)
+        self.splits.append(len(self.input_ids))
+        for place, ids, mask in left:
+            self.score.append(group.scores[place])
+            kept = ids[len(prompt) : self.max_length]
+            self.input_ids.extend(kept)
+            self.splits.append(len(self.input_ids))
+            size = len(kept) if prompt else len(kept) - 1
+            if mask is not None or self.score_mask is not None:
+                self._append_mask(size, None if mask is None else mask[len(prompt) or 1 : self.max_length])
+            self.scored += size
+
+    def _append_mask(self, size: int, mask: bytearray | None) -> None:
+        """The mask of one completion's scored tokens; nothing is held before the first token that does not count."""
+        if self.score_mask is None and mask is not None and 0 in mask:
+            self.score_mask = bytearray(b"\1") * self.scored
+        if self.score_mask is not None:
+            self.score_mask += bytearray(b"\1") * size if mask is None else mask
+
+    def _note(self, row: int, group: Group, alone: list[int], shared: int, sequences: list[list[int]]) -> None:
+        note = self.report.note
+        for place, ids in enumerate(sequences):
+            if self.max_length is not None and len(ids) > self.max_length:
+                note(("chosen_truncated", "rejected_truncated")[place] if self.whole else "truncated", row)
+        for what in group.notes:
+            note(what, row)
+        if not all(map(_says_something, group.completions)):
+            note("empty_side", row)
+        if shared < len(alone):
+            note("prompt_tail_moved", row)
+        if _repeats(sequences, self.max_length):
+            note("identical" if self.whole else "alike", row)
+        if self.bos is not None and alone[: min(shared, 2)] == [self.bos, self.bos]:
+            note("bos_doubled", row)
+
+    def result(self) -> TokenisedGroups:
         if not self.report.kept:
             advice = "; raise data.max_length" if "prompt_fills_max_length" in self.report.dropped else ""
             total, *reasons = self.report.lines()
-            raise DataError("\n".join([f"no pair is left to score: {total}{advice}", *reasons]))
-        return TokenisedPairs(
-            pair_id=np.frombuffer(self.pair_id, np.uint64),
+            unit = self.report.unit.removesuffix("s")
+            raise DataError("\n".join([f"no {unit} is left to score: {total}{advice}", *reasons]))
+        return TokenisedGroups(
+            group_id=np.frombuffer(self.group_id, np.uint64),
+            n_completions=np.frombuffer(self.n_completions, np.uint32),
             input_ids=np.frombuffer(self.input_ids, np.uint32),
             splits=np.frombuffer(self.splits, np.uint64),
+            score_mask=None if self.score_mask is None else np.frombuffer(self.score_mask, np.uint8),
+            score=np.frombuffer(self.score, np.float32),
+            weight=np.frombuffer(self.weight, np.float32),
             drops=self.report,
         )
 
@@ -208,30 +310,36 @@ def _batches(dataset: Dataset, batch_size: int) -> Iterator[list[tuple[int, dict
         yield list(enumerate(rows, start=first))
 
 
-def _sides(row: dict[str, Any]) -> tuple[tuple[Any, Any, Any], list[str]]:
-    """Prompt, chosen and rejected of a row, and what is to be noted about them."""
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if prompt is None:
-        shorter = min(len(chosen), len(rejected))
-        begins = len(chosen) != len(rejected) and chosen[:shorter] == rejected[:shorter]
-        sides = extract_prompt(chosen, rejected)
-        notes = ["one_begins_other"] if begins else []
-        return sides, [*notes, *_if_silent(sides)]
-    size = len(prompt)
-    repeated = size > 0 and chosen[:size] == prompt == rejected[:size]
-    notes = ["prompt_repeated"] if repeated else []
-    return (prompt, chosen, rejected), [*notes, *_if_silent((prompt, chosen, rejected))]
+def _check_kind(messages: bool, score: str, turns: Sequence[int | None] | None, as_messages: bool) -> None:
+    """DataError where text or messages are asked for what only the other has."""
+    if as_messages and messages:
+        raise DataError("data.as_messages: the data holds messages already; leave it out")
+    if (score == "assistant" or turns is not None) and not (messages or as_messages):
+        raise DataError(
+            "data.score: assistant needs messages, and the data holds text, in which nobody can be told apart; "
+            "leave it out, or use data of messages"
+        )
 
 
-def _if_silent(sides: tuple[Any, Any, Any]) -> list[str]:
-    """The note on a pair whose chosen or rejected says nothing."""
+def _unusable(group: Group, conversational: bool) -> str | None:
+    """Why a row cannot even be rendered, if so."""
+    if not group.completions:
+        return "no_completion"
+    return "no_shared_prompt" if conversational and not group.prompt else None
 
-    def says_something(side: Any) -> bool:
-        if isinstance(side, str):
-            return bool(side.strip())
-        return any(value for message in side for name, value in message.items() if name != "role")
 
-    return [] if all(map(says_something, sides[1:])) else ["empty_side"]
+def _says_something(completion: Any) -> bool:
+    if isinstance(completion, str):
+        return bool(completion.strip())
+    return any(value for message in completion for name, value in message.items() if name != "role")
+
+
+def _repeats(sequences: list[list[int]], max_length: int | None) -> bool:
+    """Whether two completions of a group are the same tokens, once cut."""
+    if len(sequences) == 2:
+        one, other = sequences
+        return one[:max_length] == other[:max_length]
+    return len({tuple(ids[:max_length]) for ids in sequences}) < len(sequences)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str | None:
@@ -239,9 +347,9 @@ def _template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str |
         return template_text(override)
     if tokenizer.chat_template is None:
         raise DataError(
-            f"the pairs are messages and the tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            f"the data holds messages and the tokenizer {tokenizer.name_or_path!r} has no chat template; "
             "set data.chat_template (a Jinja file or its text), data.tokenizer to an instruction-tuned model's, or use "
-            "pairs of plain text"
+            "plain text"
         )
     return None
 
@@ -258,13 +366,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_to
         verbose=False,
     )
     return list(encoded["input_ids"])
-
-
-def _shared_prefix(ids: list[int], others: list[int]) -> int:
-    """How many first tokens two sequences share."""
-    if others[: len(ids)] == ids:  # nearly always, and compared in C
-        return len(ids)
-    return next(i for i, (one, other) in enumerate(zip([*ids, -1], [*others, -2], strict=False)) if one != other)
 
 
 def _sha256(content: bytes) -> str:

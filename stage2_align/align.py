@@ -40,7 +40,7 @@ from fpo.stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, o
 from fpo.stage2_align.saved import expected_weights, save_policy
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.trainer import PairTrainer
-from fpo.store import Cache, Pairs
+from fpo.store import Cache, Groups
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,6 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
     model = load_policy(recipe, meter, output, save=args.process_index == 0)
     stream = PairStream(
         cache,
-        meter.feature,
         seed=args.seed,
         per_device=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
@@ -275,9 +274,9 @@ def policy_layout(model: nn.Module, cache: Cache) -> Layout:
     first, which is a random part of the data, and the one with the longest pairs on average. Raises ModelError.
     """
     entries = cache.manifest.shards
-    longest = max(range(len(entries)), key=lambda sid: entries[sid].n_tokens / max(entries[sid].n_pairs, 1))
+    longest = max(range(len(entries)), key=lambda sid: entries[sid].n_tokens / max(entries[sid].n_groups, 1))
     few = [pairs.take(extremes(pairs.splits, pairs.n_completions)) for pairs in map(cache.shard, sorted({0, longest}))]
-    pairs = Pairs.concat(few)
+    pairs = Groups.concat(few)
     pairs = pairs.take(extremes(pairs.splits, pairs.n_completions))
     peft_base: Any = getattr(model, "get_base_model", None)
     return choose_layout(

@@ -16,7 +16,7 @@ from fpo.scoring import Packed, mixed_precision
 from fpo.stage2_align.align import policy_layout, policy_model
 from fpo.stage2_align.checkpoints import whole_checkpoint
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
-from fpo.stage2_align.run import RECIPE_FILE, read_run
+from fpo.stage2_align.run import RECIPE_FILE, feature_of, read_run
 from fpo.stage2_align.stream import PairStream
 from fpo.store import Cache, is_url
 
@@ -67,18 +67,18 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             f"{run}: this run is not finished; continue it with fpo align {run / RECIPE_FILE} --output {run} "
             "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
-    _check_scorer(recipe, cache, run, facts)
+    _check_scorer(cache, run, facts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     say("loading the policy ...")
     model = policy_model(recipe, meter, policy)
     model.to(device)
     size = recipe.training.get("per_device_eval_batch_size", 8)
-    stream = PairStream(cache, meter.feature, seed=0, per_device=size, layout=policy_layout(model, cache))
+    stream = PairStream(cache, seed=0, per_device=size, layout=policy_layout(model, cache))
     sums: dict[str, float] = {}
     with (
         torch.inference_mode(),
-        progress_bar(cache.n_pairs, "pairs", "evaluate") as bar,
+        progress_bar(cache.n_groups, "pairs", "evaluate") as bar,
     ):
         for batch in stream:
             assert batch is not None
@@ -89,7 +89,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             bar.update(len(batch["ref_logps"]))
-    metrics_mean = {f"eval_{name}": total / cache.n_pairs for name, total in sorted(sums.items())}
+    metrics_mean = {f"eval_{name}": total / cache.n_groups for name, total in sorted(sums.items())}
     broken = next((name for name, value in metrics_mean.items() if not math.isfinite(value)), None)
     if broken is not None:
         raise RunError(f"{policy}: {broken} is {metrics_mean[broken]} on the held-out pairs; the policy is broken")
@@ -100,7 +100,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
     return metrics_mean
 
 
-def _check_scorer(recipe: Recipe, cache: Cache, run: Path, facts: dict[str, Any]) -> None:
+def _check_scorer(cache: Cache, run: Path, facts: dict[str, Any]) -> None:
     """RunError where the held-out cache was scored by another reference, or the objective reads another SAE."""
     if facts["reference"] != cache.recipe["scorer"]["reference"]:
         raise RunError(
@@ -108,10 +108,9 @@ def _check_scorer(recipe: Recipe, cache: Cache, run: Path, facts: dict[str, Any]
             f"{cache.key[:12]}\n"
             f"  the run's has the weights {facts['reference']['weights'][:12]}, in {facts['reference']['dtype']}"
         )
-    feature = recipe.constrained_feature()
-    if feature is not None and facts["feature"] != cache.recipe["scorer"]["features"][feature]:
+    if facts["feature"] != feature_of(cache):
         raise RunError(
             f"{run}: this run was trained against another SAE, hookpoint or top_k than the held-out cache "
             f"{cache.key[:12]} has\n  the run's: {facts['feature']}\n"
-            f"  the cache's: {cache.recipe['scorer']['features'][feature]}"
+            f"  the cache's: {feature_of(cache)}"
         )

@@ -47,8 +47,6 @@ class ObjectiveMeter:
     objective: Objective
     sae: Sae | None
     hookpoint: str | None
-    feature: int | None
-    """Index of the constrained hookpoint among the cache's; None where there is no feature term."""
     incomplete: bool
     """Whether the feature set can hold features whose reference activation a top-k cache lacks."""
 
@@ -57,14 +55,13 @@ class ObjectiveMeter:
         """The recipe's objective; loads the SAE if there is a feature term."""
         feature = recipe.constrained_feature()
         if feature is None:
-            return ObjectiveMeter(recipe.objective, None, None, None, incomplete=False)
+            return ObjectiveMeter(recipe.objective, None, None, incomplete=False)
         entry, need = recipe.features[feature], recipe.objective.needs.features
         assert need is not None
         return ObjectiveMeter(
             recipe.objective,
             load_sae(entry.sae, entry.hookpoint),
             entry.hookpoint,
-            feature,
             incomplete=not need.exact_from(entry.top_k),
         )
 

@@ -22,7 +22,7 @@ from fpo.scoring import LOGPS_TOLERANCE, Packed, Scores, pack
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.trainer import PairTrainer
-from fpo.store import Features, Pairs
+from fpo.store import Features, Groups
 
 PARITY_PAIRS = 32
 # |mean over completions| of a completion's mean signed difference, nats per token. Rounding has no sign, so what is
@@ -69,12 +69,14 @@ def check_parity(
     pairs = random_pairs(stream, PARITY_PAIRS)
     apart, features = [], []
     for batch in _batches(pairs, stream.per_device):
-        tensors = pack(batch.input_ids, batch.splits, batch.n_completions, stream.layout)
+        tensors = pack(batch.input_ids, batch.splits, batch.n_completions, stream.layout, score_mask=batch.score_mask)
         packed = Packed(*(tensor.to(device) for tensor in tensors))
         scores: Scores = model(**packed._asdict())
         apart.append(scores.token_logps.double().cpu() - torch.from_numpy(batch.token_logps).double())
-        if meter.sae is not None and meter.feature is not None:
-            features.append(_feature_distance(meter, scores.residuals[0], packed, batch.features[meter.feature]))
+        if meter.sae is not None:
+            (cached,) = batch.columns
+            assert isinstance(cached, Features)
+            features.append(_feature_distance(meter, scores.residuals[0], packed, cached))
     difference = torch.cat(apart)
     _check_logps(difference, pairs, arithmetic, stream.cache.key)
     if features:
@@ -82,24 +84,24 @@ def check_parity(
     return float(difference.abs().mean())
 
 
-def random_pairs(stream: PairStream, count: int) -> Pairs:
+def random_pairs(stream: PairStream, count: int) -> Groups:
     """So many pairs of the stream's cache, drawn by its seed."""
-    everything = stream.cache.n_pairs
+    everything = stream.cache.n_groups
     return stream.rows(np.random.default_rng(stream.seed).choice(everything, min(count, everything), replace=False))
 
 
-def _batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
+def _batches(pairs: Groups, size: int) -> Iterator[Groups]:
     for start in range(0, len(pairs), size):
         yield pairs.take(np.arange(start, min(start + size, len(pairs))))
 
 
-def _check_logps(apart: Tensor, pairs: Pairs, arithmetic: tuple[Arithmetic, Arithmetic], key: str) -> None:
+def _check_logps(apart: Tensor, pairs: Groups, arithmetic: tuple[Arithmetic, Arithmetic], key: str) -> None:
     """
     apart  (N,) policy minus cache of every scored token, completion by completion
     """
     tolerance = _tolerance(LOGPS_TOLERANCE, arithmetic)
     offset_tolerance = _tolerance(OFFSET_TOLERANCE, arithmetic) * (1 if len(set(arithmetic)) == 1 else OTHER_ARITHMETIC)
-    completions = apart.split(np.diff(pairs.completion_splits.astype(np.int64)).tolist())
+    completions = apart.split(np.diff(pairs.scored_splits).tolist())
     signed = torch.stack([part.mean() if len(part) else apart.new_zeros(()) for part in completions])
     size, offset = float(apart.abs().mean()), float(signed.mean())
     if size <= tolerance and abs(offset) <= offset_tolerance:
@@ -112,7 +114,7 @@ def _check_logps(apart: Tensor, pairs: Pairs, arithmetic: tuple[Arithmetic, Arit
     ours = cached + float(completions[2 * pair + side].sum())
     raise ParityError(
         f"the policy does not reproduce the cached reference: token log-probs {what}\n"
-        f"  pair {pairs.pair_id[pair]}, {('chosen', 'rejected')[side]}: {ours:.4f} by the policy, {cached:.4f} in the "
+        f"  pair {pairs.group_id[pair]}, {('chosen', 'rejected')[side]}: {ours:.4f} by the policy, {cached:.4f} in the "
         f"cache {key[:12]}\n"
         "  the policy starts from reference.model: was it changed, or does it not compute as the reference did?"
     )

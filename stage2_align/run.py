@@ -104,7 +104,7 @@ def open_run(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int, re
     if begun and _has_trained(folder):
         raise RunError(f"{folder}: this run exists; continue it with --resume, or give another --output")
     # run.json goes first: from then on recipe.yaml is ours to replace.
-    _record(folder, recipe, {**identity(recipe, cache, pairs_per_step), "complete": False})
+    _record(folder, recipe, {**identity(cache, pairs_per_step), "complete": False})
     return OpenedRun(None, finished=False)
 
 
@@ -143,7 +143,7 @@ def _reopen(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int) -> 
     if changed:
         name, old, new = changed[0]
         raise RunError(f"{folder}: this run began with {name}: {old}, the recipe says {new}; give another --output")
-    length, wanted = (total_steps(r.training, cache.n_pairs, pairs_per_step) for r in (before, recipe))
+    length, wanted = (total_steps(r.training, cache.n_groups, pairs_per_step) for r in (before, recipe))
     if length != wanted and rate_depends_on_length(before.training):
         schedule = resolved(before.training)["lr_scheduler_type"]
         raise RunError(
@@ -181,18 +181,22 @@ def changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
     return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
-def identity(recipe: Recipe, cache: Cache, pairs_per_step: int) -> dict[str, Any]:
+def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
     """What run.json says from the beginning."""
-    scorer, feature = cache.recipe["scorer"], recipe.constrained_feature()
     return {
         "cache": cache.key,
         "manifest_digest": cache.digest,
         "store": store_of(cache),
-        "reference": scorer["reference"],
-        "feature": None if feature is None else scorer["features"][feature],
+        "reference": cache.recipe["scorer"]["reference"],
+        "feature": feature_of(cache),
         "pairs_per_step": pairs_per_step,
         "versions": {name: version(name) for name in _VERSIONS},
     }
+
+
+def feature_of(cache: Cache) -> dict[str, Any] | None:
+    """The spec of the features that are read beside the base; None where none are."""
+    return cache.columns[0].wanted if cache.columns else None
 
 
 def store_of(cache: Cache) -> str:

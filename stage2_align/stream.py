@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fpo.errors import DataError
 from fpo.scoring import Layout, pack
 from fpo.stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
-from fpo.store import Cache, Pairs
+from fpo.store import Cache, Features, Groups
 
 T = TypeVar("T")
 
@@ -27,21 +28,22 @@ QUEUE_BATCHES = 64
 Batch = dict[str, Tensor]
 
 
-def batch_tensors(pairs: Pairs, feature: int | None, layout: Layout) -> Batch:
+def batch_tensors(pairs: Groups, layout: Layout) -> Batch:
     """
     What a step needs of these pairs: the fields of `Packed`, and the reference's side under `ref_`.
 
-    feature  which hookpoint's features to bring; None brings none
+    pairs    groups of two, with the one column of features that the objective reads, or with none
     layout   the one in which the policy is measured rightly
     """
-    batch: dict[str, Any] = dict(pack(pairs.input_ids, pairs.splits, pairs.n_completions, layout)._asdict())
-    batch["ref_logps"] = torch.from_numpy(pairs.ref_logps)
-    if feature is not None:
-        kept = pairs.features[feature]
+    packed = pack(pairs.input_ids, pairs.splits, pairs.n_completions, layout, score_mask=pairs.score_mask)
+    batch: dict[str, Any] = dict(packed._asdict())
+    batch["ref_logps"] = torch.from_numpy(pairs.ref_logps).view(-1, 2)
+    for kept in pairs.columns:
+        assert isinstance(kept, Features)
         batch["ref_indices"] = torch.from_numpy(kept.indices.astype(np.int64))
         batch["ref_acts"] = torch.from_numpy(kept.acts)
         batch["ref_counts"] = torch.from_numpy(np.diff(kept.splits.astype(np.int64)))
-        batch["ref_tail_sq"] = torch.from_numpy(kept.tail_sq)
+        batch["ref_tail_sq"] = torch.from_numpy(kept.tail_sq).view(-1, 2)
     return batch
 
 
@@ -55,7 +57,6 @@ class PairStream(IterableDataset[Batch | None]):
     def __init__(
         self,
         cache: Cache,
-        feature: int | None,
         *,
         seed: int,
         per_device: int,
@@ -71,20 +72,20 @@ class PairStream(IterableDataset[Batch | None]):
         layout        the one in which the policy is measured rightly; may be set until the iteration starts
         """
         self.layout = layout
-        self.cache, self.feature, self.seed, self.block_shards = cache, feature, seed, block_shards
+        self.cache, self.seed, self.block_shards = cache, seed, block_shards
         self.per_device, self.accumulation = per_device, accumulation
         self.rank, self.world = rank, world
         self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
-        full, rest = divmod(self.cache.n_pairs, self.global_batch)
+        full, rest = divmod(self.cache.n_groups, self.global_batch)
         return full * self.accumulation + -(-rest // (self.per_device * self.world))
 
     @property
     def steps(self) -> int:
         """Optimiser steps of an epoch."""
-        return -(-self.cache.n_pairs // self.global_batch)
+        return -(-self.cache.n_groups // self.global_batch)
 
     @property
     def global_batch(self) -> int:
@@ -94,7 +95,7 @@ class PairStream(IterableDataset[Batch | None]):
     def pairs_until(self, step: int) -> int:
         """Pairs of the first `step` steps, over all processes: an epoch's last step may be smaller."""
         epochs, steps = divmod(step, self.steps)
-        return epochs * self.cache.n_pairs + steps * self.global_batch
+        return epochs * self.cache.n_groups + steps * self.global_batch
 
     def start(self, epoch: int, skip: int = 0) -> None:
         """Let the next iteration give epoch `epoch`, its first `skip` micro-batches as None, undecoded."""
@@ -104,13 +105,13 @@ class PairStream(IterableDataset[Batch | None]):
         skipped, self.skip = self.skip, 0
         yield from (None for _ in range(skipped))
         micro = self._micro_batches(skipped // self.accumulation)
-        tensors = ({**batch_tensors(pairs, self.feature, self.layout), "weight": weight} for pairs, weight in micro)
+        tensors = ({**batch_tensors(pairs, self.layout), "weight": weight} for pairs, weight in micro)
         ready = _in_background(tensors, QUEUE_BATCHES)
         for _ in range(skipped % self.accumulation):
             next(ready)
         yield from ready
 
-    def _micro_batches(self, first_step: int) -> Iterator[tuple[Pairs, Tensor]]:
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[Groups, Tensor]]:
         """
         This process's pairs of each forward, and what the loss of each weighs, so that Trainer's mean over the step's
         forwards and processes is the mean over the step's pairs.
@@ -130,10 +131,10 @@ class PairStream(IterableDataset[Batch | None]):
                 mine = slice(self.rank * own, (self.rank + 1) * own)
                 yield pairs.take(positions[mine]), torch.from_numpy(weights[mine])
 
-    def _global_batches(self, first_step: int) -> Iterator[Pairs]:
+    def _global_batches(self, first_step: int) -> Iterator[Groups]:
         """Pairs of each optimiser step from `first_step` of the epoch on; blocks before it are not decoded."""
         blocks = epoch_blocks(
-            self.cache.shard_pairs,
+            self.cache.shard_groups,
             seed=self.seed,
             epoch=self.epoch,
             batch=self.global_batch,
@@ -145,38 +146,50 @@ class PairStream(IterableDataset[Batch | None]):
             skip -= counts[number]
             number += 1
         for index, pairs in _in_background(self._read_blocks(blocks, number), 1):
-            lengths = pairs.lengths.sum(1)
+            lengths = pairs.sizes
             cut = cut_batches(lengths, index, seed=self.seed, epoch=self.epoch, batch=self.global_batch)
             for positions in cut[skip:]:
                 yield pairs.take(positions)
             skip = 0
 
-    def _read_blocks(self, blocks: list[Block], first: int) -> Iterator[tuple[int, Pairs]]:
+    def _read_blocks(self, blocks: list[Block], first: int) -> Iterator[tuple[int, Groups]]:
         """Number and pairs of each block from `first` on, in the order of its rows and without its leftovers."""
         self.cache.prefetch([shard for block in blocks[first:] for shard in sorted(block.shards)])
-        carried: Pairs | None = None
+        carried: Groups | None = None
         if first < len(blocks) and blocks[first].carried:
             carried = self.rows(blocks[first].rows[: blocks[first].carried])
         for index in range(first, len(blocks)):
             block = blocks[index]
             own = self.rows(block.rows[block.carried :])
-            pairs = own if carried is None else Pairs.concat([carried, own])
+            pairs = own if carried is None else Groups.concat([carried, own])
             used = len(pairs) - block.leftover
             carried = pairs.take(np.arange(used, len(pairs))) if block.leftover else None
             if used:
                 yield index, pairs.take(np.arange(used)) if block.leftover else pairs
 
-    def rows(self, rows: np.ndarray) -> Pairs:
+    def rows(self, rows: np.ndarray) -> Groups:
         """Pairs by cache row, read shard by shard."""
-        offsets = np.concatenate([[0], np.cumsum(self.cache.shard_pairs)])
+        offsets = np.concatenate([[0], np.cumsum(self.cache.shard_groups)])
         shard_of = np.searchsorted(offsets, rows, side="right") - 1
         parts, places = [], []
         for shard in np.unique(shard_of):
             here = np.flatnonzero(shard_of == shard)
-            parts.append(self.cache.shard(int(shard)).take(rows[here] - offsets[shard]))
+            parts.append(self._pairs(int(shard)).take(rows[here] - offsets[shard]))
             places.append(here)
         back = np.argsort(np.concatenate(places), kind="stable")
-        return Pairs.concat(parts).take(back)
+        return Groups.concat(parts).take(back)
+
+    def _pairs(self, sid: int) -> Groups:
+        """A shard, whose groups must be pairs. Raises DataError naming one that is none."""
+        groups = self.cache.shard(sid)
+        other = groups.n_completions != 2
+        if other.any():
+            row = int(other.argmax())
+            raise DataError(
+                f"the objective compares two completions, and group {groups.group_id[row]} of cache "
+                f"{self.cache.key[:12]} has {groups.n_completions[row]}; train on data with a chosen and a rejected one"
+            )
+        return groups
 
 
 def _in_background(items: Iterator[T], depth: int) -> Iterator[T]:

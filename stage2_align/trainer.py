@@ -114,7 +114,7 @@ class PairTrainer(Trainer):
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs of an epoch; Trainer would count micro-batches."""
-        return self.stream.cache.n_pairs
+        return self.stream.cache.n_groups
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """

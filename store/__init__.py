@@ -12,7 +12,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
     claims, origin                          who computes which shard, and which were computed here
 """
 
-from fpo.store.beside import HeldColumn, column_recipe
+from fpo.store.beside import HeldColumn, OpenColumn, column_recipe, held_columns, lacks, serving
 from fpo.store.cache import Cache, open_cache
 from fpo.store.choose import AllOrKeys
 from fpo.store.claims import Claim, Claims
@@ -28,16 +28,17 @@ from fpo.store.format.columns import (
     column_name,
     covers,
 )
-from fpo.store.format.encoding import ColumnRows
+from fpo.store.format.encoding import ColumnRows, Rows
 from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
 from fpo.store.format.key import FORMAT_VERSION, cache_key, completion_digests, groups_digest, shard_digest
-from fpo.store.format.manifest import Manifest, ShardEntry
+from fpo.store.format.manifest import Manifest, ShardEntry, recipe_facts
 from fpo.store.format.plan import cut_shards, permutation, plan_shards
 from fpo.store.local import Store, default_store
 from fpo.store.rebuild import Rebuild, check_changed
 from fpo.store.remote.places import RemoteStore, is_url, open_store
 from fpo.store.remote.streaming import Shelf
 from fpo.store.remote.transfer import Moved, TransferReport, pull, push
+from fpo.store.reuse import Copied, Reusable, TokenLogps, Want, Wanting, rows_per
 from fpo.store.summaries import ColumnSummary, Summary, look_at_columns
 from fpo.store.upkeep.collect import Collection, Garbage, gc
 from fpo.store.upkeep.describe import counted
@@ -59,6 +60,7 @@ __all__ = [
     "Column",
     "ColumnRows",
     "ColumnSummary",
+    "Copied",
     "DiffReport",
     "Difference",
     "ExportReport",
@@ -70,19 +72,25 @@ __all__ = [
     "Manifest",
     "Moved",
     "Nearest",
+    "OpenColumn",
     "PromptFeatures",
     "Rebuild",
     "RemoteStore",
     "Removed",
     "Report",
+    "Reusable",
+    "Rows",
     "ShardEntry",
     "Shelf",
     "Spec",
     "Store",
     "Summary",
     "Tagged",
+    "TokenLogps",
     "TopLogits",
     "TransferReport",
+    "Want",
+    "Wanting",
     "cache_key",
     "check_changed",
     "column_name",
@@ -98,7 +106,9 @@ __all__ = [
     "export_trl",
     "gc",
     "groups_digest",
+    "held_columns",
     "is_url",
+    "lacks",
     "look_at_columns",
     "nearest",
     "open_cache",
@@ -109,11 +119,14 @@ __all__ = [
     "printable",
     "pull",
     "push",
+    "recipe_facts",
     "removable",
     "removable_column",
     "rm",
+    "rows_per",
     "scored_lengths",
     "segment_lengths",
+    "serving",
     "shard_digest",
     "summed_logps",
     "tag",

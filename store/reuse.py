@@ -268,10 +268,10 @@ class Reusable:
         nothing = (None, tuple(False for _ in ours), dict[str, Any]())
         if column is None:
             return nothing
-        folder = cache.folder.inside(f"{COLUMNS}/{column.key}")
+        folder = self.store.folder(cache.key).inside(f"{COLUMNS}/{column.key}")
         try:
             beside = OpenColumn(folder, column, spec).sealed
-            here = np.array(self._origin.computed_here(folder, column.key, beside.manifest.shards))
+            here = np.array(self._origin.computed_here(folder, column.key, beside.manifest.shards), dtype=bool)
         except CacheError as error:
             self.problems.append(str(error))
             return nothing

@@ -176,12 +176,13 @@ class _Verification:
         place = self.folder.inside(f"{COLUMNS}/{key}")
         if place.sizes([MANIFEST]):
             return True
-        state, step = "empty", "remove it with: fpo store gc"
+        state = "empty"
         if is_begun(place):
             column = look_at_column(self.folder, self.key, key)
             if column.problem is not None:
                 raise CacheDamaged(column.problem)
-            state, step = f"{column.label}, {column.state}", "finish it with: fpo cache RECIPE"
+            state = f"{column.label}, {column.state}"
+        step = "push it again" if isinstance(place, RemoteObjects) else "finish it with: fpo cache RECIPE"
         self.report.notes.append(f"{place.where('')} is not finished ({state}); {step}")
         return False
 

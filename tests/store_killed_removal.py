@@ -1,8 +1,8 @@
 """
-A removal that is killed at its n-th system call, for every n: python store_killed_removal.py rm|gc FOLDER
+A removal that is killed at its n-th system call, for every n: python store_killed_removal.py rm|gc|column FOLDER
 
-For each n a forked child removes the cache in FOLDER/n, by its key or because nobody used it for a year, and gets
-SIGKILL right before call n.
+For each n a forked child removes the cache in FOLDER/n, by its key or because nobody used it for a year, or its only
+column, and gets SIGKILL right before call n.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-from store_cases import World
+from store_cases import TOP_LOGITS, World
 from store_killed_writer import die_at
 
 from fpo.store import Store, gc, rm
 
 
 def killed(how: str, root: Path, n: int) -> bool:
-    key = World(root).fill().key
+    world = World(root, specs=(TOP_LOGITS,))
+    key = world.fill().key
     if how == "gc":
         (root / key / "tmp/leftover").write_bytes(b"1")
         for path in (Store(root).use_file(key), root / key / "tmp/leftover"):
@@ -29,6 +30,8 @@ def killed(how: str, root: Path, n: int) -> bool:
         die_at(n)
         if how == "rm":
             rm(root, key)
+        elif how == "column":
+            rm(root, key, world.column_key(0))
         else:
             gc(root, unused_days=30, dry_run=False)
         os._exit(0)

@@ -56,7 +56,7 @@ def killed(what: str, folder: Path, url: str, n: int) -> bool:
             push(source.store, key, f"{url}/{n}", threads=1)
         else:
             die_at(n)
-            pull(url, key, folder / f"{n}", threads=1)
+            pull(url, key, folder / f"{n}", columns=[source.column_key(0)], threads=1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status) != 0:

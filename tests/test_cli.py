@@ -19,6 +19,7 @@ from fpo import cli
 from fpo.commands.align import align_command
 from fpo.commands.bars import byte_bar
 from fpo.errors import RunError
+from fpo.recipe import recipe_schema
 from fpo.store import counted
 
 ROOT = Path(__file__).parents[1]
@@ -230,6 +231,11 @@ def test_version_and_short_help(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         command.main(arguments, standalone_mode=False)
         assert expected in capsys.readouterr().out
+
+
+def test_the_schema_for_editors_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    typer.main.get_command(cli.app).main(["schema"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == recipe_schema()
 
 
 def test_what_is_counted_is_singular_where_it_is_one() -> None:

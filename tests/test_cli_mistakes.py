@@ -187,10 +187,10 @@ DATA = [
         "instruction, input, output",
     ),
     _refused(
-        "kto",
-        lambda b: b.pairs([{"prompt": "w1", "completion": "w2", "label": True}]),
-        "no column 'chosen'",
-        "prompt, completion, label",
+        "kto without its labels",
+        lambda b: b.pairs([{"prompt": "w1", "completion": "w2"}]),
+        "no column 'label'",
+        "prompt, completion",
     ),
     _refused(
         "rows inside one object",
@@ -249,9 +249,9 @@ DATA = [
     ),
     _refused("a broken last line", lambda b: b.pairs(json.dumps(TEXT) + '\n{"prompt": "w1'), "line 2: not JSON"),
     _refused("an empty file", lambda b: b.pairs(""), "pairs.jsonl: the file is empty"),
-    _refused("a file of blank lines", lambda b: b.pairs("\n\n"), "the file holds no pairs, only 2 blank lines"),
+    _refused("a file of blank lines", lambda b: b.pairs("\n\n"), "the file holds no rows, only 2 blank lines"),
     _refused("an empty slice", lambda b: b.pairs([TEXT], split="train[:0]"), "split 'train[:0]' has no rows; choose"),
-    _works("an empty chosen", lambda b: b.pairs([TEXT, {**TEXT, "chosen": ""}]), "noted 1: chosen or rejected says no"),
+    _works("an empty chosen", lambda b: b.pairs([TEXT, {**TEXT, "chosen": ""}]), "noted 1: a completion says nothing"),
     _works(
         "identical sides",
         lambda b: b.pairs([{**TEXT, "rejected": TEXT["chosen"]}]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -42,6 +43,12 @@ def test_every_package_is_installed() -> None:
 
 def test_every_module_opens_with_what_it_is_for() -> None:
     assert [path for path in modules() if not path.read_text().startswith('"""')] == []
+
+
+def test_what_the_page_for_contributors_points_to_is_there() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "AGENTS.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [name for name in named if name != "utils.py" and not (ROOT / name).exists()] == []
 
 
 def test_nothing_outside_objectives_knows_one_of_them() -> None:

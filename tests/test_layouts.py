@@ -15,7 +15,7 @@ from fpo.errors import ModelError
 from fpo.recipe import Recipe
 from fpo.scoring import check as check_module
 from fpo.stage1_cache import build_caches
-from fpo.stage1_cache.score import ReferenceScorer
+from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.stage2_align import align, evaluate_run
 
 
@@ -55,7 +55,7 @@ def test_both_stages_use_and_report_the_layout_that_is_right(
         with torch.no_grad():
             logps = model(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)
         plain = logps.gather(-1, tokens[0, 1:, None])[len(prompt) - 1 :].sum()
-        assert float(plain) == pytest.approx(float(pairs.ref_logps[0, side]), abs=1e-4)
+        assert float(plain) == pytest.approx(float(pairs.ref_logps[side]), abs=1e-4)
 
     report = align(recipe, train.cache, tmp_path / "run")
     assert report.layout == layout
@@ -82,13 +82,13 @@ def test_the_check_is_made_on_the_longest_and_shortest_pairs_of_the_data(
     seen: list[np.ndarray] = []
     check = ReferenceScorer.check
 
-    def noting(self: ReferenceScorer, input_ids: np.ndarray, splits: np.ndarray) -> None:
-        seen.append(np.diff(splits.astype(np.int64)).reshape(-1, 3))
-        check(self, input_ids, splits)
+    def noting(self: ReferenceScorer, few: TokenGroups) -> None:
+        seen.append(np.diff(few.splits.astype(np.int64)).reshape(-1, 3))
+        check(self, few)
 
     monkeypatch.setattr(ReferenceScorer, "check", noting)
     reports = build_caches(world.recipe(), tmp_path / "store")
     assert len(seen) == 2
     for report, lengths in zip(reports, seen, strict=True):
-        sizes = np.concatenate([report.cache.shard(sid).lengths.sum(1) for sid in range(len(report.cache.shard_pairs))])
+        sizes = np.concatenate([report.cache.shard(sid).sizes for sid in range(len(report.cache.shard_groups))])
         assert (lengths.sum(1).max(), lengths.sum(1).min()) == (sizes.max(), sizes.min())

@@ -23,8 +23,7 @@ from tiny_saes import (
     write_sparsify,
 )
 
-from fpo.scoring.sae.encoder import load_sae
-from fpo.scoring.sae.formats import read_decoder, sae_facts
+from fpo.scoring.sae import load_sae, read_decoder, sae_facts
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
 

@@ -1,9 +1,10 @@
 """
-Our tokens against those of TRL's own `DPOTrainer` and collator, id by id. Needs the `oracles` extra.
+Our tokens against those of TRL's own `DPOTrainer` and `KTOTrainer`, id by id. Needs the `oracles` extra.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fpo.errors import DataError
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import extract_prompt, read_groups
 from fpo.stage1_cache.tokenise import tokenise
 
 pytestmark = [
@@ -51,45 +52,75 @@ TOOLS = (
 )
 
 
+def tiny_model(vocabulary: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    return LlamaForCausalLM(config)
+
+
 def trl_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None, folder: Path) -> list[list[int]]:
     """Prompt, chosen and rejected ids of every pair that TRL trains on, as its collator hands them over."""
     trl = pytest.importorskip("trl")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-    )
     arguments = trl.DPOConfig(output_dir=str(folder), max_length=max_length, use_cpu=True, bf16=False, report_to=[])
     trainer = trl.DPOTrainer(
-        model=LlamaForCausalLM(config),
-        ref_model=LlamaForCausalLM(config),
+        model=tiny_model(len(tokenizer)),
+        ref_model=tiny_model(len(tokenizer)),
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
     )
     parts = []
-    for example in trainer.train_dataset:
-        batch = trainer.data_collator([example])
-        whole = [
-            ids[attended.bool()].tolist()
-            for ids, attended in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ]
-        start = [
-            int((attended.bool() & ~completion.bool()).sum())
-            for attended, completion in zip(batch["attention_mask"], batch["completion_mask"], strict=True)
-        ]
-        assert start[0] == start[1]
-        parts += [whole[0][: start[0]], whole[0][start[0] :], whole[1][start[0] :]]
+    for sides in collated(trainer, ["prompt_ids", "chosen_ids", "rejected_ids"]):
+        half = len(sides) // 2
+        for (prompt, chosen), (other, rejected) in zip(sides[:half], sides[half:], strict=True):
+            assert prompt == other
+            parts += [prompt, chosen, rejected]
     return parts
+
+
+def trl_unpaired_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None, folder: Path) -> list[list[int]]:
+    """Prompt and completion ids of every row that TRL's KTO trains on; this loss needs no mismatched completions."""
+    trl = pytest.importorskip("trl")
+    arguments = trl.KTOConfig(
+        output_dir=str(folder),
+        max_length=max_length,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        loss_type="apo_zero_unpaired",
+    )
+    trainer = trl.KTOTrainer(
+        model=tiny_model(len(tokenizer)),
+        ref_model=tiny_model(len(tokenizer)),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    batches = collated(trainer, ["prompt_ids", "completion_ids", "label"])
+    return [part for sides in batches for side in sides for part in side]
+
+
+def collated(trainer: Any, columns: list[str]) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Prompt and completion ids of each sequence, a batch at a time, as the collator hands them over."""
+    for rows in trainer.train_dataset.select_columns(columns).iter(batch_size=128):
+        examples = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        batch = trainer.data_collator(examples)
+        sides = []
+        for ids, attended, completion in zip(
+            *(batch[name].numpy() for name in ("input_ids", "attention_mask", "completion_mask")), strict=True
+        ):
+            start = int(((attended == 1) & (completion == 0)).sum())
+            whole = ids[attended == 1].tolist()
+            sides.append((whole[:start], whole[start:]))
+        yield sides
 
 
 def our_tokens(dataset: Dataset, tokenizer: Any, max_length: int | None) -> list[list[int]]:
     try:
         ours = tokenise(dataset, tokenizer, max_length)
     except DataError as error:
-        assert str(error).startswith("no pair is left")  # noqa: PT017 (nothing left is a result here)
+        assert "is left to score" in str(error)  # noqa: PT017 (nothing left is a result here)
         return []
     return [part.tolist() for part in np.split(ours.input_ids, ours.splits[1:-1].astype(np.int64))]
 
@@ -102,6 +133,29 @@ def compare(dataset: Dataset, tokenizer: Any, max_length: int | None, folder: Pa
     scored = [t for t in triples if all(len(t[0]) + len(side) > 1 and side for side in t[1:])]
     assert [part for triple in scored for part in triple] == our_tokens(dataset, tokenizer, max_length)
     print(f"\n{len(scored):,} pairs, {sum(map(len, theirs)):,} tokens equal ({len(triples):,} kept by TRL)")
+
+
+def compare_unpaired(dataset: Dataset, tokenizer: Any, max_length: int | None, folder: Path) -> None:
+    torch.set_num_threads(1)
+    theirs = trl_unpaired_tokens(dataset, tokenizer, max_length, folder)
+    couples = [theirs[i : i + 2] for i in range(0, len(theirs), 2)]
+    scored = [couple for couple in couples if sum(map(len, couple)) > 1 and couple[1]]
+    assert [part for couple in scored for part in couple] == our_tokens(dataset, tokenizer, max_length)
+    print(f"\n{len(scored):,} rows, {sum(map(len, theirs)):,} tokens equal ({len(couples):,} kept by TRL)")
+
+
+def unpaired(pairs: Dataset) -> Dataset:
+    """Each side of a pair as a row of its own, chosen and rejected by turns."""
+    rows = []
+    for pair in pairs:
+        prompt, *sides = (
+            (pair["prompt"], pair["chosen"], pair["rejected"])
+            if "prompt" in pair
+            else extract_prompt(pair["chosen"], pair["rejected"])
+        )
+        if prompt:
+            rows += [{"prompt": prompt, "completion": side, "label": not place} for place, side in enumerate(sides)]
+    return Dataset.from_list(rows)
 
 
 def load(name: str) -> Any:
@@ -133,15 +187,24 @@ def merging_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize("max_length", [None, 64, 256, 1024])
-@pytest.mark.parametrize("tokenizer_name", ["models/stories260K", "tokenizers/gpt2"])
+@pytest.mark.parametrize(("tokenizer_name", "max_length"), [("models/stories260K", 1024), ("tokenizers/gpt2", 64)])
 @pytest.mark.parametrize("name", FILES)
 def test_real_pairs_have_the_tokens_of_trl(name, tokenizer_name, max_length, tmp_path):
     tokenizer = load(tokenizer_name)
     if not (DATA / "pairs" / name).exists():
         pytest.skip(f"{name} is absent")
     tokenizer.chat_template = CHATML if "gpt2" in tokenizer_name else THINKING
-    compare(read_pairs(str(DATA / "pairs" / name), "train").dataset, tokenizer, max_length, tmp_path)
+    compare(read_groups(str(DATA / "pairs" / name), "train").dataset, tokenizer, max_length, tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_real_completions_have_the_tokens_of_trls_kto(name, tmp_path):
+    tokenizer = load("tokenizers/gpt2")
+    if not (DATA / "pairs" / name).exists():
+        pytest.skip(f"{name} is absent")
+    tokenizer.chat_template = CHATML
+    rows = unpaired(read_groups(str(DATA / "pairs" / name), "train").dataset)
+    compare_unpaired(rows, tokenizer, 256, tmp_path)
 
 
 TEXTS = [
@@ -204,3 +267,28 @@ def test_messages_with_tools_and_template_arguments_have_the_tokens_of_trl(templ
         tokenizer = merging_tokenizer(bos=True)
         tokenizer.chat_template = template
         compare(Dataset.from_list([{**row, **extra} for row in MESSAGES]), tokenizer, max_length, tmp_path)
+
+
+@pytest.mark.parametrize("max_length", [None, 3, 5])
+def test_awkward_texts_alone_have_the_tokens_of_trls_kto(max_length, tmp_path):
+    compare_unpaired(unpaired(Dataset.from_list(TEXTS)), merging_tokenizer(bos=True), max_length, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "gemma3", "phi3"])
+def test_tagged_templates_mark_the_tokens_that_transformers_says(name):
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    talk = [said("assistant", "an apple"), said("user", "no"), said("assistant", "a pear"), said("user", "and")]
+    talk.append(said("assistant", "a peach"))
+    rows = Dataset.from_list([{"prompt": [said("user", "pick a fruit")], "completion": talk, "label": True}])
+    tokenizer = load("tokenizers/gpt2")
+    tagged = tokenise(rows, tokenizer, None, chat_template=str(folder / f"{name}_training.jinja"), score="assistant")
+    theirs = tokenizer.apply_chat_template(
+        [said("user", "pick a fruit"), *talk],
+        chat_template=(folder / f"{name}_training.jinja").read_text(),
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    start = int(tagged.lengths_of_prompts[0])
+    assert tagged.input_ids.tolist() == theirs["input_ids"]
+    assert tagged.score_mask.tolist() == theirs["assistant_masks"][start:]

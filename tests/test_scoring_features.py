@@ -16,8 +16,7 @@ from fpo.scoring.features import (
     sparse_rows,
     union,
 )
-from fpo.scoring.sae.encoder import Sae
-from fpo.scoring.sae.formats import SaeArrays, SaeFacts
+from fpo.scoring.sae import Sae, SaeArrays, SaeFacts
 
 
 def relu_identity(size: int = 5) -> Sae:

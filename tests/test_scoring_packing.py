@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
@@ -185,7 +187,7 @@ ragged = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(shapes=ragged, layout=st.sampled_from(Layout), draw=st.randoms(use_true_random=False))
 def test_every_token_is_predicted_by_its_own_prompt_and_completion_alone(
-    shapes: list[tuple[int, ...]], layout: Layout, draw: object
+    shapes: list[tuple[int, ...]], layout: Layout, draw: Random
 ) -> None:
     ids, splits, n_completions = some_groups(shapes)
     expected, lengths, prompts = [], [], {}
@@ -195,7 +197,7 @@ def test_every_token_is_predicted_by_its_own_prompt_and_completion_alone(
         expected += [(list(enumerate(behind[:place])), behind[place]) for place in scored]
         lengths.append(len(scored))
         prompts[group] = [list(enumerate(behind[:place])) for place in range(1, prompt)]
-    mask = np.array([draw.random() < 0.5 for _ in expected], np.uint8)  # type: ignore[attr-defined]
+    mask = np.array([draw.random() < 0.5 for _ in expected], np.uint8)
 
     packed = pack(ids, splits, n_completions, layout, score_mask=mask, prompts=True)
     found = zip(packed.predictors.tolist(), packed.targets.tolist(), strict=True)

@@ -25,8 +25,7 @@ from tiny_saes import (
 )
 
 import fpo.scoring.sae.encoder as sae_module
-from fpo.scoring.sae.encoder import Sae, load_sae
-from fpo.scoring.sae.formats import read_decoder
+from fpo.scoring.sae import Sae, load_sae, read_decoder
 
 Float64 = NDArray[np.float64]
 DATA = Path(__file__).parents[2] / "shared/data"

@@ -27,12 +27,11 @@ from fpo.errors import CacheMissing, DataError, FpoError, ModelError, RecipeErro
 from fpo.recipe import validate_recipe
 from fpo.scoring import install_scoring, pack
 from fpo.scoring.hookpoints import capture
-from fpo.scoring.sae.encoder import Sae
-from fpo.scoring.sae.formats import SaeArrays, SaeFacts
+from fpo.scoring.sae import Sae, SaeArrays, SaeFacts
 from fpo.scoring.self_check import SelfCheck, check_sae
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.identity import cache_identities
-from fpo.store import Cache, Pairs, Store, cache_key, verify
+from fpo.store import Cache, Features, Groups, Store, TopLogits, cache_key, verify
 
 
 @pytest.fixture(scope="module")
@@ -45,45 +44,62 @@ def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
-def whole(cache: Cache) -> Pairs:
-    pairs = Pairs.concat([cache.shard(sid) for sid in range(len(cache.shard_pairs))])
-    return pairs.take(np.argsort(pairs.pair_id))
+def whole(cache: Cache) -> Groups:
+    groups = Groups.concat([cache.shard(sid) for sid in range(len(cache.shard_groups))])
+    return groups.take(np.argsort(groups.group_id))
 
 
 def test_the_cache_holds_what_a_plain_forward_says(world: TinyWorld, tmp_path: Path) -> None:
-    """Token log-probs and pooled features from unpadded forwards of transformers and the SAE's formula."""
-    recipe = world.recipe(cache={"top_logits": 3})
-    pairs = whole(build_caches(recipe, tmp_path)[0].cache)
+    """
+    Token log-probs, top logits, pooled features of completions and prompts and the hidden gram, from unpadded forwards
+    of transformers and the SAE's formula.
+    """
+    recipe = world.recipe(cache={"top_logits": 3, "prompt_features": True, "hidden_gram": True})
+    groups = whole(build_caches(recipe, tmp_path)[0].cache)
+    features, prompts, top, gram = groups.columns
+    assert isinstance(features, Features)
+    assert isinstance(prompts, Features)
+    assert isinstance(top, TopLogits)
     model = AutoModelForCausalLM.from_pretrained(world.root / "model").eval()
     sae = load_file(world.root / "sae" / "sae_weights.safetensors")
-    bounds = pairs.splits.astype(int)
-    for row in range(0, len(pairs), 7):
+
+    def pooled(hidden: np.ndarray) -> np.ndarray:
+        h = (hidden - sae["b_dec"]) @ sae["W_enc"] + sae["b_enc"]
+        return (np.maximum(h, 0) * (h > sae["threshold"])).mean(0)
+
+    def check(column: Features, row: int, expected: np.ndarray) -> None:
+        kept = slice(int(column.splits[row]), int(column.splits[row + 1]))
+        best = np.sort(np.argsort(-expected)[: min(16, (expected > 0).sum())])
+        assert column.indices[kept].tolist() == best.tolist()
+        np.testing.assert_allclose(column.acts[kept], expected[best], rtol=1e-4, atol=1e-5)
+        assert column.active[row] == (expected > 0).sum()
+        rest = np.delete(expected, best)
+        np.testing.assert_allclose(column.tail_sq[row], (rest**2).sum(), rtol=1e-3, atol=1e-6)
+
+    bounds = groups.splits.astype(int)
+    for row in range(0, len(groups), 7):
+        prompt = groups.input_ids[bounds[3 * row] : bounds[3 * row + 1]]
+        sums = []
         for side in (0, 1):
-            prompt = pairs.input_ids[bounds[3 * row] : bounds[3 * row + 1]]
-            completion = pairs.input_ids[bounds[3 * row + 1 + side] : bounds[3 * row + 2 + side]]
+            completion = groups.input_ids[bounds[3 * row + 1 + side] : bounds[3 * row + 2 + side]]
             ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None]
             with torch.no_grad():
                 output = model(input_ids=ids, output_hidden_states=True)
             here = np.arange(len(prompt), ids.shape[1])
             logps = output.logits[0].log_softmax(-1)[here - 1]
             one = 2 * row + side
-            scored = slice(pairs.completion_splits[one], pairs.completion_splits[one + 1])
+            scored = slice(groups.scored_splits[one], groups.scored_splits[one + 1])
             expected = logps[np.arange(len(here)), completion.astype(np.int64)].numpy()
-            np.testing.assert_allclose(pairs.token_logps[scored], expected, atol=1e-5)
-            np.testing.assert_allclose(pairs.ref_logps[row, side], expected.sum(), atol=1e-4)
-            assert pairs.top_logits is not None
-            np.testing.assert_allclose(pairs.top_logits.logps[scored], logps.topk(3).values, atol=1e-5)
-
-            h = (output.hidden_states[2][0, here - 1].numpy() - sae["b_dec"]) @ sae["W_enc"] + sae["b_enc"]
-            pooled = (np.maximum(h, 0) * (h > sae["threshold"])).mean(0)
-            features = pairs.features[0]
-            kept = slice(int(features.splits[one]), int(features.splits[one + 1]))
-            best = np.sort(np.argsort(-pooled)[: min(16, (pooled > 0).sum())])
-            assert features.indices[kept].tolist() == best.tolist()
-            np.testing.assert_allclose(features.acts[kept], pooled[best], rtol=1e-4, atol=1e-5)
-            assert features.active[row, side] == (pooled > 0).sum()
-            rest = np.delete(pooled, best)
-            np.testing.assert_allclose(features.tail_sq[row, side], (rest**2).sum(), rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(groups.token_logps[scored], expected, atol=1e-5)
+            np.testing.assert_allclose(groups.ref_logps[one], expected.sum(), atol=1e-4)
+            np.testing.assert_allclose(top.logps[scored], logps.topk(3).values, atol=1e-5)
+            check(features, one, pooled(output.hidden_states[2][0, here - 1].numpy()))
+            sums.append(output.hidden_states[-1][0, here - 1].sum(0))
+        # Positions 0 to n-2 of a prompt of n tokens predict its tokens 1 to n-1.
+        if len(prompt) > 1:
+            check(prompts, row, pooled(output.hidden_states[2][0, : len(prompt) - 1].numpy()))
+        expected = torch.stack(sums) @ torch.stack(sums).T
+        np.testing.assert_allclose(gram.take([row]).products.reshape(2, 2), expected, rtol=1e-4)
 
 
 def test_a_second_call_hits_without_loading_the_model(
@@ -91,7 +107,7 @@ def test_a_second_call_hits_without_loading_the_model(
 ) -> None:
     first = build_caches(world.recipe(), tmp_path)
     assert [report.built_shards for report in first] == [3, 1]
-    assert [report.cache.n_pairs for report in first] == [40, 10]
+    assert [report.cache.n_groups for report in first] == [40, 10]
     monkeypatch.setattr(score_module, "load_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr("fpo.stage1_cache.identity.tokenise", lambda *_, **__: pytest.fail("the pairs were tokenised"))
     again = build_caches(world.recipe(), tmp_path)
@@ -110,6 +126,11 @@ def test_the_key_depends_on_what_changes_numbers_and_on_nothing_else(world: Tiny
         key(training={"learning_rate": 1.0, "seed": 9}),
         key(policy={"lora": {"r": 4}, "same_arithmetic": False}),
         key(features=[{**feature, "sae": str(world.root / "pairs" / ".." / "sae")}]),
+        # What stands in a column decides nothing of the base.
+        key(features=[], objective={"name": "dpo"}),
+        key(features=[{**feature, "top_k": 17}]),
+        key(features=[{**feature, "hookpoint": "model.layers.2"}]),
+        key(cache={"top_logits": 1, "prompt_features": True, "hidden_gram": True}),
     ]
     assert same == [base] * len(same)
     other = [
@@ -118,9 +139,6 @@ def test_the_key_depends_on_what_changes_numbers_and_on_nothing_else(world: Tiny
         key(reference={"autocast": "float16"}, policy={"same_arithmetic": False}),
         key(data={"split": "train[:39]"}),
         key(data={"max_length": 9}),
-        key(features=[{**feature, "top_k": 17}]),
-        key(features=[{**feature, "hookpoint": "model.layers.2"}]),
-        key(cache={"top_logits": 1}),
         key(cache={"shard_pairs": 15}),
         key(cache={"seed": 1}),
     ]
@@ -130,8 +148,9 @@ def test_the_key_depends_on_what_changes_numbers_and_on_nothing_else(world: Tiny
 def test_changed_weights_config_or_sae_make_another_key_and_resharding_does_not(tmp_path: Path) -> None:
     world = build_tiny_world(tmp_path / "world", 4, 2)
 
-    def key() -> str:
-        return cache_key(cache_identities(world.recipe())[0].key_recipe)
+    def key() -> list[str]:
+        identity = cache_identities(world.recipe())[0]
+        return [cache_key(identity.key_recipe), cache_key(identity.column_recipe(identity.specs[0]))]
 
     base = key()
     model = AutoModelForCausalLM.from_pretrained(world.root / "model")
@@ -146,14 +165,17 @@ def test_changed_weights_config_or_sae_make_another_key_and_resharding_does_not(
     tensors = load_file(weights)
     tensors["b_enc"][0] += 1
     save_file(tensors, weights)
-    assert len({base, changed_config, key()}) == 3
+    changed_sae = key()
+    # The base does not know the SAE; a column's key holds its base's.
+    assert len({base[0], changed_config[0], changed_sae[0]}) == 2
+    assert len({base[1], changed_config[1], changed_sae[1]}) == 3
 
 
 def test_batch_size_changes_numbers_by_rounding_only(world: TinyWorld, tmp_path: Path) -> None:
     wide = whole(build_caches(world.recipe(), tmp_path / "wide", batch_tokens=4096)[0].cache)
     narrow = whole(build_caches(world.recipe(), tmp_path / "narrow", batch_tokens=1)[0].cache)
     np.testing.assert_allclose(wide.token_logps, narrow.token_logps, atol=1e-5)
-    assert np.array_equal(wide.features[0].indices, narrow.features[0].indices)
+    assert np.array_equal(wide.columns[0].indices, narrow.columns[0].indices)
 
 
 BUILD = """
@@ -166,13 +188,13 @@ build_caches(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
 
 
 def test_killed_and_resumed_gives_the_same_bytes_as_never_killed(world: TinyWorld, tmp_path: Path) -> None:
-    """SIGKILL as soon as each further shard has its record, until a process gets to the end."""
-    recipe = world.recipe_file(cache={"shard_pairs": 8})
+    """SIGKILL as soon as each further shard, of base or column, has its record, until a process gets to the end."""
+    recipe = world.recipe_file(cache={"shard_pairs": 14})
     store = tmp_path / "killed"
     kills = 0
     for target in range(1, 20):
         process = subprocess.Popen([sys.executable, "-c", BUILD, str(recipe), str(store)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(store.glob("*/records/*.json"))) < target:
+        while process.poll() is None and len(list(store.rglob("records/*.json"))) < target:
             time.sleep(0.002)
         if process.poll() is not None:
             break
@@ -273,13 +295,13 @@ def test_model_files_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 def test_a_changed_data_file_with_its_old_mtime_is_read_anew(tmp_path: Path) -> None:
     world = build_tiny_world(tmp_path / "world", 4, 2)
     path = world.root / "pairs" / "train.jsonl"
-    before = cache_identities(world.recipe())[0].key_recipe["pairs"]
+    before = cache_identities(world.recipe())[0].key_recipe["groups"]
     stat = path.stat()
     row = '{"prompt": "w1", "chosen": " w2", "rejected": " w3 w4"}\n'
     path.write_text(row * 3)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after = cache_identities(world.recipe())[0]
-    assert after.key_recipe["pairs"] != before
+    assert after.key_recipe["groups"] != before
     assert len(after.tokens) == 3
 
 
@@ -302,7 +324,7 @@ def test_another_column_for_the_prompt_makes_other_tokens_and_is_asked_anew(worl
 def test_without_a_terminal_lines_say_where_stage_1_stands(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a line for every step instead of one a minute: three shards of 16, 16 and 8 pairs."""
+    """With a line for every step instead of one a minute: three shards of 16, 16 and 8 pairs of completions."""
     monkeypatch.setattr("fpo.progress.LINE_SECONDS", 0.0)
     build_caches(world.recipe(data={"eval_split": None}), tmp_path)
     said = capsys.readouterr().err
@@ -311,9 +333,11 @@ def test_without_a_terminal_lines_say_where_stage_1_stands(
     assert f"loading the reference {world.root / 'model'} ...\n" in said
     # Which shard comes first is the process's own.
     assert re.search(
-        rf"^cache train: (8|16|24|32)/40 pairs, ({rate} tokens/s, )?{rate} pairs/s, eta \d+ s$", said, re.MULTILINE
+        rf"^cache train: (16|32|48|64)/80 completions, ({rate} tokens/s, )?{rate} completions/s, eta \d+ s$",
+        said,
+        re.MULTILINE,
     )
-    assert re.search(rf"^cache train: 40/40 pairs, {rate} tokens/s, {rate} pairs/s$", said, re.MULTILINE)
+    assert re.search(rf"^cache train: 80/80 completions, {rate} tokens/s, {rate} completions/s$", said, re.MULTILINE)
 
 
 def test_repeated_and_shared_pairs_are_counted(world: TinyWorld, tmp_path: Path) -> None:
@@ -454,9 +478,10 @@ def test_the_self_check_on_a_real_sae_finds_its_layer_among_all(sae: str, tmp_pa
         },
         "objective": {"name": "dpo"},
     }
-    check = build_caches(validate_recipe(raw, "test"), tmp_path)[0].cache.manifest.facts["self_check"][0]
-    assert 0.05 < float(check["fvu"]) < 0.2
-    assert float(check["fvu"]) < min(float(value) for value in check["elsewhere"].values())
+    (check,) = build_caches(validate_recipe(raw, "test"), tmp_path)[0].self_checks
+    assert check.fvu is not None
+    assert 0.05 < float(check.fvu) < 0.2
+    assert float(check.fvu) < min(float(value) for value in check.elsewhere.values())
     raw["features"] = [{"sae": str(source), "hookpoint": "model.layers.3", "top_k": 32}]
     with pytest.raises((SelfCheckError, RecipeError)) as caught:
         build_caches(validate_recipe(raw, "test"), tmp_path)

@@ -24,7 +24,7 @@ from fpo.recipe import load_recipe
 from fpo.scoring import load_tokenizer, model_config, significant_config
 from fpo.stage1_cache import build_caches
 from fpo.stage1_cache.identity import cache_identities
-from fpo.stage1_cache.pairs import read_pairs
+from fpo.stage1_cache.read import read_groups
 from fpo.store import cache_key
 
 
@@ -223,7 +223,10 @@ def test_two_names_of_one_hookpoint_give_one_key(tmp_path: Path) -> None:
     world = build_tiny_world(tmp_path / "world", 4, 2, family="gpt2")
     feature = world.raw_recipe()["features"][0]
     names = ("model.layers.1", "transformer.h.1", "transformer.h.2", "transformer.h.1.mlp", "model.layers.1.mlp")
-    keys = [key(world, features=[{**feature, "hookpoint": name}]) for name in names]
+    recipes = [world.recipe(features=[{**feature, "hookpoint": name}]) for name in names]
+    identities = [cache_identities(recipe)[0] for recipe in recipes]
+    assert len({cache_key(identity.key_recipe) for identity in identities}) == 1
+    keys = [cache_key(identity.column_recipe(identity.specs[0])) for identity in identities]
     assert keys[0] == keys[1]
     assert keys[3] == keys[4]
     assert len(set(keys)) == 3
@@ -263,7 +266,7 @@ def test_tokens_that_are_not_those_the_memo_names_are_scored_under_no_key(
     assert "run the same command again" in str(error.value)
     report = build_caches(recipe, world.store)[0]
     assert report.built_shards == 1
-    assert report.cache.recipe["pairs"]["digest"] != remembered["pairs"]["digest"]
+    assert report.cache.recipe["groups"]["digest"] != remembered["groups"]["digest"]
 
 
 # --- the date ---
@@ -341,7 +344,7 @@ def test_an_sae_that_changed_after_the_key_was_taken_scores_nothing(
         return real(*arguments)
 
     monkeypatch.setattr(score_module, "load_model", swapped)
-    with pytest.raises(ModelError, match=r"features\[0\]\.sae\.weights"):
+    with pytest.raises(ModelError, match=r"columns\[0\]\.sae\.weights"):
         build_caches(world.recipe(), world.store)
 
 
@@ -359,14 +362,14 @@ def test_data_that_was_another_while_it_was_read_is_not_remembered(
 
     def stashed(*arguments: Any) -> Any:
         put(original.replace(b"w1", b"w2"))
-        return read_pairs(*arguments)
+        return read_groups(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fpo.stage1_cache.identity.read_pairs", stashed)
-        of_another = cache_identities(world.recipe())[0].remembered["pairs"]["digest"]
+        patch.setattr("fpo.stage1_cache.identity.read_groups", stashed)
+        of_another = cache_identities(world.recipe())[0].remembered["groups"]["digest"]
     put(original)
     honest = cache_identities(world.recipe())[0]
-    assert honest.remembered["pairs"]["digest"] != of_another
+    assert honest.remembered["groups"]["digest"] != of_another
     honest.check_tokens()
 
 

@@ -13,8 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Image
 
 from fpo.errors import DataError
-from fpo.stage1_cache import pairs
-from fpo.stage1_cache.pairs import data_fingerprint, read_pairs
+from fpo.stage1_cache.read import data_fingerprint, read_groups, sources
 
 REAL = Path(__file__).parents[2] / "shared/data/pairs"
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -39,7 +38,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 def refusal(path: Path, split: str = "train") -> str:
     with pytest.raises(DataError) as caught:
-        read_pairs(str(path), split)
+        read_groups(str(path), split)
     return str(caught.value)
 
 
@@ -65,13 +64,13 @@ def test_every_file_format_reads_the_same_pairs(tmp_path, suffix):
             rows.to_parquet(path)
         case ".csv":
             rows.to_csv(path)
-    assert read_pairs(str(path), "train").dataset.to_list() == texts(3)
+    assert read_groups(str(path), "train").dataset.to_list() == texts(3)
 
 
 def test_a_split_may_be_sliced(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(lines(*texts(10)))
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[:90%]").dataset.to_list() == texts(9)
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train[8:]").dataset.to_list() == texts(10)[8:]
+    assert read_groups(str(tmp_path / "pairs.jsonl"), "train[:90%]").dataset.to_list() == texts(9)
+    assert read_groups(str(tmp_path / "pairs.jsonl"), "train[8:]").dataset.to_list() == texts(10)[8:]
 
 
 def test_the_files_of_a_folder_are_its_splits(tmp_path):
@@ -80,9 +79,9 @@ def test_the_files_of_a_folder_are_its_splits(tmp_path):
     (tmp_path / "test_prefs-00001-of-00002.jsonl").write_text(lines(*texts(2)))
     (tmp_path / "train_prefs-old.jsonl").write_text(lines(*texts(9)))  # the name of no split
     (tmp_path / "README.md").write_text("not data")
-    assert len(read_pairs(str(tmp_path), "train_prefs[:50%]").dataset) == 2
-    assert len(read_pairs(str(tmp_path), "test_prefs").dataset) == 3
-    assert len(read_pairs(str(tmp_path), "train_prefs+test_prefs").dataset) == 7
+    assert len(read_groups(str(tmp_path), "train_prefs[:50%]").dataset) == 2
+    assert len(read_groups(str(tmp_path), "test_prefs").dataset) == 3
+    assert len(read_groups(str(tmp_path), "train_prefs+test_prefs").dataset) == 7
     assert refusal(tmp_path, "tran_prefs") == (
         f"{tmp_path}: no split 'tran_prefs' (did you mean 'train_prefs'?); its splits: test_prefs, train_prefs"
     )
@@ -94,10 +93,10 @@ def test_the_files_of_a_folder_are_its_splits(tmp_path):
 def test_a_folder_of_save_to_disk_reads_with_slices(tmp_path, single):
     rows = Dataset.from_list(texts(10))
     (rows if single else DatasetDict(train=rows, test=rows.select(range(2)))).save_to_disk(tmp_path / "saved")
-    assert read_pairs(str(tmp_path / "saved"), "train[:30%]").dataset.to_list() == texts(3)
+    assert read_groups(str(tmp_path / "saved"), "train[:30%]").dataset.to_list() == texts(3)
     assert "no split 'dev'" in refusal(tmp_path / "saved", "dev")
     if not single:
-        assert len(read_pairs(str(tmp_path / "saved"), "train+test").dataset) == 12
+        assert len(read_groups(str(tmp_path / "saved"), "train+test").dataset) == 12
 
 
 def test_columns_that_pairs_do_not_have_are_left_out_and_tools_pass(tmp_path):
@@ -108,14 +107,14 @@ def test_columns_that_pairs_do_not_have_are_left_out_and_tools_pass(tmp_path):
     }
     extras = {"tools": "[]", "chat_template_kwargs": {"enable_thinking": False}}
     (tmp_path / "pairs.jsonl").write_text(lines({**row, **extras, "score_chosen": 1.0, "messages": []}))
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").dataset.to_list() == [{**row, **extras}]
+    assert read_groups(str(tmp_path / "pairs.jsonl"), "train").dataset.to_list() == [{**row, **extras}]
 
 
 def test_ultrafeedback_takes_the_prompt_from_the_conversations(tmp_path):
     sides = {side: [turn("user", "p"), turn("assistant", side)] for side in ("chosen", "rejected")}
     row = {"prompt": "p", "prompt_id": "0", **sides, "messages": sides["chosen"], "score_chosen": 8.0}
     (tmp_path / "train_prefs.jsonl").write_text(lines(row))
-    assert read_pairs(str(tmp_path), "train_prefs").dataset.to_list() == [sides]
+    assert read_groups(str(tmp_path), "train_prefs").dataset.to_list() == [sides]
 
 
 def test_a_text_prompt_beside_answers_in_messages_is_refused(tmp_path):
@@ -164,7 +163,7 @@ def test_a_prompt_under_another_name_is_never_silently_lost(tmp_path, row, lost,
 )
 def test_columns_that_can_be_no_prompt_stop_nobody(tmp_path, row):
     (tmp_path / "pairs.jsonl").write_text(lines(*prompted(**row)))
-    dataset, columns = read_pairs(str(tmp_path / "pairs.jsonl"), "train")
+    dataset, columns = read_groups(str(tmp_path / "pairs.jsonl"), "train")
     assert dataset.column_names == ["chosen", "rejected"]
     assert columns.prompt is None
     assert set(columns.unused) == set(row)
@@ -174,13 +173,13 @@ def test_pictures_beside_the_pairs_are_left_alone(tmp_path):
     """Under another name than image they are no input of the pairs; these would not even open."""
     rows = Dataset.from_list([{**TEXT, "scan": {"bytes": b"no picture", "path": None}}] * 2)
     rows.cast_column("scan", Image()).to_parquet(tmp_path / "pairs.parquet")
-    assert read_pairs(str(tmp_path / "pairs.parquet"), "train").columns == ("prompt", ("scan",))
+    assert read_groups(str(tmp_path / "pairs.parquet"), "train").columns == ("prompt", ("scan",))
 
 
 def test_a_question_that_both_sides_repeat_is_not_lost(tmp_path):
     rows = [{"question": f"Why {n}?", "chosen": f"Why {n}? So.", "rejected": f"Why {n}? No."} for n in range(3)]
     (tmp_path / "pairs.jsonl").write_text(lines(*rows))
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").columns == (None, ("question",))
+    assert read_groups(str(tmp_path / "pairs.jsonl"), "train").columns == (None, ("question",))
 
 
 def test_columns_are_mapped_to_ours_and_null_leaves_one_out(tmp_path):
@@ -188,7 +187,7 @@ def test_columns_are_mapped_to_ours_and_null_leaves_one_out(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(lines(*rows))
 
     def read(columns):
-        return read_pairs(str(tmp_path / "pairs.jsonl"), "train", columns=columns)
+        return read_groups(str(tmp_path / "pairs.jsonl"), "train", columns=columns)
 
     with pytest.raises(DataError) as caught:
         read({"prompt": "question"})
@@ -212,7 +211,7 @@ def test_a_system_column_beside_messages_is_lost_only_where_they_lack_it(tmp_pat
 
     held = {**row(turn("system", "Be kind.")), "system": "Be kind.", "rationale": "Because it is kinder."}
     (tmp_path / "pairs.jsonl").write_text(lines(held))
-    assert read_pairs(str(tmp_path / "pairs.jsonl"), "train").columns == (None, ("system", "rationale"))
+    assert read_groups(str(tmp_path / "pairs.jsonl"), "train").columns == (None, ("system", "rationale"))
     assert "the text of column 'system'" in refused_rows(tmp_path, {**row(), "system": "Be kind."})
 
 
@@ -277,7 +276,7 @@ def test_a_message_of_tool_calls_needs_no_content(tmp_path):
     }
     row = {"prompt": [turn("user", "p")], "chosen": [call], "rejected": [turn("assistant", "b")]}
     (tmp_path / "pairs.jsonl").write_text(lines(row))
-    assert len(read_pairs(str(tmp_path / "pairs.jsonl"), "train").dataset) == 1
+    assert len(read_groups(str(tmp_path / "pairs.jsonl"), "train").dataset) == 1
 
 
 def test_images_are_refused(tmp_path):
@@ -315,9 +314,9 @@ def test_empty_files_and_empty_slices_are_refused(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(lines(TEXT))
     assert "split 'train[:0]' has no rows" in refusal(tmp_path / "pairs.jsonl", "train[:0]")
     (tmp_path / "blank.jsonl").write_text("\n\n\n")
-    assert "the file holds no pairs, only 3 blank lines" in refusal(tmp_path / "blank.jsonl")
+    assert "the file holds no rows, only 3 blank lines" in refusal(tmp_path / "blank.jsonl")
     (tmp_path / "blank.json").write_text("[]")
-    assert "the file holds no pairs, only an empty list" in refusal(tmp_path / "blank.json")
+    assert "the file holds no rows, only an empty list" in refusal(tmp_path / "blank.json")
 
 
 def test_a_file_that_is_not_there_names_the_nearest(tmp_path):
@@ -337,7 +336,7 @@ def test_a_single_file_has_the_split_train(tmp_path):
 
 def test_subset_and_revision_are_for_the_hub(tmp_path):
     with pytest.raises(DataError, match="subset and revision are for hub datasets"):
-        read_pairs(str(tmp_path), "train", subset="default")
+        read_groups(str(tmp_path), "train", subset="default")
 
 
 def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch):
@@ -349,11 +348,11 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch):
             return Dataset.from_list(texts(1))
         raise ValueError("Unknown split \"dev\".\nShould be one of ['train'].")
 
-    monkeypatch.setattr(pairs, "load_dataset", load)
-    assert len(read_pairs("someone/pairs", "train", "small", "v1").dataset) == 1
+    monkeypatch.setattr(sources, "load_dataset", load)
+    assert len(read_groups("someone/pairs", "train", "small", "v1").dataset) == 1
     assert asked == [(("someone/pairs", "small"), {"split": "train", "revision": "v1"})]
     with pytest.raises(DataError, match=r"^hub dataset 'someone/pairs': Unknown split \"dev\". Should be one of"):
-        read_pairs("someone/pairs", "dev")
+        read_groups("someone/pairs", "dev")
 
 
 def test_the_fingerprint_of_files_moves_with_the_files_of_the_split(tmp_path):
@@ -374,7 +373,7 @@ def test_a_file_that_changed_under_a_kept_mtime_is_read_anew(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(lines(*[TEXT] * 20_000))
     stat = path.stat()
-    before, fingerprint = read_pairs(str(path), "train").dataset[7_000], data_fingerprint(str(path), "train")
+    before, fingerprint = read_groups(str(path), "train").dataset[7_000], data_fingerprint(str(path), "train")
     content = path.read_bytes()
     row = content.index(b"\n") + 1
     changed = json.dumps({**TEXT, "chosen": "X" * len(TEXT["chosen"])}).encode()
@@ -384,12 +383,12 @@ def test_a_file_that_changed_under_a_kept_mtime_is_read_anew(tmp_path):
         file.write(changed)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert data_fingerprint(str(path), "train") != fingerprint
-    assert read_pairs(str(path), "train").dataset[7_000] != before
+    assert read_groups(str(path), "train").dataset[7_000] != before
 
 
 def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):
     builder = SimpleNamespace(config=SimpleNamespace(name="small"), hash="abc")
-    monkeypatch.setattr(pairs, "load_dataset_builder", lambda *args, **kwargs: builder)
+    monkeypatch.setattr(sources, "load_dataset_builder", lambda *args, **kwargs: builder)
     assert data_fingerprint("someone/pairs", "train")["hub"] == {
         "repo": "someone/pairs",
         "subset": "small",
@@ -409,4 +408,4 @@ def test_the_fingerprint_of_a_hub_dataset_is_its_commit(monkeypatch):
 def test_real_files_are_read_whole(name, count):
     if not (REAL / name).exists():
         pytest.skip(f"{name} is absent")
-    assert len(read_pairs(str(REAL / name), "train").dataset) == count
+    assert len(read_groups(str(REAL / name), "train").dataset) == count

@@ -25,7 +25,7 @@ recipe = load_recipe(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
 report = build_caches(recipe, Path(sys.argv[2]), batch_tokens=48)[0]
-print(json.dumps([report.built_shards, report.shards_by_others, report.pairs_scored, report.cache.digest]))
+print(json.dumps([report.built_shards, report.shards_by_others, report.scored, report.cache.digest]))
 """
 
 
@@ -70,9 +70,9 @@ def results(processes: list[subprocess.Popen[str]]) -> list[list[int | str]]:
     return found
 
 
-def test_two_plain_starts_score_every_pair_once(world: TinyWorld, tmp_path: Path) -> None:
+def test_two_plain_starts_score_every_completion_once(world: TinyWorld, tmp_path: Path) -> None:
     found = results(start(world, tmp_path, 2))
-    assert sum(int(scored) for _, _, scored, _ in found) == N
+    assert sum(int(scored) for _, _, scored, _ in found) == 2 * N
     assert all(int(scored) > 0 for _, _, scored, _ in found)
     assert [int(built) + int(others) for built, others, _, _ in found] == [N // 8] * 2
     assert len({digest for _, _, _, digest in found}) == 1
@@ -86,7 +86,7 @@ def test_the_others_finish_what_a_killed_one_had_claimed(world: TinyWorld, tmp_p
     found = results(processes[1:])
     processes[0].communicate()
     # What the killed one had committed is not scored again; what it was at work on is.
-    assert N - 8 * 16 < sum(int(scored) for _, _, scored, _ in found) <= N
+    assert 2 * N - 2 * 8 * 16 < sum(int(scored) for _, _, scored, _ in found) <= 2 * N
     key = next(path.name for path in tmp_path.iterdir() if len(list(path.glob("records/*"))) == N // 8)
     assert verify(tmp_path, key).ok
 

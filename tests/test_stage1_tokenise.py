@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from fpo.errors import DataError, ModelError
 from fpo.scoring import template_text
 from fpo.stage1_cache.drops import EXAMPLES, DropReport
-from fpo.stage1_cache.pairs import read_pairs
-from fpo.stage1_cache.texts import extract_prompt
-from fpo.stage1_cache.tokenise import TokenisedPairs, tokenise, tokenizer_identity
+from fpo.stage1_cache.read import extract_prompt, read_groups
+from fpo.stage1_cache.tokenise import TokenisedGroups, tokenise, tokenizer_identity
 
 PAIRS = Path(__file__).parents[2] / "shared/data/pairs"
 STORIES = Path(__file__).parents[2] / "shared/data/models/stories260K"
@@ -53,7 +52,7 @@ def messages(prompt: list[str], chosen: list[str], rejected: list[str]) -> dict[
     }
 
 
-def parts(pairs: TokenisedPairs) -> list[list[int]]:
+def parts(pairs: TokenisedGroups) -> list[list[int]]:
     return [part.tolist() for part in np.split(pairs.input_ids, pairs.splits[1:-1].astype(np.int64))]
 
 
@@ -76,7 +75,7 @@ def test_a_token_merged_across_the_boundary_belongs_to_the_completions():
 def test_without_bos_an_empty_prompt_has_no_token():
     pairs = tokenise(Dataset.from_list([text("", "a", "bc")]), letters(bos=False), None)
     assert parts(pairs) == [[], [A, EOS], [B, C, EOS]]
-    assert pairs.lengths.tolist() == [[0, 2, 3]]
+    assert (pairs.lengths_of_prompts.tolist(), pairs.lengths_of_completions.tolist()) == ([0], [2, 3])
 
 
 def test_the_dummy_prefix_stands_before_the_prompt_only():
@@ -102,7 +101,7 @@ def test_max_length_cuts_the_end_of_prompt_and_completion():
 def test_a_prompt_that_fills_max_length_is_dropped_and_pair_ids_keep_the_row_number():
     rows = [text("c", "a", "b"), text("cc", "a", "b"), text("ccc", "a", "b"), text("", "a", "b")]
     pairs = tokenise(Dataset.from_list(rows), letters(), max_length=3)
-    assert pairs.pair_id.tolist() == [0, 3]  # <s> c and <s> leave room; <s> c c is 3 tokens already
+    assert pairs.group_id.tolist() == [0, 3]  # <s> c and <s> leave room; <s> c c is 3 tokens already
     assert pairs.drops.dropped["prompt_fills_max_length"].rows == [1, 2]
     assert (pairs.drops.read, pairs.drops.kept) == (4, 2)
 
@@ -110,7 +109,7 @@ def test_a_prompt_that_fills_max_length_is_dropped_and_pair_ids_keep_the_row_num
 def test_a_completion_without_a_scored_token_is_dropped():
     rows = [text("", "", "a"), text("", "a", "b"), text("c", "", "a")]
     pairs = tokenise(Dataset.from_list(rows), letters(bos=False), None)
-    assert pairs.pair_id.tolist() == [1, 2]  # after c, the end token alone is a scored token
+    assert pairs.group_id.tolist() == [1, 2]  # after c, the end token alone is a scored token
     assert pairs.drops.dropped["no_scored_token"].rows == [0]
 
 
@@ -148,7 +147,7 @@ def test_messages_that_share_no_turn_are_dropped():
         {side: shared[side] for side in ("chosen", "rejected")},
     ]
     pairs = tokenise(Dataset.from_list(rows), letters(), None, chat_template=CHAT)
-    assert pairs.pair_id.tolist() == [0]
+    assert pairs.group_id.tolist() == [0]
     assert pairs.drops.dropped["no_shared_prompt"].rows == [1]
 
 
@@ -214,7 +213,7 @@ def test_the_batch_size_changes_nothing(batch_size):
 
 def test_the_arrays_have_the_types_of_the_cache():
     pairs = tokenise(Dataset.from_list([text("c", "a", "b")]), letters(), None)
-    assert [a.dtype for a in (pairs.pair_id, pairs.input_ids, pairs.splits)] == [
+    assert [a.dtype for a in (pairs.group_id, pairs.input_ids, pairs.splits)] == [
         np.uint64,
         np.uint32,
         np.uint64,
@@ -317,7 +316,7 @@ def test_the_identity_needs_tokenizer_files(tmp_path):
 def real(name: str) -> Dataset:
     if not (PAIRS / name).exists():
         pytest.skip(f"{name} is absent")
-    return read_pairs(str(PAIRS / name), "train").dataset
+    return read_groups(str(PAIRS / name), "train").dataset
 
 
 def test_real_transcripts_with_empty_answers_are_kept_and_counted():
@@ -343,7 +342,7 @@ def test_real_implicit_and_explicit_prompts_agree():
         tokenise(real(f"orca_dpo_val.{kind}.jsonl"), tokenizer, 512, chat_template=CHAT)
         for kind in ("messages", "implicit")
     ]
-    for name in ("pair_id", "input_ids", "splits"):
+    for name in ("group_id", "n_completions", "input_ids", "splits", "score", "weight"):
         np.testing.assert_array_equal(getattr(both[0], name), getattr(both[1], name))
 
 

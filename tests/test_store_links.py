@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from store_cases import World
+from store_cases import FEATURES, World
 
 from fpo.errors import CacheError
 from fpo.store import Store, gc, open_cache, pull, push, rm, tag, untag, verify
@@ -18,18 +18,21 @@ DAY = 86400
 OLD = time.time() - 400 * DAY
 PLACES = [".state", ".state/removed", ".state/uses", ".state/uses/KEY", "KEY", "KEY/tmp", "KEY/shards", "KEY/records"]
 PLACES += ["tags"]
+COLUMN_PLACES = ["KEY/columns", "KEY/columns/COLUMN"]
+COLUMN_PLACES += [f"KEY/columns/COLUMN/{name}" for name in ("tmp", "shards", "records")]
 
 
 def unfinished(world: World) -> str:
-    writer = world.writer()
-    writer.write(1, world.shard(1), {})
-    return writer.key
+    """Of the base one shard, and one of its column."""
+    for writer, rows in ((world.writer(), world.shard(1)), (world.column_writer(0), world.column_shard(0, 1))):
+        writer.write(1, rows, {})
+    return world.key
 
 
 @pytest.fixture
 def world(tmp_path):
-    world = World(tmp_path / "store")
-    world.key = unfinished(world)
+    world = World(tmp_path / "store", specs=(FEATURES,))
+    unfinished(world)
     tag(world.store, world.key, "mine")
     (world.store.root / ".state/removed").mkdir()
     return world
@@ -43,7 +46,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def plant(world: World, place: str, victim: Path) -> Path:
     """Put what lies there among the victim's files, all of them old, and a link in its place."""
-    link = world.store.root / place.replace("KEY", world.key)
+    link = world.store.root / place.replace("KEY", world.key).replace("COLUMN", world.column_key(0))
     victim.mkdir()
     target = victim / "folder"
     shutil.move(link, target)
@@ -74,23 +77,29 @@ def gc_all(world: World) -> None:
         raise CacheError("; ".join(found.problems))
 
 
+def remove_column(world: World) -> None:
+    untag(world.store, "mine")
+    rm(world.store, world.key, world.column_key(0))
+
+
 def remove_untagged(world: World) -> None:
     untag(world.store, "mine")
     rm(world.store, world.key)
 
 
 def pull_here(world: World) -> None:
-    other = World(world.store.root.parent / "other")
+    other = World(world.store.root.parent / "other", world.specs)
     pull(other.store, other.fill().key, world.store)
 
 
 COMMANDS = {
     "gc": gc_all,
     "rm": remove_untagged,
+    "rm --column": remove_column,
     "tag": lambda world: tag(world.store, world.key, "other"),
     "untag": lambda world: untag(world.store, "mine"),
     "write": lambda world: world.fill(),
-    "open": lambda world: open_cache(world.store, world.key),
+    "open": lambda world: open_cache(world.store, world.key, columns="all"),
     "verify": lambda world: verify(world.store, world.key),
     "ls": lambda world: world.store.summaries(),
     "push": lambda world: push(world.store, world.key, world.store.root.parent / "third"),
@@ -99,8 +108,10 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", PLACES + COLUMN_PLACES)
 def test_no_command_changes_anything_behind_a_link(world, tmp_path, place, command):
+    if place in COLUMN_PLACES:
+        world.fill()
     victim = tmp_path / "victim"
     link = plant(world, place, victim)
     before = snapshot(victim)
@@ -134,7 +145,7 @@ def test_a_folder_that_becomes_a_link_while_it_is_deleted_is_not_followed(world,
 
 def test_the_root_of_a_store_may_be_a_link(world, tmp_path):
     (tmp_path / "alias").symlink_to(world.store.root)
-    alias = World(tmp_path / "alias")
+    alias = World(tmp_path / "alias", world.specs)
     assert verify(alias.store, alias.fill().key).ok
     untag(alias.store, "mine")
     rm(alias.store, alias.fill().key)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_cases import World, make_pairs, make_recipe, tree, unmarked
+from store_cases import TOP_LOGITS, World, make_groups, make_recipe, tree, unmarked
 
 from fpo.errors import CacheDamaged, CacheError, CacheInUse, CacheMissing
-from fpo.store import CacheWriter, Store, gc, open_cache, rm, tag, untag, verify
+from fpo.store import CacheWriter, Claims, Store, gc, open_cache, rm, tag, untag, verify
 from fpo.store.upkeep import collect
 
 DAY = 86400
@@ -25,17 +25,17 @@ DAY = 86400
 @pytest.fixture
 def world(tmp_path):
     world = World(tmp_path / "store")
-    world.key = world.fill().key
+    world.fill()
     return world
 
 
 def another(world: World, n: int = 2, complete: bool = True, provenance=None) -> str:
-    """A cache of n pairs in the same store; returns its key."""
-    pairs = make_pairs([(1, 2, 3)] * n, seed=n)
+    """A cache of n groups in the same store; returns its key."""
+    groups = make_groups([(1, (2, 3))] * n, seed=n)
     plan = [np.array([i]) for i in range(n)]
-    writer = CacheWriter(world.store, make_recipe(pairs, plan), plan)
+    writer = CacheWriter(world.store, make_recipe(groups, plan), plan)
     for sid in range(n if complete else 1):
-        writer.write(sid, pairs.take(plan[sid]), provenance or {})
+        writer.write(sid, groups.take(plan[sid]), provenance or {})
     if complete:
         writer.seal({})
     return writer.key
@@ -55,7 +55,6 @@ def in_another_process(world: World, key: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
@@ -153,7 +152,7 @@ def test_a_store_that_cannot_be_written_is_read_without_account(world, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("fpo.store.upkeep.use.make_durable_dirs", refuse)
-    assert open_cache(world.store, world.key).n_pairs == 5
+    assert open_cache(world.store, world.key).n_groups == 5
     assert world.store.summary(world.key).used is None
 
 
@@ -305,8 +304,7 @@ def test_what_is_used_or_tagged_since_gc_looked_stays(world, monkeypatch, deed):
     age(world, world.key, 400)
     code = {"open": "open_cache(sys.argv[1], sys.argv[2])", "tag": "tag(sys.argv[1], sys.argv[2], 'kept')"}[deed]
     script = [sys.executable, "-c", f"import sys; from fpo.store import *; {code}", str(world.store.root), world.key]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    between_look_and_removal(monkeypatch, lambda: subprocess.run(script, env=env, check=True))
+    between_look_and_removal(monkeypatch, lambda: subprocess.run(script, check=True))
     (item,) = gc(world.store, unused_days=30, dry_run=False).items
     assert (item.in_use, item.removed) == (True, False)
     assert verify(world.store, world.key).ok
@@ -401,6 +399,109 @@ def test_gc_of_no_store_finds_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+# Columns
+
+
+def old(folder: Path, days: float) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (time.time() - days * DAY,) * 2)
+
+
+def test_rm_of_a_column_leaves_the_base_and_the_other_columns(world):
+    before = tree(world.path)
+    gone = tree(world.column_path(0))
+    removed = rm(world.store, world.key[:8], world.column_key(0)[:4])
+    assert (removed.key, removed.n_bytes) == (world.column_key(0), sum(map(len, gone.values())))
+    place = f"columns/{world.column_key(0)}/"
+    assert tree(world.path) == {name: data for name, data in before.items() if not name.startswith(place)}
+    assert verify(world.store, world.key).columns == {world.column_key(1): 3}
+    world.fill_column(0)
+    assert unmarked(tree(world.path)) == unmarked(before)
+
+
+def test_rm_of_a_column_is_as_careful_as_of_a_cache(world):
+    column = world.column_key(0)
+    with pytest.raises(CacheError, match="give at least 4 digits"):
+        rm(world.store, world.key, column[:3])
+    with pytest.raises(CacheMissing, match=f"no column whose key starts with 'nothing'; it has\n  .*{column}"):
+        rm(world.store, world.key, "nothing")
+    cache = open_cache(world.store, world.key)
+    with pytest.raises(CacheInUse):
+        rm(world.store, world.key, column)
+    del cache
+    tag(world.store, world.key, "mine")
+    with pytest.raises(CacheError, match="has the tag mine, which keeps it"):
+        rm(world.store, world.key, column)
+    assert verify(world.store, world.key).columns[column] == 5
+
+
+@pytest.fixture
+def growing(tmp_path):
+    """A complete cache with a column of which one shard is written, 20 days ago."""
+    world = World(tmp_path / "growing")
+    world.fill_base()
+    world.column_writer(0).write(1, world.column_shard(0, 1), {})
+    world.fill_column(1)
+    old(world.column_path(0), 20)
+    return world
+
+
+def test_gc_collects_a_column_that_nobody_finished_and_nothing_else(growing):
+    (shown,) = gc(growing.store).items
+    assert (shown.kind, shown.key, shown.column) == ("unfinished", growing.key, growing.column_key(0))
+    assert shown.reason == "features at model.layers.0, top 4, 1 of 5 shards, nobody worked on it for 20 days"
+    assert growing.column_path(0).exists()
+    assert [item.removed for item in gc(growing.store, dry_run=False).items] == [True]
+    report = verify(growing.store, growing.key)
+    assert (report.ok, report.notes, report.columns) == (True, [], {growing.column_key(1): 3})
+
+
+def test_gc_keeps_a_column_that_is_young_in_use_or_of_a_tagged_cache(growing):
+    assert gc(growing.store, unfinished_days=30, dry_run=False).items == []
+    cache = open_cache(growing.store, growing.key)
+    assert [item.in_use for item in gc(growing.store, dry_run=False).items] == [True]
+    del cache
+    tag(growing.store, growing.key, "mine")
+    assert gc(growing.store, dry_run=False).items == []
+    untag(growing.store, "mine")
+    (growing.column_path(0) / "recipe.json").write_text("{}")
+    old(growing.column_path(0), 20)
+    assert gc(growing.store, dry_run=False).items == []
+    assert growing.column_path(0).exists()
+
+
+def test_a_column_that_was_finished_since_gc_looked_stays(growing, monkeypatch):
+    between_look_and_removal(monkeypatch, lambda: growing.fill_column(0))
+    (item,) = gc(growing.store, dry_run=False).items
+    assert (item.kind, item.in_use, item.removed) == ("unfinished", True, False)
+    assert verify(growing.store, growing.key).columns[growing.column_key(0)] == 5
+
+
+def test_gc_clears_what_killed_writers_left_beside_a_base(world):
+    """Temporary files of a complete column, and the folder of one that never began."""
+    leftover = world.column_path(0) / "tmp/000001.json.0123456789abcdef"
+    leftover.write_bytes(b"1234")
+    os.utime(leftover, (time.time() - 7200,) * 2)
+    empty = world.path / "columns" / ("cd" * 32)
+    (empty / "shards").mkdir(parents=True)
+    old(empty, 20)
+    report = gc(world.store, dry_run=False)
+    assert {(item.kind, item.path, item.removed) for item in report.items} == {
+        ("temporary", leftover, True),
+        ("unfinished", empty, True),
+    }
+    assert verify(world.store, world.key).notes == []
+
+
+def test_a_claim_is_taken_on_a_complete_base_whose_tmp_is_gone(world):
+    """Unpacked from an archive that left empty folders out: columns are still filled side by side."""
+    (world.path / "tmp").rmdir()
+    claim = Claims(world.store.folder(world.key)).take(1)
+    assert Claims(world.store.folder(world.key)).take(1) is None
+    claim.end()
+    assert os.listdir(world.path / "tmp") == []
+
+
 # Killed while removing
 
 
@@ -408,27 +509,43 @@ def test_gc_of_no_store_finds_nothing(tmp_path):
 def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path, how):
     """SIGKILL before every call with which rm or gc changes the disk; then the next gc and writer find order."""
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
     script = [sys.executable, str(here / "store_killed_removal.py"), how, str(tmp_path)]
-    done = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    whole = World(tmp_path / "whole")
+    whole = World(tmp_path / "whole", specs=(TOP_LOGITS,))
     expected = unmarked(tree(whole.store.path(whole.fill().key)))
     states = set()
     graves = sorted(path for path in tmp_path.iterdir() if path.name.isdigit())
     for grave in graves:
         store = Store(grave)
         left = {summary.key: unmarked(tree(store.path(summary.key))) for summary in store.summaries()}
-        assert left in ({}, {whole.writer().key: expected}), grave.name
+        assert left in ({}, {whole.key: expected}), grave.name
         states.add(bool(left))
         report = gc(store, dry_run=False)
         assert gc(store).items == [], (grave.name, report)
         assert not list((grave / ".state/removed").glob("*"))
-        refilled = World(grave)
+        refilled = World(grave, specs=(TOP_LOGITS,))
         assert unmarked(tree(store.path(refilled.fill().key))) == expected
-    # rename away; then 3 shards, 3 records, recipe, manifest: both outcomes occur, the second nearly always.
+    # rename away; then shards, records, recipes and manifests: both outcomes occur, the second nearly always.
     assert states == {True, False}
     assert len(graves) > 8
+
+
+def test_the_removal_of_a_column_killed_anywhere_leaves_all_of_it_or_none(tmp_path):
+    here = Path(__file__).parent
+    script = [sys.executable, str(here / "store_killed_removal.py"), "column", str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    states = set()
+    for grave in (path for path in tmp_path.iterdir() if path.name.isdigit()):
+        world = World(grave, specs=(TOP_LOGITS,))
+        gc(grave, dry_run=False)
+        assert not list((grave / ".state/removed").glob("*"))
+        report = verify(grave, world.key)
+        assert (report.ok, report.notes, report.shards) == (True, [], 3), (grave.name, report)
+        assert report.columns in ({}, {world.column_key(0): 5}), grave.name
+        states.add(bool(report.columns))
+    assert states == {True, False}
 
 
 READER = """
@@ -451,14 +568,12 @@ print(whole, missing)
 
 def test_readers_see_a_cache_that_comes_and_goes_whole_or_not_at_all(world):
     """Two processes open and read it in a loop while it is removed and built again."""
-    root = str(Path(__file__).parents[1])
     readers = [
         subprocess.Popen(
             [sys.executable, "-c", READER, str(world.store.root), world.key],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": root},
         )
         for _ in range(2)
     ]

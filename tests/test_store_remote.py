@@ -1,10 +1,11 @@
 """Stores in an object store: push, pull and read, against moto's S3, with what goes wrong on the way."""
 
+import dataclasses
 import multiprocessing
 
 import numpy as np
 import pytest
-from store_cases import World, make_pairs, make_recipe, same, tree
+from store_cases import FEATURES, TOP_LOGITS, World, make_groups, make_recipe, same, tree
 from store_servers import BUCKET, OtherWorld, dropping_proxy, s3_environment, s3_server, sealed
 
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
@@ -82,7 +83,7 @@ def test_a_tag_travels_with_the_cache_that_it_names(world, s3, tmp_path):
 @pytest.mark.parametrize("there", ["url", "folder"])
 def test_a_tag_of_another_cache_is_not_moved_and_nothing_is_copied(world, s3, tmp_path, there):
     target = s3 if there == "url" else tmp_path / "target"
-    small = make_pairs([(1, 1, 1)])
+    small = make_groups([(1, (1, 1))])
     writer = CacheWriter(tmp_path / "small", make_recipe(small, [np.array([0])]), [np.array([0])])
     writer.write(0, small, {})
     writer.seal({})
@@ -97,7 +98,7 @@ def test_a_tag_of_another_cache_is_not_moved_and_nothing_is_copied(world, s3, tm
 
 
 def test_ls_at_a_url_says_what_a_cache_was_made_from(tmp_path, s3):
-    world = World(tmp_path / "here")
+    world = World(tmp_path / "here", specs=())
     writer = world.writer()
     inputs = {"reference": {"model": "google/gemma-2-2b-it"}, "data": {"source": "ultrafeedback", "split": "train"}}
     for sid in range(3):
@@ -145,7 +146,7 @@ def test_a_pushed_cache_reads_verifies_and_pulls_with_the_same_bytes(world, s3, 
     assert pulled.moved == 8
     assert tree(Store(tmp_path / "there").path(world.key)) == tree(world.store.path(world.key))
     summary = open_store(s3).summaries()[0]
-    assert (summary.key, summary.complete, summary.shards_done, summary.n_pairs) == (world.key, True, 3, 5)
+    assert (summary.key, summary.complete, summary.base.shards_done, summary.n_groups) == (world.key, True, 3, 5)
 
 
 def test_only_missing_objects_move(world, s3):
@@ -212,7 +213,7 @@ def test_an_unfinished_push_keeps_its_place_against_other_bytes(world, other, s3
 
 
 def test_an_incomplete_cache_is_not_pushed(tmp_path, s3):
-    world = World(tmp_path)
+    world = World(tmp_path, specs=())
     writer = world.writer()
     writer.write(1, world.shard(1), {})
     with pytest.raises(CacheIncomplete, match="1 of 3 shards are done; finish it with: fpo cache RECIPE"):
@@ -267,11 +268,11 @@ def _push_in_process(world_class, root, url, environment, start, results):
     import os
 
     os.environ.update(environment)
-    world = world_class(root)
-    key = world.writer().key
+    key = world_class(root, specs=()).key
+    store = Store(root)
     start.wait()
     try:
-        push(world.store, key, url, threads=2)
+        push(store, key, url, threads=2)
         results.put((world_class.__name__, "pushed"))
     except CacheConflict:
         results.put((world_class.__name__, "conflict"))
@@ -317,3 +318,111 @@ def test_a_key_that_no_cache_has_lists_what_is_there(world, s3):
     wrong = "0" if world.key[0] != "0" else "1"
     with pytest.raises(CacheMissing, match=f"it holds 1 caches\n  {world.key}"):
         open_cache(s3, wrong)
+
+
+# Columns
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A cache with two columns, of five shards and of three."""
+    return sealed(World, tmp_path / "wide", specs=(FEATURES, TOP_LOGITS))
+
+
+def test_columns_travel_behind_their_base_and_read_as_here(wide, s3, tmp_path, monkeypatch):
+    real, written, seen = BucketFolder.create, [], []
+
+    def noting(self, name, data):
+        written.append(self.where(name))
+        return real(self, name, data)
+
+    monkeypatch.setattr(BucketFolder, "create", noting)
+    report = push(wide.store, wide.key, s3, threads=1, on_object=lambda done, total: seen.append((done, total)))
+    # Recipe, manifest, and a shard and a record for each shard.
+    moved = {part.key: part.moved for part in report.parts}
+    assert moved == {wide.key: 8, wide.column_key(0): 12, wide.column_key(1): 8}
+    n_bytes = wide.store.summary(wide.key).n_bytes
+    assert {total for _, total in seen} == {n_bytes}
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1][0] == n_bytes
+    sealed_at = written.index(f"{s3}/{wide.key}/manifest.json")
+    assert all("/columns/" in name for name in written[sealed_at + 1 :])
+    assert not any("/columns/" in name for name in written[:sealed_at])
+    cache = open_cache(s3, wide.key, Shelf(tmp_path / "shelf"), columns=wide.specs)
+    assert all(same(cache.shard(sid), wide.beside(sid)) for sid in range(3))
+    assert verify(s3, wide.key).columns == {wide.column_key(0): 5, wide.column_key(1): 3}
+    pull(s3, wide.key, tmp_path / "there")
+    assert tree(Store(tmp_path / "there").path(wide.key)) == tree(wide.path)
+    (summary,) = open_store(s3).summaries()
+    assert {column.key for column in summary.columns} == {wide.column_key(0), wide.column_key(1)}
+    assert push(wide.store, wide.key, s3).moved == 0
+
+
+def test_a_base_goes_alone_and_a_column_later(wide, s3, tmp_path):
+    assert push(wide.store, wide.key, s3, columns=()).moved == 8
+    with pytest.raises(CacheMissing, match=r"has no column of top 2 logits .* add it with: fpo cache RECIPE"):
+        open_cache(s3, wide.key, Shelf(tmp_path / "shelf"), columns=[TOP_LOGITS])
+    later = push(wide.store, wide.key, s3, columns=[wide.column_key(1)[:8]])
+    assert (later.base.moved, later.base.present) == (0, 8)
+    assert [(part.key, part.name, part.moved) for part in later.columns] == [(wide.column_key(1), "top 2 logits", 8)]
+    pulled = pull(s3, wide.key, tmp_path / "there", columns=[wide.column_key(1)])
+    assert pulled.moved == 16
+    cache = open_cache(tmp_path / "there", wide.key, columns="all")
+    assert [column.held for column in cache.columns] == [TOP_LOGITS]
+
+
+def test_a_push_that_is_cut_in_a_column_continues_there(wide, s3, tmp_path, monkeypatch):
+    real = BucketFolder.create
+
+    def failing(self, name, data):
+        if wide.column_key(0) in self.url and name == "shards/000004.zarr.zip":
+            raise CacheError("the line is cut")
+        return real(self, name, data)
+
+    monkeypatch.setattr(BucketFolder, "create", failing)
+    columns = [wide.column_key(0)]
+    with pytest.raises(CacheError, match="the line is cut"):
+        push(wide.store, wide.key, s3, columns=columns, threads=1)
+    # The base is whole and serves; the column is not there yet.
+    assert verify(s3, wide.key).notes[0].endswith("top 4: [5a5a5a5a], 4 of 5 shards); push it again")
+    with pytest.raises(CacheMissing, match="has no column of features"):
+        open_cache(s3, wide.key, Shelf(tmp_path / "shelf"), columns=[FEATURES])
+    monkeypatch.setattr(BucketFolder, "create", real)
+    rest = push(wide.store, wide.key, s3, columns=columns)
+    # Recipe, four shards and four records stood; the fifth of each and the manifest were missing.
+    assert (rest.base.moved, rest.columns[0].moved, rest.columns[0].present) == (0, 3, 9)
+    assert verify(s3, wide.key).ok
+
+
+def test_other_bytes_of_a_column_are_a_conflict_and_the_base_stays(wide, s3, tmp_path):
+    push(wide.store, wide.key, s3)
+    other = World(tmp_path / "other", wide.specs)
+    other.fill_base()
+    halved = dataclasses.replace(other.groups.columns[1], logps=other.groups.columns[1].logps * np.float32(0.5))
+    other.groups = dataclasses.replace(other.groups, columns=(other.groups.columns[0], halved))
+    other.fill_column(1)
+    with pytest.raises(CacheConflict, match=rf"{wide.column_key(1)} holds other bytes under the same key") as error:
+        push(other.store, other.key, s3)
+    assert "\n" not in str(error.value)
+    assert verify(s3, wide.key).ok
+    assert push(other.store, other.key, s3, columns=()).moved == 0
+
+
+def test_an_unfinished_column_stays_at_home_unless_it_is_named(tmp_path, s3):
+    world = World(tmp_path / "here")
+    world.fill_base()
+    world.column_writer(0).write(2, world.column_shard(0, 2), {})
+    assert push(world.store, world.key, s3).columns == ()
+    with pytest.raises(CacheIncomplete, match=f"{world.column_key(0)} is not complete: 1 of 5 shards are done"):
+        push(world.store, world.key, s3, columns=[world.column_key(0)])
+
+
+def test_a_damaged_column_does_not_leave_and_is_named(wide, s3):
+    path = wide.column_path(0) / "shards/000004.zarr.zip"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheDamaged, match=rf"{wide.column_key(0)}/shards/000004\.zarr\.zip has .* the manifest says"):
+        push(wide.store, wide.key, s3)
+    assert f"columns/{wide.column_key(0)}/manifest.json" not in remote_names(s3, wide.key)
+    assert open_cache(s3, wide.key).n_groups == 5

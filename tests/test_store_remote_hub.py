@@ -3,9 +3,9 @@
 import contextlib
 
 import pytest
-from store_cases import World, same, tree
+from store_cases import FEATURES, TOP_LOGITS, World, same, tree
 from store_fake_hub import REPO, _Handler, fake_hub
-from store_servers import OtherWorld
+from store_servers import OtherWorld, sealed
 
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
 from fpo.store import Shelf, Store, open_cache, open_store, pull, push, verify
@@ -32,9 +32,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def world(tmp_path):
-    world = World(tmp_path / "here")
-    world.key = world.fill().key
-    return world
+    return sealed(World, tmp_path / "here")
 
 
 def test_a_cache_on_the_hub_reads_verifies_and_pulls_with_the_same_bytes(world, hub, tmp_path, capfd):
@@ -188,3 +186,17 @@ def test_an_upload_that_fails_is_one_line(world, hub, monkeypatch):
     with pytest.raises(CacheError, match=r"cannot write .*zip: the hub refuses \(403\); run hf auth login") as error:
         push(world.store, world.key, URL)
     assert "\n" not in str(error.value)
+
+
+def test_columns_stand_on_the_hub_behind_their_base(hub, tmp_path):
+    wide = sealed(World, tmp_path / "wide", specs=(FEATURES, TOP_LOGITS))
+    push(wide.store, wide.key, URL, columns=())
+    report = push(wide.store, wide.key, URL)
+    assert (report.base.moved, [part.moved for part in report.columns]) in ((0, [12, 8]), (0, [8, 12]))
+    assert verify(URL, wide.key).columns == {wide.column_key(0): 5, wide.column_key(1): 3}
+    cache = open_cache(URL, wide.key, Shelf(tmp_path / "shelf"), columns="all")
+    assert len(cache.columns) == 2
+    pull(URL, wide.key, tmp_path / "there")
+    assert tree(Store(tmp_path / "there").path(wide.key)) == tree(wide.path)
+    (summary,) = open_store(URL).summaries()
+    assert sorted(column.state for column in summary.columns) == ["complete", "complete"]

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from store_cases import World, same, tree
+from store_cases import FEATURES, TOP_LOGITS, World, same, tree
 from store_servers import BUCKET, FAULTS, OtherWorld, s3_environment, sealed, web_server
 
 from fpo.errors import CacheConflict, CacheDamaged, CacheError, CacheIncomplete, CacheMissing
@@ -54,7 +54,7 @@ def test_a_web_server_is_enough_to_pull_and_read(world, web, tmp_path):
 def test_opening_fetches_what_arrived_damaged_again_as_pull_does(world, web, tmp_path, name):
     flipped = FAULTS["flips a bit"]
     web.fault = lambda asked, n, body: flipped(body) if asked == name and n <= 2 else (200, body, len(body))
-    assert open_cache(web.url, world.key, Shelf(tmp_path / "shelf")).n_pairs == 5
+    assert open_cache(web.url, world.key, Shelf(tmp_path / "shelf")).n_groups == 5
     assert web.requests["GET", name] == 3
 
 
@@ -128,6 +128,50 @@ def test_a_missing_shard_shows_when_the_cache_opens(world, web):
     (world.store.path(world.key) / SHARD).unlink()
     with pytest.raises(CacheDamaged, match=r"http://.*/shards/000001\.zarr\.zip is missing"):
         open_cache(web.url, world.key)
+
+
+# Columns, where nothing can be listed
+
+
+@pytest.fixture
+def wide(tmp_path):
+    return sealed(World, tmp_path / "wide", specs=(FEATURES, TOP_LOGITS))
+
+
+def test_a_web_server_gives_the_columns_that_are_named_by_all_digits(wide, tmp_path):
+    with web_server(wide.store.root) as web:
+        alone = pull(web.url, wide.key, tmp_path / "there")
+        assert (alone.moved, alone.columns, alone.listed) == (8, (), False)
+        named = pull(web.url, wide.key, tmp_path / "there", columns=[wide.column_key(0)])
+        assert (named.base.moved, [part.moved for part in named.columns]) == (0, [12])
+        for name in (wide.column_key(0)[:8], "ab" * 32):
+            with pytest.raises(CacheMissing, match="give the 64 digits of a column that is there"):
+                pull(web.url, wide.key, tmp_path / "there", columns=[name])
+        assert verify(web.url, wide.key).columns == {}
+        assert verify(web.url, wide.key, columns=[wide.column_key(1)]).columns == {wide.column_key(1): 3}
+    expected = {name: data for name, data in tree(wide.path).items() if wide.column_key(1) not in name}
+    assert tree(tmp_path / "there" / wide.key) == expected
+
+
+def test_a_web_server_serves_a_column_by_what_it_holds(wide, tmp_path):
+    """Its key follows from what is asked for where it is cut as the base is."""
+    with web_server(wide.store.root) as web:
+        cache = open_cache(web.url, wide.key, Shelf(tmp_path / "shelf"), columns=[TOP_LOGITS])
+        assert same(cache.shard(1).columns[0], wide.beside(1).columns[1])
+
+
+def test_a_faulty_server_does_no_harm_to_a_column(wide, tmp_path):
+    name = f"columns/{wide.column_key(0)}/shards/000003.zarr.zip"
+    flipped = FAULTS["flips a bit"]
+    columns = [wide.column_key(0)]
+    with web_server(wide.store.root) as web:
+        web.fault = lambda asked, n, body: flipped(body) if asked == name else (200, body, len(body))
+        with pytest.raises(CacheDamaged, match=name):
+            pull(web.url, wide.key, tmp_path / "there", columns=columns)
+        assert verify(tmp_path / "there", wide.key).ok
+        web.fault = lambda asked, n, body: flipped(body) if asked == name and n <= 6 else (200, body, len(body))
+        pull(web.url, wide.key, tmp_path / "there", columns=columns)
+    assert verify(tmp_path / "there", wide.key).columns == {wide.column_key(0): 5}
 
 
 # Pull, and stores in folders

@@ -1,6 +1,8 @@
 """Reading a cache behind a URL through a bounded folder of shards."""
 
 import contextlib
+import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -8,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
-from store_cases import World, same
+from store_cases import FEATURES, TOP_LOGITS, World, same
 from store_servers import FAULTS, sealed, web_server
 
 from fpo.errors import CacheDamaged, CacheError
-from fpo.store import Shelf, open_cache
+from fpo.store import Shelf, open_cache, push
 
 pytest.importorskip("obstore")
 
@@ -74,6 +76,56 @@ def test_what_is_expected_is_fetched_ahead_once(world, web, tmp_path):
     # Another process with the same shelf fetches nothing.
     assert same(open_cache(web.url, world.key, Shelf(tmp_path / "shelf")).shard(0), world.shard(0))
     assert sum(n for (method, name), n in web.requests.items() if method == "GET" and "shards" in name) == 3
+
+
+def test_a_base_and_its_columns_are_fetched_side_by_side_within_half_of_the_shelf(tmp_path):
+    """Nothing is read yet, so what lies on the shelf was fetched ahead; the folder whose plan is behind goes first."""
+    wide = sealed(World, tmp_path / "wide", specs=(FEATURES, TOP_LOGITS))
+    with web_server(wide.store.root) as web:
+        cache = open_cache(web.url, wide.key, Shelf(tmp_path / "first"), columns=[TOP_LOGITS])
+        sizes = [entry.size for entry in (*cache.base.manifest.shards, *cache.columns[0].sealed.manifest.shards)]
+        shelf = Shelf(tmp_path / "shelf", max_bytes=2 * sum(sizes) - 2)
+        cache = open_cache(web.url, wide.key, shelf, columns=[TOP_LOGITS])
+        cache.prefetch([0, 1, 2])
+        deadline = time.monotonic() + 10
+        while len(list(shelf.root.glob("*.zarr.zip"))) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # All six would be two bytes more than half: the last waits until something is read.
+        time.sleep(0.05)
+        assert bytes_in(shelf.root) <= shelf.max_bytes // 2
+        asked = [name for (method, name), n in web.requests.items() if method == "GET" and "shards" in name]
+        assert len(asked) == 5
+        assert sum(name.startswith("columns/") for name in asked) in (2, 3)
+        for sid in range(3):
+            found = cache.shard(sid)
+            assert same(found.columns[0], wide.beside(sid).columns[1])
+            assert same(dataclasses.replace(found, columns=()), wide.shard(sid))
+        assert sum(n for (method, name), n in web.requests.items() if method == "GET" and "shards" in name) == 6
+
+
+def test_a_cache_with_columns_streams_through_a_shelf_that_is_smaller(tmp_path):
+    wide = sealed(World, tmp_path / "wide", specs=(FEATURES, TOP_LOGITS))
+    push(wide.store, wide.key, tmp_path / "plain", columns=[wide.column_key(1)])
+    with web_server(tmp_path / "plain") as web:
+        cache = open_cache(web.url, wide.key, Shelf(tmp_path / "first"), columns=[TOP_LOGITS])
+        largest = max(entry.size for entry in cache.manifest.shards)
+        shelf = Shelf(tmp_path / "shelf", max_bytes=int(2.5 * largest))
+        cache = open_cache(web.url, wide.key, shelf, columns=[TOP_LOGITS])
+        order = np.random.default_rng(0).permuted(np.tile(np.arange(3), (10, 1)), axis=1).ravel().tolist()
+        cache.prefetch(order)
+        for sid in order:
+            assert same(cache.shard(sid).columns[0], wide.beside(sid).columns[1])
+            assert bytes_in(shelf.root) <= shelf.max_bytes
+
+
+def test_a_cache_that_is_closed_expects_nothing_more_of_the_shelf(world, web, tmp_path):
+    shelf = Shelf(tmp_path / "shelf", max_bytes=1000)
+    first = open_cache(web.url, world.key, shelf)
+    first.prefetch([0, 1, 2])
+    assert len(shelf.ahead._folders) == 1
+    del first
+    gc.collect()
+    assert len(shelf.ahead._folders) == 0
 
 
 def test_a_damaged_shard_on_the_shelf_is_fetched_again(world, web, tmp_path):

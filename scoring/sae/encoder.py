@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.scoring.sae.formats import SaeArrays, read_sae
+from fpo.scoring.sae.arrays import Decoder, SaeArrays
+from fpo.scoring.sae.formats import read_sae
 
 # Bytes of dense float32 activations (tokens x d_sae) that the chunked methods hold at a time.
 MEMORY_BUDGET = 256 * 2**20
-
-Decoder = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 class Sae:
@@ -188,7 +187,7 @@ class Sae:
 
 def load_sae(source: str, hookpoint: str | None = None) -> Sae:
     """
-    Read an SAE's encoder from a folder, a params.npz or the hub onto the CPU; sae_formats says which and how.
+    Read an SAE's encoder from a folder, a params.npz or the hub onto the CPU; docs/saes.md says which and how.
 
     Raises SaeError for what is missing or not supported.
     """

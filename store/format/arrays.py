@@ -20,7 +20,6 @@ from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
-from numcodecs import zstd
 from numpy.typing import NDArray
 
 from fpo.canonical import canonical_json
@@ -70,6 +69,9 @@ def encode_arrays(
     The same arrays always give the same bytes. An array without elements has no chunk. Raises TypeError for
     attributes that have no canonical JSON (a float).
     """
+    # Takes 0.05 s: only whoever encodes or decodes pays for it.
+    from numcodecs import zstd
+
     members = {"zarr.json": group_document(attributes)}
     for path, spec in specs.items():
         array = arrays[path]
@@ -195,6 +197,8 @@ def _check_members(
 def _decompressed(
     path: str, spec: ArraySpec, shape: tuple[int, ...], members: Mapping[str, memoryview]
 ) -> NDArray[Any]:
+    from numcodecs import zstd
+
     array = np.empty(shape, np.dtype(spec.dtype).newbyteorder("<"))
     if array.size:
         try:

@@ -34,7 +34,7 @@ class Column(Ragged):
 class Features(Column):
     """Pooled SAE activations of K completions at one hookpoint: the largest `top_k` of each, or every non-zero one."""
 
-    PER = "completion"
+    PER: ClassVar[Per] = "completion"
     ENTRIES = ("indices", "acts")
     ROWS = ("active", "tail_sq")
 

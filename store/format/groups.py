@@ -76,6 +76,12 @@ class Groups:
         return segment_lengths(self.splits, self.n_completions)
 
     @cached_property
+    def sizes(self) -> I64:
+        """(G,) tokens of every group: its prompt once, and its completions."""
+        ends = self.splits.astype(np.int64)[starts_of(self.n_completions.astype(np.int64) + 1)]
+        return np.asarray(ends[1:] - ends[:-1], dtype=np.int64)
+
+    @cached_property
     def scored_splits(self) -> I64:
         """(K+1,) where each completion starts in `token_logps`."""
         return starts_of(scored_lengths(*self.lengths, self.n_completions))
@@ -165,7 +171,8 @@ def scored_lengths(
 ) -> I64:
     """(K,) scored tokens of every completion: those that something precedes."""
     unscored = np.repeat(np.asarray(prompts) == 0, n_completions)
-    return np.maximum(np.asarray(completions, dtype=np.int64) - unscored, 0)
+    scored: I64 = np.maximum(np.asarray(completions, dtype=np.int64) - unscored, 0)
+    return scored
 
 
 def summed_logps(token_logps: F32, scored_splits: I64, score_mask: U8 | None = None) -> F32:

@@ -1,7 +1,7 @@
 """
-What the columns of a pairs dataset must hold, in TRL's formats: text, or messages (lists of role and
-content), the same in every row. Whole columns are checked in Arrow; rows are decoded only where Arrow cannot
-tell. A column that holds what the prompt lacks - the prompt itself under another name, a system prompt - is
+Which of a dataset's columns its groups are made of, and what these must hold: text, or messages (lists of role and
+content), the same in every row. The columns of pairs are checked whole, in Arrow; rows are decoded only where Arrow
+cannot tell. A column that holds what the prompt lacks - the prompt itself under another name, a system prompt - is
 never left out unless the recipe says so.
 """
 
@@ -16,11 +16,21 @@ from datasets import Dataset, Value
 
 from fpo.errors import DataError
 from fpo.nearest import nearest
-from fpo.stage1_cache.texts import extract_prompt
-
-SIDES = ("prompt", "chosen", "rejected")
-EXTRAS = ("tools", "chat_template_kwargs")
-"""Columns for the chat template, passed on as they are."""
+from fpo.stage1_cache.read.layouts import (
+    EXTRAS,
+    PAIR,
+    PAIR_SCORES,
+    RATED,
+    RATINGS,
+    SIDES,
+    UNPAIRED,
+    Layout,
+    WrongValue,
+    extract_prompt,
+    kind,
+    layout_of,
+    pair_numbers,
+)
 
 _PROMPT_NAMES = ("question", "instruction", "query", "problem", "input")
 """What other datasets call the prompt."""
@@ -32,7 +42,7 @@ _SAMPLE = 1000
 
 
 class ColumnUse(NamedTuple):
-    """Which of a dataset's columns its pairs are made of."""
+    """Which of a dataset's columns its groups are made of."""
 
     prompt: str | None
     """The dataset's name for the prompt; None where it is implicit."""
@@ -40,16 +50,45 @@ class ColumnUse(NamedTuple):
     """Columns that nothing is read from."""
 
 
-def is_conversational(row: dict[str, Any]) -> bool:
-    """Whether the completions are messages, not text; TRL decides it for a whole dataset by its first row."""
-    return isinstance(row["chosen"], list)
+class _Family(NamedTuple):
+    """Layouts that have their columns in common."""
+
+    says: str
+    needs: tuple[str, ...]
+    """By which a dataset is recognised."""
+    may: tuple[str, ...]
+    example: str
 
 
-def pair_columns(
+# In the order in which a dataset that fits several is read.
+_FAMILIES = (
+    _Family(
+        "chosen and rejected",
+        PAIR.needs,
+        tuple(dict.fromkeys((*PAIR.columns, *SIDES.columns))),
+        "{prompt: ..., chosen: ..., rejected: ...}",
+    ),
+    _Family(
+        "completions with scores, ranks or labels",
+        ("completions",),
+        ("prompt", *RATINGS, "weight", *EXTRAS),
+        "{prompt: ..., completions: ..., scores: ...}",
+    ),
+    _Family(
+        "completion and label",
+        ("completion", "label"),
+        UNPAIRED.columns,
+        "{prompt: ..., completion: ..., label: ...}",
+    ),
+)
+_KNOWN = {name for family in _FAMILIES for name in (*family.needs, *family.may)}
+
+
+def group_columns(
     dataset: Dataset, source: str, columns: Mapping[str, str | None] | None = None
 ) -> tuple[Dataset, ColumnUse]:
     """
-    The dataset with only the columns that pairs are made of, under our names and every row checked, and which
+    The dataset with only the columns that groups are made of, under our names and every row checked, and which
     those are. A prompt of text beside completions that are whole conversations (UltraFeedback) is left out: it is
     implicit in them.
 
@@ -60,31 +99,35 @@ def pair_columns(
     read = _assigned(dataset, source, columns)
     if images := [name for name in ("image", "images") if name in names and name not in columns]:
         raise DataError(
-            f"{source}: column {images[0]!r}: pairs with images are not supported; remove the column, or leave it "
+            f"{source}: column {images[0]!r}: rows with images are not supported; remove the column, or leave it "
             f"out with data.columns: {_flow({**columns, images[0]: None})}"
         )
-    pairs = dataset.select_columns(list(read.values())).rename_columns({theirs: ours for ours, theirs in read.items()})
+    rows = dataset.select_columns(list(read.values())).rename_columns({theirs: ours for ours, theirs in read.items()})
     try:
-        first = pairs[0]
+        first = rows[0]
     except UnicodeDecodeError as error:
         raise DataError(f"{source}, row 0: not UTF-8 ({error.reason}); convert the file") from error
-    if wrong := _wrong_first(first["chosen"]):
-        raise DataError(f"{source}, row 0, column 'chosen': {wrong}")
-    conversational = is_conversational(first)
-    if conversational and isinstance(first.get("prompt"), str):
-        pairs = _without_text_prompt(pairs, first, source)
+    layout = layout_of(read, first)
+    _check_needs(layout, read, first, source, names)
+    rows = rows.remove_columns([ours for ours in read if ours not in layout.columns])
+    read = {ours: theirs for ours, theirs in read.items() if ours in layout.columns}
+    if wrong := _wrong_first(first[layout.shows]):
+        raise DataError(f"{source}, row 0, column {layout.shows!r}: {wrong}")
+    conversational = isinstance(first[layout.shows], list)
+    if layout is PAIR and conversational and isinstance(first.get("prompt"), str):
+        rows = _without_text_prompt(rows, first, source)
         del read["prompt"]
-    for column in SIDES:
-        if column in read:
-            _check_column(pairs, column, conversational, source)
+    _check_values(rows, layout, conversational, source)
     use = ColumnUse(read.get("prompt"), tuple(name for name in names if name not in read.values()))
-    _refuse_loss(dataset, source, columns, read, answers_only=not conversational or _opens_with_answer(first))
-    return pairs, use
+    bare = layout is PAIR and (not conversational or _opens_with_answer(first))
+    _refuse_loss(dataset, source, columns, read, answers_only=bare)
+    return rows, use
 
 
 def meant(name: str, names: Iterable[str]) -> str:
     """A hint " (did you mean ...?)" with the most similar of the names, or nothing."""
-    close = nearest(name, names)
+    # A dataset's names are anyone's: `train` and `train_prefs` (0.63) are two splits, neither of them mistyped.
+    close = nearest(name, names, likeness=0.7)
     return f" (did you mean {close!r}?)" if close else ""
 
 
@@ -93,32 +136,77 @@ def _assigned(dataset: Dataset, source: str, columns: Mapping[str, str | None]) 
     names = dataset.column_names
     for ours, theirs in columns.items():
         absent = theirs if theirs is not None else ours
-        if absent not in names and (theirs is not None or ours not in (*SIDES, *EXTRAS)):
+        if absent not in names and (theirs is not None or ours not in _KNOWN):
             raise DataError(
                 f"{source}: data.columns: {_flow({ours: theirs})}: no column {absent!r}{meant(absent, names)}; "
                 f"its columns are {', '.join(names)}"
             )
-    wanted = {ours: columns.get(ours, ours) for ours in (*SIDES, *EXTRAS)}
-    read = {ours: theirs for ours, theirs in wanted.items() if theirs is not None and theirs in names}
-    for ours in ("chosen", "rejected"):
-        if ours not in read:
-            nested = _nested_rows(dataset)
-            advice = (
-                f"its rows stand inside {nested!r}: write them at the top, one object per line"
-                if nested
-                else "name yours in the recipe: data.columns: {prompt: ..., chosen: ..., rejected: ...}"
-            )
-            raise DataError(
-                f"{source}: no column {ours!r}{meant(ours, names)}; its columns are {', '.join(names)}; {advice}"
-            )
+    wanted = {ours: columns.get(ours, ours) for ours in _KNOWN}
+    there = {ours: theirs for ours, theirs in wanted.items() if theirs is not None and theirs in names}
+    fitting = [family for family in _FAMILIES if all(name in there for name in family.needs)]
+    if not fitting:
+        raise _unrecognised(dataset, source, there)
+    named = [family for family in fitting if any(columns.get(name) for name in family.needs)]
+    family = [*named, *fitting][0]
+    read = {ours: there[ours] for ours in (*family.needs, *family.may) if ours in there}
+    if family.needs == ("completions",) and "instruction" in names and not {"prompt", "instruction"} & columns.keys():
+        read.setdefault("prompt", "instruction")  # UltraFeedback's name
+    return _of_ratings(read)
+
+
+def _of_ratings(read: dict[str, str]) -> dict[str, str]:
+    """Of columns that say the same in several ways, the one that counts."""
+    if all(name in read for name in PAIR_SCORES):
+        read.pop("margin", None)
+    else:
+        read = {ours: theirs for ours, theirs in read.items() if ours not in PAIR_SCORES}
+    for name in [name for name in RATINGS if name in read][1:]:
+        del read[name]
     return read
 
 
+def _check_needs(layout: Layout, read: dict[str, str], first: dict[str, Any], source: str, names: list[str]) -> None:
+    for ours in layout.needs:
+        if ours not in read:
+            raise DataError(
+                f"{source}: no column {ours!r}{meant(ours, names)}; its columns are {', '.join(names)}; "
+                f"name yours in the recipe: data.columns: {{{ours}: ...}}"
+            )
+    if layout.group is RATED.group and not _is_rated(first["completions"]):
+        raise DataError(
+            f"{source}: nothing says which of its completions are better; its columns are {', '.join(names)}; name "
+            "what does in the recipe: data.columns: {scores: ...}, or ranks (1 is best), or labels (true, false)"
+        )
+
+
+def _unrecognised(dataset: Dataset, source: str, there: Mapping[str, str]) -> DataError:
+    """The refusal of columns that no layout has, by the layout that lacks least."""
+    names = dataset.column_names
+
+    def lacks(family: _Family) -> float:
+        return sum(
+            (0.6 if meant(name, names) else 1.0) / len(family.needs) for name in family.needs if name not in there
+        )
+
+    family = min(_FAMILIES, key=lacks)
+    absent = next(name for name in family.needs if name not in there)
+    nested = _nested_rows(dataset)
+    advice = (
+        f"its rows stand inside {nested!r}: write them at the top, one object per line"
+        if nested
+        else f"name yours in the recipe: data.columns: {family.example}"
+    )
+    return DataError(
+        f"{source}: no column {absent!r}{meant(absent, names)}; its columns are {', '.join(names)}; {advice} "
+        f"(the nearest layout is {family.says})"
+    )
+
+
 def _nested_rows(dataset: Dataset) -> str | None:
-    """The column whose values are lists of pairs, as in a JSON file {"data": [...]}."""
+    """The column whose values are lists of rows, as in a JSON file {"data": [...]}."""
     for name, feature in dataset.features.items():
         inner = getattr(feature, "feature", None)
-        if isinstance(inner, dict) and {"chosen", "rejected"} & inner.keys():
+        if isinstance(inner, dict) and {"chosen", "rejected", "completions", "completion"} & inner.keys():
             return str(name)
     return None
 
@@ -228,6 +316,42 @@ def _without_text_prompt(dataset: Dataset, first: dict[str, Any], source: str) -
     return dataset.remove_columns("prompt")
 
 
+def _check_values(rows: Dataset, layout: Layout, conversational: bool, source: str) -> None:
+    """`DataError` for the first value, by row and column, that its column cannot hold."""
+    if layout is not PAIR:
+        return _check_groups(rows, layout, conversational, source)
+    for column in ("prompt", "chosen", "rejected"):
+        if column in rows.column_names:
+            _check_column(rows, column, conversational, source)
+    if numbers := [name for name in (*PAIR_SCORES, "margin", "weight") if name in rows.column_names]:
+        for number, row in enumerate(rows.select_columns(numbers)):
+            try:
+                pair_numbers(row)
+            except WrongValue as wrong:
+                advice = f"or leave the column out with data.columns: {{{wrong.column}: null}}"
+                raise DataError(f"{source}, row {number}, {wrong}, {advice}") from None
+    return None
+
+
+def _check_groups(rows: Dataset, layout: Layout, conversational: bool, source: str) -> None:
+    texts = rows.select_columns([name for name in rows.column_names if name not in EXTRAS])
+    number = 0
+    for table in texts.with_format("arrow").iter(batch_size=_BATCH):
+        for column in texts.column_names:
+            _check_encoding(table[column].combine_chunks(), f"{source}, row {{}}, column {column!r}", number)
+        columns = texts[number : number + len(table)]
+        for values in zip(*columns.values(), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            try:
+                group = layout.group(row)
+            except WrongValue as wrong:
+                raise DataError(f"{source}, row {number}, {wrong}") from None
+            for place, value in (("prompt", group.prompt), *zip(group.places, group.completions, strict=True)):
+                if what := _wrong(value, conversational, layout.shows):
+                    raise DataError(f"{source}, row {number}, column {place!r}: {what}")
+            number += 1
+
+
 def _check_column(dataset: Dataset, column: str, conversational: bool, source: str) -> None:
     values = dataset.select_columns([column])
     typed = isinstance(dataset.features[column], Value)
@@ -238,7 +362,7 @@ def _check_column(dataset: Dataset, column: str, conversational: bool, source: s
         if _holds_messages(array) if conversational else typed and _holds_text(array):
             continue
         for row, value in enumerate(values[first : first + _BATCH][column], start=first):
-            if wrong := _wrong(value, conversational):
+            if wrong := _wrong(value, conversational, "chosen"):
                 raise DataError(f"{source}, row {row}, column {column!r}: {wrong}")
 
 
@@ -273,7 +397,7 @@ def _holds_messages(array: pa.Array) -> bool:
 
 
 def _wrong_first(value: Any) -> str | None:
-    """What is wrong with the first chosen, which says what all others must be."""
+    """What is wrong with the first value of the column that says what all others must be."""
     if value is None or isinstance(value, str | list):
         return None
     if isinstance(value, dict):
@@ -282,17 +406,17 @@ def _wrong_first(value: Any) -> str | None:
     return f"the value {value!r}, not text; write it in quotes (of a .csv full of numbers, make a .jsonl)"
 
 
-def _wrong(value: Any, conversational: bool) -> str | None:
-    """What is wrong with a prompt or completion, if anything."""
+def _wrong(value: Any, conversational: bool, shows: str) -> str | None:
+    """What is wrong with a prompt or completion, if anything; `shows` is the column that says what all must be."""
     if value is None:
         return "missing or null; remove the row or fill it"
     if not conversational:
-        return None if isinstance(value, str) else f"{_kind(value)}, where chosen of row 0 holds text"
+        return None if isinstance(value, str) else f"{kind(value)}, where {shows} of row 0 holds text"
     if not isinstance(value, list):
-        return f"{_kind(value)}, where chosen of row 0 holds messages"
+        return f"{kind(value)}, where {shows} of row 0 holds messages"
     for message in value:
         if not isinstance(message, dict):
-            return f"a list of {_kind(message)}, not of messages with role and content"
+            return f"a list of {kind(message)}, not of messages with role and content"
         if not isinstance(message.get("role"), str):
             keys = ", ".join(key for key, entry in message.items() if entry is not None)
             hint = "; rename from and value to role and content" if "from" in message else ""
@@ -300,5 +424,6 @@ def _wrong(value: Any, conversational: bool) -> str | None:
     return None
 
 
-def _kind(value: Any) -> str:
-    return {str: "text", list: "a list", dict: "an object", type(None): "null"}.get(type(value), repr(value)[:40])
+def _is_rated(completions: Any) -> bool:
+    """Whether completions are objects that hold their own rating; an empty list may be."""
+    return isinstance(completions, list) and all(isinstance(one, dict) and "role" not in one for one in completions)

@@ -1,7 +1,6 @@
 """
-Preference pairs from a file, a folder or the hub, as a `datasets.Dataset` in the formats that TRL reads:
-columns chosen and rejected, usually prompt, either text or messages (lists of role and content); tools and
-chat_template_kwargs where given. What does not fit is refused here, with its file, row and column.
+Rows from a file, a folder or the hub, as a `datasets.Dataset` in one of the layouts of `layouts`, in text or messages
+(lists of role and content). What does not fit is refused here, with its file, row and column.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from datasets import (
 
 from fpo.errors import DataError
 from fpo.memo import file_facts
-from fpo.stage1_cache.columns import ColumnUse, meant, pair_columns
+from fpo.stage1_cache.read.columns import ColumnUse, group_columns, meant
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix (before an optional .gz) to the reader of `datasets`."""
@@ -36,40 +35,40 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 _SPLIT_OF_STEM = re.compile(r"(?P<split>\w+(\.\w+)*?)(-\d+-of-\d+)?")
 
 
-class ReadPairs(NamedTuple):
-    """The pairs of one split, and which of the dataset's columns they are made of."""
+class ReadGroups(NamedTuple):
+    """The rows of one split, and which of the dataset's columns they are made of."""
 
     dataset: Dataset
     columns: ColumnUse
 
 
-def read_pairs(
+def read_groups(
     source: str,
     split: str,
     subset: str | None = None,
     revision: str | None = None,
     columns: Mapping[str, str | None] | None = None,
-) -> ReadPairs:
+) -> ReadGroups:
     """
-    The pairs of one split: columns chosen, rejected and, unless it is implicit in them, prompt.
+    The rows of one split, with the columns of their layout and no others.
 
     `source`: a .jsonl, .json, .parquet or .csv file (.gz too), which is one split named train; a folder of
     such files named by their split, or written by `Dataset.save_to_disk`; or a hub id with `subset` and
     `revision`. `split` may slice and add, as in `datasets`: train[:90%], train+test. Where prompt is text
     and the completions are whole conversations (UltraFeedback), the conversations count and prompt is left
-    out. `columns`: our column names to the dataset's, see `pair_columns`. Raises `DataError`.
+    out. `columns`: our column names to the dataset's, see `group_columns`. Raises `DataError`.
     """
     path = _local(source, subset, revision)
     dataset = _from_hub(source, split, subset, revision) if path is None else _from_disk(path, split)
     if len(dataset) == 0:
         raise _no_rows(source, split)
-    return ReadPairs(*pair_columns(dataset, source, columns))
+    return ReadGroups(*group_columns(dataset, source, columns))
 
 
 def data_fingerprint(source: str, split: str, subset: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """
     What tells, without reading the data, that it is unchanged, in JSON types: `file_facts` of each file, or the
-    commit of a hub dataset. Raises `DataError` as `read_pairs` does for what is not there.
+    commit of a hub dataset. Raises `DataError` as `read_groups` does for what is not there.
     """
     path = _local(source, subset, revision)
     if path is None:
@@ -228,7 +227,7 @@ def _diagnose(file: Path, error: Exception) -> None:
             else:
                 for number, line in enumerate(lines, start=1):
                     if line.strip() and not isinstance(json.loads(line), dict):
-                        raise DataError(f"{file}, line {number}: not a JSON object; write one pair per line") from error
+                        raise DataError(f"{file}, line {number}: not a JSON object; write one row per line") from error
                     holds_rows = holds_rows or bool(line.strip())
     except json.JSONDecodeError as wrong:
         line_number = number or wrong.lineno
@@ -239,5 +238,5 @@ def _diagnose(file: Path, error: Exception) -> None:
         raise DataError(f"{file}, after line {number}: cannot be decompressed ({wrong}); copy it again") from error
     if not holds_rows:
         raise DataError(
-            f"{file}: the file holds no pairs, only {f'{number} blank lines' if number else 'an empty list'}"
+            f"{file}: the file holds no rows, only {f'{number} blank lines' if number else 'an empty list'}"
         )

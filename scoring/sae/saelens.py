@@ -1,0 +1,170 @@
+"""SAELens' own format, of version 6 and of the flat configurations before it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from fpo.errors import SaeError
+from fpo.scoring.hook_names import from_transformer_lens
+from fpo.scoring.sae.arrays import Activation, Array, Decoder, SaeArrays, SaeFacts, SaeHeader, row_norms, unit_rows
+from fpo.scoring.sae.format import (
+    TRANSCODER,
+    UNSET_THRESHOLD,
+    Format,
+    SaeFiles,
+    check_config_sizes,
+    check_k,
+    decoder_of,
+    read_threshold,
+)
+
+_ARCHITECTURES = ("standard", "jumprelu", "gated", "topk")
+_FUNCTIONS = ("relu", "topk")
+_NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
+_EXPORT = "this is a training checkpoint; export it with SAELens' save_inference_model"
+
+
+class SaeLens(Format):
+    """
+    ReLU, JumpReLU, gated or TopK of the input, normalised as `normalize_activations` says, minus `b_dec` unless
+    `apply_b_dec_to_input` is false.
+    """
+
+    name = "saelens"
+    title = "SAELens"
+    weights = "sae_weights.safetensors"
+    config = "cfg.json"
+    needs_config = True
+    refuses: ClassVar = {
+        "architecture temporal": "it attends over positions, so it is no encoder of single tokens",
+        "architecture matching_pursuit": "its encoder is iterative, not one matrix product",
+        "architecture abstopk": "its activations are signed; features here are never negative",
+        "architecture batchtopk": _EXPORT,
+        "architecture matryoshka_batchtopk": _EXPORT,
+        **TRANSCODER,
+        "architecture": f"supported: {', '.join(_ARCHITECTURES)}",
+        "activation_fn": f"supported: {', '.join(_FUNCTIONS)}",
+        "normalize_activations": f"supported: {', '.join(_NORMS)}",
+        "reshape_activations": "the SAE reads attention heads, no module's output",
+        "a scaling_factor other than 1": "fold it into the decoder and export again",
+        **UNSET_THRESHOLD,
+    }
+
+    def claims(self, files: SaeFiles) -> bool:
+        """`W_enc` or `W_dec`."""
+        return not files.tensors.shapes.keys().isdisjoint({"W_enc", "W_dec"})
+
+    def facts(self, files: SaeFiles) -> SaeHeader:
+        config = _modern(files.config)
+        self._refuse_what_is_not_computed(files, config)
+        architecture = config.get("architecture", "standard")
+        is_topk = architecture == "topk"
+        metadata = config.get("metadata") or {}
+        hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
+        d_in, d_sae = files.matrix("W_enc")
+        header = SaeHeader(
+            SaeFacts(
+                d_in=d_in,
+                d_sae=d_sae,
+                architecture=cast(Activation, "relu" if architecture == "standard" else architecture),
+                elementwise=not is_topk,
+                format=self.name,
+                advertised_l0=_stated_l0(config["k"] if is_topk else metadata.get("l0")),
+                hook_hint=from_transformer_lens(hook, metadata.get("model_name") or "") if hook else None,
+                center_input=bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
+            ),
+            k=config["k"] if is_topk else None,
+            normalize_activations=config.get("normalize_activations") or "none",
+            apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
+            rescale_acts_by_decoder_norm=is_topk and bool(config.get("rescale_acts_by_decoder_norm")),
+        )
+        _check_shapes(files, header)
+        return header
+
+    def read(self, files: SaeFiles) -> SaeArrays:
+        header, tensors = self.facts(files), files.tensors
+        self._refuse_scaling(files)
+        W = tensors.read("W_enc")
+        if header.facts.architecture == "gated":
+            gain, magnitude_bias = np.exp(tensors.read("r_mag")), tensors.read("b_mag")
+            arrays = header.arrays(W, tensors.read("b_gate"), gain=gain, magnitude_bias=magnitude_bias)
+        else:
+            threshold = self._threshold(files) if header.facts.architecture == "jumprelu" else None
+            arrays = header.arrays(W, tensors.read("b_enc"), threshold=threshold)
+        if header.apply_b_dec_to_input:
+            arrays = arrays.of_input_minus(tensors.read("b_dec"))
+        return arrays.times(row_norms(tensors.read("W_dec"))) if header.rescale_acts_by_decoder_norm else arrays
+
+    def read_decoder(self, files: SaeFiles) -> Decoder:
+        header = self.facts(files)
+        W_dec, b_dec = decoder_of(files, header.facts, "W_dec", "b_dec")
+        return unit_rows(W_dec) if header.rescale_acts_by_decoder_norm else W_dec, b_dec
+
+    def _threshold(self, files: SaeFiles) -> Array:
+        name = _threshold_name(files)
+        return np.exp(files.tensors.read(name)) if name == "log_threshold" else read_threshold(self, files, name)
+
+    def _refuse_what_is_not_computed(self, files: SaeFiles, config: dict[str, Any]) -> None:
+        architecture = config.get("architecture", "standard")
+        if f"architecture {architecture}" in self.refuses:
+            raise self.refuse(files, f"architecture {architecture}")
+        if "transcoder" in str(architecture):
+            raise self.refuse(files, "a transcoder")
+        if architecture not in _ARCHITECTURES:
+            raise self.refuse(files, "architecture", repr(architecture))
+        if (function := config.get("activation_fn", "relu")) not in _FUNCTIONS:
+            raise self.refuse(files, "activation_fn", str(function))
+        if (norm := config.get("normalize_activations") or "none") not in _NORMS:
+            raise self.refuse(files, "normalize_activations", str(norm))
+        if (reshape := config.get("reshape_activations") or "none") != "none":
+            raise self.refuse(files, "reshape_activations", str(reshape))
+        if architecture == "topk" and not isinstance(config.get("k"), int):
+            raise SaeError(f"SAE {files.source}: a topk SAE whose cfg.json has no k")
+
+    def _refuse_scaling(self, files: SaeFiles) -> None:
+        """Fine-tuned SAEs of old SAELens scale their activations; nothing since does, and neither do we."""
+        tensors = files.tensors
+        if "scaling_factor" in tensors.shapes and (tensors.read("scaling_factor") != 1).any():
+            raise self.refuse(files, "a scaling_factor other than 1")
+
+
+def _check_shapes(files: SaeFiles, header: SaeHeader) -> None:
+    facts = header.facts
+    check_config_sizes(files, facts.d_in, facts.d_sae)
+    per_feature = {
+        "gated": ["b_gate", "r_mag", "b_mag"],
+        "jumprelu": ["b_enc", _threshold_name(files)],
+    }.get(facts.architecture, ["b_enc"])
+    files.check_shapes(dict.fromkeys(per_feature, (facts.d_sae,)))
+    if header.apply_b_dec_to_input:
+        files.check_shapes({"b_dec": (facts.d_in,)})
+    if header.rescale_acts_by_decoder_norm:
+        files.check_shapes({"W_dec": (facts.d_sae, facts.d_in)})
+    if header.k is not None:
+        check_k(files, header.k, facts.d_sae)
+
+
+def _threshold_name(files: SaeFiles) -> str:
+    return "log_threshold" if "log_threshold" in files.tensors.shapes else "threshold"
+
+
+def _stated_l0(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _modern(config: dict[str, Any]) -> dict[str, Any]:
+    """A cfg.json from before SAELens 6 was flat and said some things otherwise."""
+    if isinstance(config.get("metadata"), dict):
+        return config
+    renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+    modern = {renamed.get(key, key): value for key, value in config.items()}
+    kwargs = modern.get("activation_fn_kwargs") or {}
+    if modern.get("activation_fn") == "topk" and "k" in kwargs:
+        modern |= {"architecture": "topk", "k": kwargs["k"]}
+    if modern.get("normalize_activations") is True:
+        modern["normalize_activations"] = "expected_average_only_in"
+    if "hook_z" in str(modern.get("hook_name", "")):
+        modern.setdefault("reshape_activations", "hook_z")
+    return {**modern, "metadata": modern}

@@ -1,0 +1,21 @@
+"""
+Rows of a dataset to groups.
+
+    sources  files, folders and the hub, as rows
+    columns  which columns are read, what they must hold, and that no text of a prompt is lost
+    layouts  what a row looks like, and the group that it becomes
+"""
+
+from fpo.stage1_cache.read.layouts import Group, Layout, as_conversation, extract_prompt, layout_of
+from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_groups
+
+__all__ = [
+    "Group",
+    "Layout",
+    "ReadGroups",
+    "as_conversation",
+    "data_fingerprint",
+    "extract_prompt",
+    "layout_of",
+    "read_groups",
+]
