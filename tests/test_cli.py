@@ -108,7 +108,7 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     assert err == f"loading the reference {world.root / 'model'} ...\n"  # no terminal, no progress bar
     out, _ = fpo(world, "cache", recipe, "--json")
     caches = json.loads(out)
-    assert [cache["pairs"] for cache in caches] == [24, 8]
+    assert [(cache["groups"], cache["completions"]) for cache in caches] == [(24, 48), (8, 16)]
     assert [cache["built_shards"] for cache in caches] == [0, 0]
     key = caches[0]["key"]
 
@@ -127,12 +127,12 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     out, _ = fpo(world, "store", "show", key[:8], "--json")
     assert json.loads(out)["key"] == key
     out, _ = fpo(world, "store", "verify", key[:8])
-    assert "2 shards, 24 pairs: all as the manifest says" in out
+    assert "24 groups and 1 column: all as the manifest says" in out
 
     tag, _ = fpo(world, "store", "tag", key[:8], "first")
     assert tag == f"first -> {key[:12]}\n"
     out, _ = fpo(world, "store", "diff", "first", caches[1]["key"][:10])
-    assert "pairs.digest" in out
+    assert "groups.digest" in out
     assert "scorer" not in out
     out, _ = fpo(world, "store", "verify", "first", "--recompute", "6", "--recipe", recipe)
     assert "6 groups scored again: token log-probs differ by" in out
