@@ -197,8 +197,8 @@ def store_verify(
         if "recompute" in facts:
             found = facts["recompute"]
             print(
-                f"{found['groups']} groups scored again: token log-probs differ by {found['worst']:.2g} nats at most in "
-                f"the mean of a completion (tolerance {found['tolerance']:g}), its activations by "
+                f"{found['groups']} groups scored again: token log-probs differ by {found['worst']:.2g} nats at most, "
+                f"in the mean of a completion (tolerance {found['tolerance']:g}), its activations by "
                 f"{100 * found['worst_features']:.2g} % (tolerance {100 * found['feature_tolerance']:g} %)"
             )
     if not report.ok:

@@ -2,8 +2,9 @@
 What atheris (libFuzzer) feeds: python store_fuzz_target.py TARGET CORPUS [libFuzzer options], where TARGET is shard,
 members (of a base), column, column_members, manifest or recipe.
 
-A find is any exception but the refusal, and any accepted bytes whose values differ from what was written. `members`
-puts the fuzzer's bytes behind a valid zip, so that it need not guess CRC-32s.
+A find is any exception but the refusal, accepted bytes of a file whose values differ from what was written, and
+accepted members whose values cannot be written again. `members` puts the fuzzer's bytes behind a valid zip, so that it
+need not guess CRC-32s.
 """
 
 from __future__ import annotations
@@ -46,9 +47,16 @@ class Target:
         assert same(found, self.rows), "other values were accepted"
 
     def members(self, data: bytes) -> None:
-        """The first byte picks a member, the rest replaces it."""
-        if data:
-            self.whole(pack(self.parts | {self.names[data[0] % len(self.names)]: data[1:]}))
+        """The first byte picks a member, the rest replaces it: one whole chunk in the place of another may pass."""
+        if not data:
+            return
+        try:
+            found = decode_shard(
+                pack(self.parts | {self.names[data[0] % len(self.names)]: data[1:]}), KEY, 3, self.bounds
+            )
+        except Invalid:
+            return
+        assert same(decode_shard(encode_shard(found, KEY, 3, self.bounds), KEY, 3, self.bounds), found)
 
     def member_seeds(self) -> list[bytes]:
         return [bytes([n]) + self.parts[name] for n, name in enumerate(self.names)]

@@ -220,7 +220,7 @@ class ColumnFacts(_Closed):
         return ColumnBounds(
             facts.kind,
             facts.d_sae or 0,
-            None if facts.top_k in (None, "all") else facts.top_k,
+            facts.top_k if isinstance(facts.top_k, int) else None,
             facts.m or 0,
             facts.vocab_size or 0,
         )
