@@ -103,7 +103,7 @@ def _pair(rng: np.random.Generator) -> dict[str, str]:
     return {"prompt": words(1, 12), "chosen": " " + words(1, 20), "rejected": " " + words(1, 20)}
 
 
-def add_conversations(world: TinyWorld, n_train: int = 40, n_test: int = 10) -> dict[str, Any]:
+def add_conversations(world: TinyWorld, n_train: int, n_test: int) -> dict[str, Any]:
     """
     Conversations beside the pairs: a user's turn, then completions of three turns, the user's in the middle.
 
