@@ -85,7 +85,9 @@ class ObjectiveMeter:
             residual = packed.counting(scores.residuals[0])
             distances = feature_distances(self.sae, need, residual, packed, _cached(batch))
         evidence = Evidence(policy, reference, distances)
-        return Measurement(self.objective.value(evidence), evidence, self.incomplete)
+        value = self.objective.value(evidence)
+        # What the data says that a pair counts; 1 where it says nothing.
+        return Measurement(value._replace(losses=value.losses * batch["group_weight"]), evidence, self.incomplete)
 
 
 def feature_distances(
