@@ -101,8 +101,9 @@ def nearest(
     store: Store | RemoteStore | Path | str, recipe: dict[str, Any], inputs: dict[str, Any] | None = None
 ) -> Nearest | None:
     """
-    The cache with the fewest fields that differ from a recipe, then with the fewest names that do ({"format", "scorer", "groups"}), finished ones and
-    then the youngest first among equals; None where the store holds none but the recipe's own.
+    The cache with the fewest fields that differ from a recipe ({"format", "scorer", "groups"}), then with the fewest
+    names that do, finished ones and then the youngest first among equals; None where the store holds none but the
+    recipe's own.
 
     inputs: the names that the recipe has for what it is made from, see `describe`.
     """
