@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from store_cases import FEATURES, make_groups, make_recipe
 
+import fpo.store.format.manifest as manifest_module
+import fpo.store.sealed as sealed_module
+import fpo.store.summaries as summaries_module
 from fpo.canonical import sha256_hex
 from fpo.store import (
     CacheWriter,
@@ -140,16 +143,21 @@ def lists_alone(root, shards, columns):
     return key
 
 
-@pytest.mark.parametrize(("shards", "seconds"), [(100, 0.4), pytest.param(500, 1, marks=pytest.mark.campaign)])
-def test_a_million_groups_and_twenty_columns_are_listed_and_opened_within_a_second(tmp_path, shards, seconds):
-    """Of this process's own time: 21 manifests are parsed once to list and once to open. 100 shards: a fifth of it."""
+@pytest.mark.parametrize("shards", [100, pytest.param(500, marks=pytest.mark.campaign)])
+def test_twenty_columns_are_listed_and_opened_with_one_look_at_each_manifest(tmp_path, monkeypatch, shards):
+    """500 shards are a million groups; `make test-store` prints what it takes, which the machine decides."""
     key = lists_alone(tmp_path, shards, columns=20)
+    read: list[str] = []
+    parse = manifest_module.parse_manifest
+    for module in (sealed_module, summaries_module):
+        monkeypatch.setattr(module, "parse_manifest", lambda *args: read.append(args[1]) or parse(*args))
     started = time.process_time()
     (summary,) = Store(tmp_path).summaries()
     listed = time.process_time()
+    assert len(read) == len(set(read)) == 21
     cache = open_cache(tmp_path, key, columns="all")
     opened = time.process_time()
     print(f"\nlisted in {listed - started:.2f} s, opened in {opened - listed:.2f} s")
+    assert len(read) == 42
     assert (summary.n_groups, len(summary.columns), len(cache.columns)) == (2000 * shards, 20, 20)
     assert all(column.complete for column in summary.columns)
-    assert opened - started < seconds
