@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from fpo.objectives.features import FeatureNeed
 from fpo.objectives.pairs import Evidence, ObjectiveValue
 from fpo.section import Section
+
+LabelSmoothing = Annotated[float, Field(ge=0, lt=0.5)]
+"""Probability that a pair is the wrong way round; at a half the pairs would say nothing."""
 
 
 @dataclass(frozen=True)

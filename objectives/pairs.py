@@ -26,6 +26,8 @@ class Evidence(NamedTuple):
 
     policy: PairLogps
     reference: PairLogps
+    lengths: Float[Tensor, "P 2"]
+    """Scored tokens of each completion that count: what `mean_logps` are divided by."""
     distances: Float[Tensor, "P 2"] | None
     """Distance of the pooled features, see `feature_distance`; None where the objective asks for no features."""
 

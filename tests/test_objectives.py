@@ -96,7 +96,7 @@ def test_an_objective_is_its_formula_with_its_own_settings() -> None:
     mean logratios    chosen 1, rejected -1; D_rejected - D_chosen 2 fpo    0.2 * (2 - 0.7 * 2) = 0.12
     """
     policy, reference = logps((-6.0, -8.0), lengths=(3.0, 2.0)), logps((-9.0, -6.0), lengths=(3.0, 2.0))
-    evidence = Evidence(policy, reference, torch.tensor([[1.0, 3.0]]))
+    evidence = Evidence(policy, reference, torch.tensor([[3.0, 2.0]]), torch.tensor([[1.0, 3.0]]))
     for objective, u in (
         (Dpo(name="dpo", beta=0.5), 2.5),
         (Simpo(name="simpo", beta=3.0, gamma=4.0), 2.0),
