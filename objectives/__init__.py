@@ -20,6 +20,8 @@ from fpo.objectives.aot_unpaired import AotUnpaired
 from fpo.objectives.apo_down import ApoDown
 from fpo.objectives.apo_zero import ApoZero
 from fpo.objectives.bco_pair import BcoPair
+from fpo.objectives.cal_dpo import CalDpo
+from fpo.objectives.cpo import Cpo
 from fpo.objectives.discopop import Discopop
 from fpo.objectives.dpo import Dpo
 from fpo.objectives.exo_pair import ExoPair
@@ -29,8 +31,11 @@ from fpo.objectives.hinge import Hinge
 from fpo.objectives.ipo import Ipo
 from fpo.objectives.nca_pair import NcaPair
 from fpo.objectives.objective import Needs, Objective
+from fpo.objectives.odpo import Odpo
+from fpo.objectives.orpo import Orpo
 from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
 from fpo.objectives.robust import Robust
+from fpo.objectives.sft import Sft
 from fpo.objectives.simpo import Simpo
 from fpo.objectives.sppo_hard import SppoHard
 
@@ -49,7 +54,12 @@ AnyObjective = Annotated[
     | AotUnpaired
     | ApoZero
     | ApoDown
-    | Discopop,
+    | Discopop
+    | Sft
+    | Cpo
+    | Orpo
+    | CalDpo
+    | Odpo,
     Field(discriminator="name"),
 ]
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -67,6 +77,8 @@ __all__ = [
     "ApoDown",
     "ApoZero",
     "BcoPair",
+    "CalDpo",
+    "Cpo",
     "Discopop",
     "Dpo",
     "Evidence",
@@ -79,8 +91,11 @@ __all__ = [
     "Needs",
     "Objective",
     "ObjectiveValue",
+    "Odpo",
+    "Orpo",
     "PairLogps",
     "Robust",
+    "Sft",
     "Simpo",
     "SppoHard",
     "feature_distance",

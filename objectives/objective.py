@@ -27,6 +27,8 @@ class Needs:
     """Whether what the reference says enters the loss (`ref_logps` or features)."""
     features: FeatureNeed | None = None
     """What a feature term reads; None is no feature term."""
+    scores: bool = False
+    """Whether the data's scores of the completions enter the loss."""
 
 
 class Objective(Section):

@@ -30,6 +30,8 @@ class Evidence(NamedTuple):
     """Scored tokens of each completion that count: what `mean_logps` are divided by."""
     distances: Float[Tensor, "P 2"] | None
     """Distance of the pooled features, see `feature_distance`; None where the objective asks for no features."""
+    scores: Float[Tensor, "P 2"]
+    """What the data says of each completion; nan where it says nothing and the objective asks for no scores."""
 
 
 class ObjectiveValue(NamedTuple):

@@ -17,9 +17,9 @@ SETTINGS = {
     "discopop_tau": "it is objective.tau of discopop",
     "use_weighting": _NOT_THERE,
     "rpo_alpha": _NOT_THERE,
-    "sft_weight": _NOT_THERE,
+    "sft_weight": "it is objective.sft_weight",
     "ld_alpha": _NOT_THERE,
-    "cpo_alpha": _NOT_THERE,
+    "cpo_alpha": "it is objective.sft_weight",
     "loss_weights": _NOT_THERE,
     "reference_free": "objective.name: simpo uses no reference",
 }
@@ -30,7 +30,7 @@ LOSSES = {
     "sigmoid_norm": "it is fpo with alpha: 0",
     "aot_pair": "it is called aot here",
     **dict.fromkeys(
-        ("bco", "cpo", "grpo", "kto", "orpo", "ppo", "rpo", "sft", "tdpo", "tr_dpo"),
+        ("bco", "grpo", "kto", "ppo", "rpo", "tdpo", "tr_dpo"),
         "it is not there yet",
     ),
 }

@@ -84,7 +84,7 @@ class ObjectiveMeter:
             assert need is not None
             residual = packed.counting(scores.residuals[0])
             distances = feature_distances(self.sae, need, residual, packed, _cached(batch))
-        evidence = Evidence(policy, reference, counts.to(logps.dtype), distances)
+        evidence = Evidence(policy, reference, counts.to(logps.dtype), distances, batch["scores"])
         return Measurement(self.objective.value(evidence), evidence, self.incomplete)
 
 

@@ -38,6 +38,7 @@ def batch_tensors(pairs: Groups, layout: Layout) -> Batch:
     packed = pack(pairs.input_ids, pairs.splits, pairs.n_completions, layout, score_mask=pairs.score_mask)
     batch: dict[str, Any] = dict(packed._asdict())
     batch["ref_logps"] = torch.from_numpy(pairs.ref_logps).view(-1, 2)
+    batch["scores"] = torch.from_numpy(pairs.score).view(-1, 2)
     for kept in pairs.columns:
         assert isinstance(kept, Features)
         batch["ref_indices"] = torch.from_numpy(kept.indices.astype(np.int64))

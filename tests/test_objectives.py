@@ -53,7 +53,8 @@ def test_simpo_loss_matches_hand_calculation() -> None:
     """
     mean logps = -6 / 3 = -2 chosen, -6 / 2 = -3 rejected; u = 2 * (-2 + 3) - 0.5 = 1.5
     """
-    value = simpo(logps((-6.0, -6.0), lengths=(3.0, 2.0)), beta=2.0, gamma=0.5)
+    lengths = torch.tensor([[3.0, 2.0]])
+    value = simpo(logps((-6.0, -6.0), lengths=(3.0, 2.0)), lengths, beta=2.0, gamma=0.5)
     assert value.losses.tolist() == pytest.approx([minus_log_sigmoid(1.5)])
     assert value.rewards.tolist() == [[-4.0, -6.0]]
 
@@ -96,7 +97,8 @@ def test_an_objective_is_its_formula_with_its_own_settings() -> None:
     mean logratios    chosen 1, rejected -1; D_rejected - D_chosen 2 fpo    0.2 * (2 - 0.7 * 2) = 0.12
     """
     policy, reference = logps((-6.0, -8.0), lengths=(3.0, 2.0)), logps((-9.0, -6.0), lengths=(3.0, 2.0))
-    evidence = Evidence(policy, reference, torch.tensor([[3.0, 2.0]]), torch.tensor([[1.0, 3.0]]))
+    lengths, nothing = torch.tensor([[3.0, 2.0]]), torch.full((1, 2), math.nan)
+    evidence = Evidence(policy, reference, lengths, torch.tensor([[1.0, 3.0]]), nothing)
     for objective, u in (
         (Dpo(name="dpo", beta=0.5), 2.5),
         (Simpo(name="simpo", beta=3.0, gamma=4.0), 2.0),

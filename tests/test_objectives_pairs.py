@@ -1,5 +1,5 @@
 """
-Every loss over pairs but DPO, SimPO and FPO (tests/test_objectives.py) against a calculation by hand, through the
+Every loss over pairs but those of tests/test_objectives.py against a calculation by hand, through the
 settings that a recipe would give it.
 
 The pair of all these calculations, unless a test has its own:
@@ -25,16 +25,23 @@ from fpo.objectives import (
     ApoDown,
     ApoZero,
     BcoPair,
+    CalDpo,
+    Cpo,
     Discopop,
     Dpo,
     Evidence,
     ExoPair,
+    Fpo,
     Hinge,
     Ipo,
     NcaPair,
     Objective,
+    Odpo,
+    Orpo,
     PairLogps,
     Robust,
+    Sft,
+    Simpo,
     SppoHard,
 )
 from fpo.objectives.divergence import Divergence, FDivergence
@@ -43,7 +50,13 @@ from fpo.objectives.robust import robust
 
 def evidence_of(policy: Tensor, reference: Tensor, lengths: Tensor | None = None) -> Evidence:
     lengths = torch.ones_like(policy) if lengths is None else lengths
-    return Evidence(PairLogps(policy, policy / lengths), PairLogps(reference, reference / lengths), lengths, None)
+    return Evidence(
+        PairLogps(policy, policy / lengths),
+        PairLogps(reference, reference / lengths),
+        lengths,
+        distances=None,
+        scores=torch.full_like(policy, math.nan),
+    )
 
 
 PAIR = evidence_of(torch.tensor([[-6.0, -8.0]]), torch.tensor([[-9.0, -6.0]]), torch.tensor([[3.0, 2.0]]))
@@ -234,6 +247,72 @@ def test_an_objective_of_the_margin_takes_the_divergence_of_its_recipe(objective
     assert value.losses.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert isinstance(objective, Dpo | Hinge | Ipo | ExoPair | Robust | Discopop)
     assert value.rewards.tolist() == [pytest.approx([objective.beta * math.log(2), -objective.beta * math.log(2)])]
+
+
+def test_the_likelihood_of_the_chosen_completions_is_a_mean_over_their_tokens() -> None:
+    """
+    logps -6 of 3 tokens and -4 of 1: 10 nats over 4 tokens, 2.5 per token
+    a pair's share of the mean over 2 pairs: 6 * 2 / 4 = 3 and 4 * 2 / 4 = 2
+    """
+    policy, lengths = torch.tensor([[-6.0, -1.0], [-4.0, -9.0]]), torch.tensor([[3.0, 1.0], [1.0, 5.0]])
+    value = Sft(name="sft").value(evidence_of(policy, torch.zeros(2, 2), lengths))
+    assert value.losses.tolist() == [3.0, 2.0]
+    assert value.rewards[0].tolist() == [-2.0, -1.0]
+
+
+def test_cpo_matches_hand_calculation() -> None:
+    """u = 0.5 * (-6 + 8) = 1; the chosen completion has 6 / 3 = 2 nats per token, 3 times 2 = 6"""
+    assert loss(Cpo(name="cpo", beta=0.5, sft_weight=3.0)) == about(minus_log_sigmoid(1) + 6)
+    smoothed = Cpo(name="cpo", beta=0.5, sft_weight=0.0, label_smoothing=0.1)
+    assert loss(smoothed) == about(0.9 * minus_log_sigmoid(1) + 0.1 * minus_log_sigmoid(-1))
+
+
+def test_orpo_matches_hand_calculation() -> None:
+    """
+    probability per token   chosen 2/3, rejected 1/3: odds 2 and 1/2, ratio 4, sigmoid(log 4) = 4/5
+    loss                    -log(2/3) - 0.3 * log(4/5)
+    """
+    lengths = torch.tensor([[3.0, 2.0]])
+    policy = torch.tensor([[3 * math.log(2 / 3), 2 * math.log(1 / 3)]])
+    losses = Orpo(name="orpo", beta=0.3).value(evidence_of(policy, torch.zeros(1, 2), lengths)).losses
+    assert losses.item() == about(-math.log(2 / 3) - 0.3 * math.log(4 / 5))
+
+
+def test_simpo_takes_the_likelihood_of_the_chosen_completions_in() -> None:
+    """u = 0.5 * (-6 / 3 + 8 / 2) - 0.5 = 0.5; 0.3 times 2 nats per token"""
+    assert loss(Simpo(name="simpo", beta=0.5, gamma=0.5, sft_weight=0.3)) == about(minus_log_sigmoid(0.5) + 0.6)
+
+
+def test_fpo_on_sums_is_dpo_with_the_feature_term() -> None:
+    """margin of sums 5; 0.5 * (3 - 1) = 1 of features: 0.2 * (5 - 1) = 0.8"""
+    objective = Fpo(name="fpo", beta=0.2, alpha=0.5, length_normalised=False)
+    value = objective.value(PAIR._replace(distances=torch.tensor([[1.0, 3.0]])))
+    assert value.losses.item() == about(minus_log_sigmoid(0.8))
+    assert value.rewards.tolist() == [pytest.approx([0.6, -0.4])]
+    bare = Fpo(name="fpo", beta=0.2, alpha=0.0, length_normalised=False)
+    assert loss(bare) == loss(Dpo(name="dpo", beta=0.2))
+
+
+def test_calibrated_dpo_matches_hand_calculation() -> None:
+    """target 1 / (2 * 0.25) = 2: -log sigmoid(5) + ((3 - 2)^2 + (-2 + 2)^2) / 2"""
+    assert loss(CalDpo(name="cal_dpo", beta=0.25)) == about(minus_log_sigmoid(5) + 0.5)
+
+
+def test_odpo_asks_for_a_margin_by_the_gap_of_scores() -> None:
+    """u = 0.2 * 5 - 0.5 * log(5 - 3) = 1 - 0.5 log 2"""
+    objective = Odpo(name="odpo", beta=0.2, alpha=0.5)
+    value = objective.value(PAIR._replace(scores=torch.tensor([[5.0, 3.0]])))
+    assert value.losses.item() == about(minus_log_sigmoid(1 - 0.5 * math.log(2)))
+
+
+def test_odpo_asks_for_nothing_where_scores_are_equal() -> None:
+    policy = torch.tensor([[-6.0, -8.0]], requires_grad=True)
+    evidence = evidence_of(policy, torch.zeros(1, 2))._replace(scores=torch.tensor([[3.0, 3.0]]))
+    losses = Odpo(name="odpo").value(evidence).losses
+    losses.sum().backward()
+    assert policy.grad is not None
+    assert losses.tolist() == [0.0]
+    assert policy.grad.tolist() == [[0.0, 0.0]]
 
 
 def test_a_logratio_far_below_zero_leaves_a_finite_margin() -> None:

@@ -139,7 +139,7 @@ class Oracle:
         tokens = self.seen["policy"].detach().requires_grad_()
         sides = [(seen * self.mask).sum(1).view(2, -1).T for seen in (tokens, self.seen["reference"].detach())]
         policy, reference = (PairLogps(logps, logps / lengths) for logps in sides)
-        return Evidence(policy, reference, lengths, None), tokens
+        return Evidence(policy, reference, lengths, None, torch.full_like(lengths, torch.nan)), tokens
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
