@@ -19,9 +19,8 @@ import torch
 
 from fpo.recipe import Arithmetic
 from fpo.scoring import Packed, install_scoring, load_model, load_tokenizer, mixed_precision, pack
-from fpo.stage1_cache.fill import token_rows
 from fpo.stage1_cache.read import read_groups
-from fpo.stage1_cache.score import micro_batches
+from fpo.stage1_cache.score import TokenGroups, micro_batches, take
 from fpo.stage1_cache.tokenise import tokenise
 
 POLICY = Arithmetic("float32", "bfloat16")
@@ -35,14 +34,14 @@ def main() -> None:
     tokens = tokenise(
         read_groups(str(options.pairs), f"train[:{options.count}]").dataset, tokenizer, options.max_length
     )
-    rows = np.random.default_rng(0).permutation(len(tokens))
-    policy = _logps(options.model, POLICY, tokens.input_ids, tokens.splits, np.array_split(rows, len(rows) // 8))
+    groups = TokenGroups(tokens.input_ids, tokens.splits, tokens.n_completions, tokens.score_mask)
+    rows = np.random.default_rng(0).permutation(len(groups))
+    policy = _logps(options.model, POLICY, groups, np.array_split(rows, len(rows) // 8))
     lengths = np.array([len(part) for part in policy])
     print(f"{len(policy)} completions of {lengths.mean():.0f} tokens; the policy computes in {POLICY}")
     print(f"{'reference':40} {'std':>8} {'max':>8} {'token':>9} {'signed max':>11} {'signed mean':>12}")
     for arithmetic in REFERENCES:
-        batches = list(micro_batches(tokens.splits, 8192))
-        reference = _logps(options.model, arithmetic, tokens.input_ids, tokens.splits, batches)
+        reference = _logps(options.model, arithmetic, groups, list(micro_batches(groups, 8192)))
         apart = [ours - theirs for ours, theirs in zip(policy, reference, strict=True)]
         ratios = np.array([part.sum() for part in apart])
         signed = np.array([part.mean() for part in apart])
@@ -53,15 +52,14 @@ def main() -> None:
         )
 
 
-def _logps(
-    model: Path, arithmetic: Arithmetic, input_ids: np.ndarray, splits: np.ndarray, batches: list[np.ndarray]
-) -> list[np.ndarray]:
+def _logps(model: Path, arithmetic: Arithmetic, groups: TokenGroups, batches: list[np.ndarray]) -> list[np.ndarray]:
     """Token log-probs of every completion, in the order of the pairs."""
     scorer = load_model(model, arithmetic.dtype)
     install_scoring(scorer)
     found: dict[int, np.ndarray] = {}
     for rows in batches:
-        packed = pack(*token_rows(input_ids, splits, rows), np.full(len(rows), 2))
+        batch = take(groups, rows)
+        packed = pack(batch.input_ids, batch.splits, batch.n_completions)
         with torch.inference_mode(), mixed_precision(torch.device("cpu"), arithmetic.autocast):
             scores = scorer(**Packed(*packed)._asdict())
         parts = scores.token_logps.double().numpy()

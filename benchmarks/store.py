@@ -33,17 +33,29 @@ from safetensors.numpy import load_file, save_file
 
 from fpo.stage2_align.stream import PairStream
 from fpo.store import (
+    FORMAT_VERSION,
     CacheWriter,
+    ColumnRows,
     Features,
-    Pairs,
+    Groups,
+    Spec,
+    column_recipe,
+    completion_digests,
+    groups_digest,
     open_cache,
-    pair_digests,
-    pairs_digest,
     plan_shards,
     shard_digest,
 )
 
 VOCAB, D_SAE, TOP_K = 128_000, 65_536, 64
+SPEC: Spec = {
+    "kind": "features",
+    "hookpoint": "model.layers.12",
+    "sae": {"weights": "0" * 64, "config": {}},
+    "d_sae": D_SAE,
+    "top_k": TOP_K,
+    "pooling": "mean",
+}
 BATCH = 32
 BLOCK_SHARDS = 8
 STEP_MS = (5, 20, 100)
@@ -56,7 +68,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         pairs = realistic_pairs(options.pairs)
-        plan = plan_shards(pairs.lengths, np.full(len(pairs), 2 * TOP_K * 8 + 32), seed=0)
+        plan = plan_shards(pairs.sizes, pairs.n_completions, seed=0)
         formats = [
             Store(folder, pairs, plan),
             MemMap(folder, pairs),
@@ -72,8 +84,8 @@ def main() -> None:
         options.output.write_text(text)
 
 
-def realistic_pairs(n: int) -> Pairs:
-    """The whole data set as one `Pairs`."""
+def realistic_pairs(n: int) -> Groups:
+    """The whole data set as one `Groups`, each of two completions, with their features beside them."""
     rng = np.random.default_rng(0)
     means = np.log([[100, 250, 250]]) - 0.32
     lengths = np.clip(rng.lognormal(np.broadcast_to(means, (n, 3)), 0.8), 1, 1000).astype(np.int64)
@@ -82,14 +94,18 @@ def realistic_pairs(n: int) -> Pairs:
     scored = lengths[:, 1:].ravel()
     token_logps = -rng.gamma(0.4, 3.0, int(scored.sum())).astype(np.float32)
     starts = np.concatenate([[0], np.cumsum(scored)[:-1]])
-    return Pairs(
-        pair_id=np.arange(n, dtype=np.uint64),
-        pair_digest=pair_digests(input_ids, splits),
+    n_completions = np.full(n, 2, np.uint32)
+    return Groups(
+        group_id=np.arange(n, dtype=np.uint64),
+        n_completions=n_completions,
+        completion_digest=completion_digests(input_ids, splits, n_completions),
         input_ids=input_ids,
         splits=splits,
-        ref_logps=np.add.reduceat(token_logps, starts, dtype=np.float64).reshape(n, 2).astype(np.float32),
+        score=np.full(2 * n, np.nan, np.float32),
+        weight=np.ones(n, np.float32),
+        ref_logps=np.add.reduceat(token_logps, starts, dtype=np.float64).astype(np.float32),
         token_logps=token_logps,
-        features=(_features(rng, n),),
+        columns=(_features(rng, n),),
     )
 
 
@@ -103,22 +119,23 @@ def _features(rng: np.random.Generator, n: int) -> Features:
         indices=np.concatenate(kept).astype(np.uint32),
         acts=rng.gamma(1.0, 1.5, int(counts.sum())).astype(np.float32),
         splits=np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64),
-        active=(counts + 100).reshape(n, 2).astype(np.uint32),
-        tail_sq=rng.random((n, 2), dtype=np.float32),
+        active=(counts + 100).astype(np.uint32),
+        tail_sq=rng.random(2 * n, dtype=np.float32),
     )
 
 
-def arrays_of(pairs: Pairs) -> dict[str, np.ndarray]:
+def arrays_of(pairs: Groups) -> dict[str, np.ndarray]:
     """Every array by name, without copying."""
-    names = ("pair_id", "pair_digest", "input_ids", "splits", "ref_logps", "token_logps")
-    (features,) = pairs.features
+    names = ("group_id", "n_completions", "completion_digest", "input_ids", "splits")
+    names += ("score", "weight", "ref_logps", "token_logps")
+    (features,) = pairs.columns
     inner = ("indices", "acts", "splits", "active", "tail_sq")
     return {n: getattr(pairs, n) for n in names} | {f"features.{n}": getattr(features, n) for n in inner}
 
 
-def pairs_from(arrays: dict[str, np.ndarray]) -> Pairs:
+def pairs_from(arrays: dict[str, np.ndarray]) -> Groups:
     features = {name.split(".")[1]: array for name, array in arrays.items() if "." in name}
-    return Pairs(**{n: a for n, a in arrays.items() if "." not in n}, features=(Features(**features),))
+    return Groups(**{n: a for n, a in arrays.items() if "." not in n}, columns=(Features(**features),))
 
 
 class Format:
@@ -126,7 +143,7 @@ class Format:
 
     name: str
 
-    def __init__(self, folder: Path, pairs: Pairs, plan: list[np.ndarray] | None = None) -> None:
+    def __init__(self, folder: Path, pairs: Groups, plan: list[np.ndarray] | None = None) -> None:
         self.path, self.pairs, self.plan = folder / type(self).__name__, pairs, plan or []
 
     def write(self) -> None:
@@ -146,12 +163,12 @@ class Format:
     def n_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
-    def _blocks(self, n: int, load: Callable[[int], Pairs]) -> int:
+    def _blocks(self, n: int, load: Callable[[int], Groups]) -> int:
         """Batches as stage 2 makes them: shards in blocks, shuffled inside."""
         rng, seen = np.random.default_rng(1), 0
         order = rng.permutation(len(self.plan))
         for first in range(0, len(order), BLOCK_SHARDS):
-            block = Pairs.concat([load(int(sid)) for sid in order[first : first + BLOCK_SHARDS]])
+            block = Groups.concat([load(int(sid)) for sid in order[first : first + BLOCK_SHARDS]])
             rows = rng.permutation(len(block))
             for start in range(0, len(rows) - BATCH + 1, BATCH):
                 seen += len(block.take(rows[start : start + BATCH]))
@@ -164,24 +181,32 @@ class Store(Format):
     name = "store (verified)"
 
     def write(self) -> None:
-        recipe = {
-            "format": 1,
-            "scorer": {"vocab_size": VOCAB, "features": [{"d_sae": D_SAE, "top_k": TOP_K}]},
-            "pairs": {
-                "digest": pairs_digest(shard_digest(ids, self.pairs.pair_digest[ids]) for ids in self.plan),
-                "n_pairs": len(self.pairs),
-                "seed": 0,
-                "shard_pairs": [len(ids) for ids in self.plan],
-            },
+        shard_groups = [len(ids) for ids in self.plan]
+        groups = {
+            "digest": groups_digest(self._digest(ids) for ids in self.plan),
+            "n_groups": len(self.pairs),
+            "n_completions": int(self.pairs.n_completions.sum()),
+            "score_mask": False,
+            "seed": 0,
+            "shard_groups": shard_groups,
         }
-        writer = CacheWriter(self.path, recipe, self.plan)
-        for sid in writer.missing():
-            writer.write(sid, self.pairs.take(self.plan[sid]), {})
-        writer.seal({})
-        self.key = writer.key
+        recipe = {"format": FORMAT_VERSION, "scorer": {"vocab_size": VOCAB}, "groups": groups}
+        base = CacheWriter(self.path, recipe, self.plan)
+        beside = CacheWriter(self.path, column_recipe(base.key, SPEC, shard_groups), self.plan)
+        for sid in base.missing():
+            rows = self.pairs.take(self.plan[sid])
+            base.write(sid, rows.with_columns(()), {})
+            beside.write(sid, ColumnRows(rows.group_id, len(rows.ref_logps), rows.columns[0]), {})
+        beside.seal({})
+        base.seal({})
+        self.key = base.key
+
+    def _digest(self, ids: np.ndarray) -> str:
+        rows = self.pairs.take(ids)
+        return shard_digest(rows.group_id, rows.n_completions, rows.completion_digest, rows.score, rows.weight)
 
     def open(self) -> Any:
-        return open_cache(self.path, self.key)
+        return open_cache(self.path, self.key, columns=[SPEC])
 
     def read(self) -> int:
         cache = self.open()
@@ -199,7 +224,7 @@ class MemMap(Format):
         for name, array in arrays_of(self.pairs).items():
             np.save(self.path / f"{name}.npy", array)
 
-    def open(self) -> Pairs:
+    def open(self) -> Groups:
         return pairs_from({path.stem: np.load(path, mmap_mode="r") for path in self.path.iterdir()})
 
     def read(self) -> int:
@@ -215,23 +240,23 @@ class Arrow(Format):
     name = "HF datasets"
 
     def write(self) -> None:
-        p, (f,) = self.pairs, self.pairs.features
-        scored = p.completion_splits
+        p, (f,) = self.pairs, self.pairs.columns
+        assert isinstance(f, Features)
+        both = np.arange(len(p) + 1) * 2
 
         def ragged(values: np.ndarray, splits: np.ndarray) -> pa.Array:
             return pa.ListArray.from_arrays(pa.array(splits.astype(np.int32)), pa.array(values))
 
-        columns: dict[str, Any] = {"pair_id": pa.array(p.pair_id)}
+        columns: dict[str, Any] = {"group_id": pa.array(p.group_id), "weight": pa.array(p.weight)}
         for side, name in enumerate(("prompt", "chosen", "rejected")):
             rows = np.arange(len(p)) * 3 + side
             parts = [p.input_ids[a:b] for a, b in zip(p.splits[rows], p.splits[rows + 1], strict=True)]
             columns[f"{name}_ids"] = ragged(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
-        columns["ref_logps"] = ragged(p.ref_logps.ravel(), np.arange(len(p) + 1) * 2)
-        columns["token_logps"] = ragged(p.token_logps, scored[::2])
+        columns["score"], columns["ref_logps"] = ragged(p.score, both), ragged(p.ref_logps, both)
+        columns["token_logps"] = ragged(p.token_logps, p.scored_splits[::2])
         columns["indices"], columns["acts"] = ragged(f.indices, f.splits[::2]), ragged(f.acts, f.splits[::2])
-        columns["kept"] = ragged(np.diff(f.splits), np.arange(len(p) + 1) * 2)
-        columns["active"] = ragged(f.active.ravel(), np.arange(len(p) + 1) * 2)
-        columns["tail_sq"] = ragged(f.tail_sq.ravel(), np.arange(len(p) + 1) * 2)
+        columns["kept"] = ragged(np.diff(f.splits), both)
+        columns["active"], columns["tail_sq"] = ragged(f.active, both), ragged(f.tail_sq, both)
         Dataset(pa.table(columns)).save_to_disk(self.path)
 
     def open(self) -> Any:
@@ -247,7 +272,7 @@ class Arrow(Format):
     def batches(self, n: int) -> int:
         data = self.open().with_format("numpy")
         rows = np.random.default_rng(1).permutation(len(data))
-        return sum(len(data[rows[BATCH * i : BATCH * (i + 1)]]["pair_id"]) for i in range(n))
+        return sum(len(data[rows[BATCH * i : BATCH * (i + 1)]]["group_id"]) for i in range(n))
 
 
 class Safetensors(Format):
@@ -269,7 +294,7 @@ class Safetensors(Format):
         return self._blocks(n, lambda sid: pairs_from(load_file(paths[sid])))
 
 
-def _size(pairs: Pairs) -> int:
+def _size(pairs: Groups) -> int:
     return sum(array.nbytes for array in arrays_of(pairs).values())
 
 
@@ -319,7 +344,7 @@ def _waits(store: Format, rounds: int) -> list[str]:
         "|---" * 7 + "|",
     ]
     for step_ms in STEP_MS:
-        stream = PairStream(store.open(), 0, seed=0, per_device=BATCH // 2)
+        stream = PairStream(store.open(), seed=0, per_device=BATCH // 2)
         means, waits, firsts = [], [], []
         for number in range(min(rounds, 3)):
             stream.start(epoch=number)
@@ -347,7 +372,7 @@ def _one_wait(stream: PairStream, step: float, n: int) -> list[float]:
     return waits
 
 
-def _heading(pairs: Pairs, plan: list[np.ndarray]) -> list[str]:
+def _heading(pairs: Groups, plan: list[np.ndarray]) -> list[str]:
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("zarr", "numcodecs", "numpy", "datasets", "safetensors")
     )

@@ -38,6 +38,7 @@ def align_command(
         say("opening the cache ...")
     quiet_libraries()
     from fpo.stage2_align import align
+    from fpo.store import column_name
 
     run = Path(os.path.expanduser(output)) if output else Path("runs") / f"{recipe.stem}-{loaded.objective.name}"
     again = f"{command_line('align', recipe, store, overrides)} --output {shlex.quote(str(run))} --resume"
@@ -65,6 +66,9 @@ def align_command(
         return
     print(f"run         {report.run}")
     print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_groups:,} pairs")
+    for column in cache.columns:
+        sealed = column.sealed
+        print(f"column      {sealed.key[:12]} (manifest {sealed.digest[:12]}), {column_name(column.wanted)}")
     if report.layout is not None:
         print(f"layout      {report.layout}")
     if report.parity is not None:

@@ -80,7 +80,16 @@ def _cache_facts(report: CacheReport) -> dict[str, Any]:
         "completions": cache.n_completions,
         "bytes": n_bytes,
         "bytes_per_group": n_bytes / max(cache.n_groups, 1),
-        "columns": [vars(column) for column in report.columns],
+        "columns": [
+            {
+                "name": column.name,
+                "key": column.key,
+                "held": column.held,
+                "bytes": column.n_bytes,
+                "built": column.built,
+            }
+            for column in report.columns
+        ],
         "base_built": report.base_built,
         "built_shards": report.built_shards,
         "shards_by_others": report.shards_by_others,
@@ -108,13 +117,11 @@ def _print_cache(report: CacheReport) -> None:
     if report.trained_on:
         print(f"  {'':<12}noted {report.trained_on:,}: the training split holds them too, so they are not held out")
     print(f"  prompt      {report.drops.prompt_line()}")
-    print(
-        f"  base        {size(cache.manifest.n_bytes)}, {cache.manifest.n_bytes / max(cache.n_groups, 1):,.0f} bytes "
-        f"per group, {counted(len(cache.shard_groups), 'shard')}"
-    )
+    shards = counted(len(cache.shard_groups), "shard")
+    print(f"  base        {shards}, {_size(report, cache.manifest.n_bytes, built=report.base_built)}")
     for column in report.columns:
-        served = "" if column.held == column.name else f" (from the column of {column.held})"
-        print(f"  column      {column.name}{served}: {size(column.n_bytes)}, {'built' if column.built else 'there'}")
+        cut = "" if column.held == column.name else f", cut from {column.held}"
+        print(f"  column      {column.name}{cut}: {_size(report, column.n_bytes, built=column.built)}")
     for check in report.self_checks:
         print(f"  {'self-check':<12}{check.line()}")
     if report.foreign_shards:
@@ -130,11 +137,17 @@ def _print_cache(report: CacheReport) -> None:
         if report.layout is not None:
             print(f"  layout      {report.layout}")
         copied = f"{counted(report.reused, 'completion')} copied from other caches" if report.reused else ""
-        scored = f"{report.scored:,} scored ({rate:,.1f} completions/s, {tokens:,.0f} tokens/s)"
+        scored = f"{counted(report.scored, 'completion')} scored ({rate:,.1f}/s, {tokens:,.0f} tokens/s)"
         done = ", ".join(filter(None, [copied, scored if report.scored else ""]))
         print(f"  built       {_built(report)} in {report.seconds:.1f} s{': ' if done else ''}{done}")
     else:
         print(f"  hit         found complete in {report.seconds:.1f} s; no model was loaded")
+
+
+def _size(report: CacheReport, n_bytes: int, *, built: bool) -> str:
+    """393.6 KiB, 409 bytes per pair, built"""
+    per_row = f"{n_bytes / max(report.cache.n_groups, 1):,.0f} bytes per {report.drops.unit.removesuffix('s')}"
+    return f"{size(n_bytes)}, {per_row}, {'built' if built else 'there'}"
 
 
 def _built(report: CacheReport) -> str:

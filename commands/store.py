@@ -197,9 +197,9 @@ def store_verify(
         if "recompute" in facts:
             found = facts["recompute"]
             print(
-                f"{found['pairs']} pairs scored again: token log-probs differ by {found['worst']:.2g} nats at most per "
-                f"pair (tolerance {found['tolerance']:g}), activations by {100 * found['worst_features']:.2g} % of a "
-                f"completion (tolerance {100 * found['feature_tolerance']:g} %)"
+                f"{found['groups']} groups scored again: token log-probs differ by {found['worst']:.2g} nats at most, "
+                f"in the mean of a completion (tolerance {found['tolerance']:g}), its activations by "
+                f"{100 * found['worst_features']:.2g} % (tolerance {100 * found['feature_tolerance']:g} %)"
             )
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
@@ -434,7 +434,7 @@ def _print_names(summary: Summary, most: int) -> None:
             print(f"{'':<14}{label}")
     for column in summary.columns[:most]:
         state = "" if column.complete else f", {column.state}"
-        print(f"{'':<14}+ {column.label}{state}")
+        print(f"{'':<14}+ {column.key[:12]}  {column.label}{state}")
     if len(summary.columns) > most:
         print(f"{'':<14}+ {len(summary.columns) - most} more: fpo store show {summary.key[:12]}")
 

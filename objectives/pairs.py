@@ -16,9 +16,9 @@ class PairLogps(NamedTuple):
     """What one model says about pairs."""
 
     logps: Float[Tensor, "P 2"]
-    """Log-probability of each completion, nats, summed over its scored tokens."""
+    """Log-probability of each completion, nats, summed over its tokens that count."""
     mean_logps: Float[Tensor, "P 2"]
-    """The same divided by the number of scored tokens."""
+    """The same divided by the number of those tokens."""
 
 
 class Evidence(NamedTuple):

@@ -38,7 +38,7 @@ from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
 from fpo.stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
 from fpo.stage2_align.saved import expected_weights, save_policy
-from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.stream import PairStream, check_pairs
 from fpo.stage2_align.trainer import PairTrainer
 from fpo.store import Cache, Groups
 
@@ -63,11 +63,12 @@ class AlignReport:
 
 def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> AlignReport:
     """
-    Train the recipe's policy from a complete cache.
+    Train the recipe's policy from a complete cache, opened with the column that the objective reads.
 
     output  the run folder; `resume` continues the run that stands there, if there is one
-    Raises RecipeError, RunError, ParityError, ModelError, CacheDamaged.
+    Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
+    check_pairs(cache)
     args = training_arguments(recipe, output, cache)
     first = args.process_index == 0
     with locked(output) if first else contextlib.nullcontext():

@@ -17,7 +17,7 @@ from fpo.stage2_align.align import policy_layout, policy_model
 from fpo.stage2_align.checkpoints import whole_checkpoint
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
 from fpo.stage2_align.run import RECIPE_FILE, feature_of, read_run
-from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.stream import PairStream, check_pairs
 from fpo.store import Cache, is_url
 
 # What a run was trained with; anything else of its recipe says which held-out pairs, or where things lie now.
@@ -56,7 +56,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
     `checkpoint`; also written to the run folder as evaluation.json, or evaluation-N.json of checkpoint N.
 
     recipe  see `evaluated_recipe`
-    Raises RunError where there is no finished run, or no such checkpoint.
+    Raises RunError where there is no finished run, or no such checkpoint; DataError where the groups are no pairs.
     """
     facts = read_run(run)
     policy, file = run, run / "evaluation.json"
@@ -68,6 +68,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
     _check_scorer(cache, run, facts)
+    check_pairs(cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     say("loading the policy ...")

@@ -43,16 +43,16 @@ class Block:
 
 
 def epoch_blocks(
-    shard_pairs: Sequence[int], *, seed: int, epoch: int, batch: int, block_shards: int = BLOCK_SHARDS
+    shard_groups: Sequence[int], *, seed: int, epoch: int, batch: int, block_shards: int = BLOCK_SHARDS
 ) -> list[Block]:
     """
     The blocks of one epoch; together their rows (less the leftovers) are every pair once.
 
-    shard_pairs  pairs in each shard
-    batch        pairs per optimiser step, over all processes
+    shard_groups  pairs in each shard
+    batch         pairs per optimiser step, over all processes
     """
-    offsets = np.concatenate([[0], np.cumsum(shard_pairs)])
-    order = _shuffle(len(shard_pairs), seed, epoch)
+    offsets = np.concatenate([[0], np.cumsum(shard_groups)])
+    order = _shuffle(len(shard_groups), seed, epoch)
     blocks: list[Block] = []
     carry: Rows = np.empty(0, np.int64)
     for first in range(0, len(order), block_shards):

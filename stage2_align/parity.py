@@ -25,6 +25,8 @@ from fpo.stage2_align.trainer import PairTrainer
 from fpo.store import Features, Groups
 
 PARITY_PAIRS = 32
+# They come from this many shards, or from as many as hold them: behind a URL each one is a fetch.
+PARITY_SHARDS = 4
 # |mean over completions| of a completion's mean signed difference, nats per token. Rounding has no sign, so what is
 # left of it over 64 completions is below a third of this; an offset has one, and grows with every token of a logratio.
 OFFSET_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3, "float16": 1e-3}
@@ -69,10 +71,11 @@ def check_parity(
     pairs = random_pairs(stream, PARITY_PAIRS)
     apart, features = [], []
     for batch in _batches(pairs, stream.per_device):
-        tensors = pack(batch.input_ids, batch.splits, batch.n_completions, stream.layout, score_mask=batch.score_mask)
-        packed = Packed(*(tensor.to(device) for tensor in tensors))
+        here = pack(batch.input_ids, batch.splits, batch.n_completions, stream.layout, score_mask=batch.score_mask)
+        packed = Packed(*(tensor.to(device) for tensor in here))
         scores: Scores = model(**packed._asdict())
-        apart.append(scores.token_logps.double().cpu() - torch.from_numpy(batch.token_logps).double())
+        ours, stored = scores.token_logps.cpu(), torch.from_numpy(batch.token_logps)
+        apart.append(here.counting(ours.double() - stored.double()))
         if meter.sae is not None:
             (cached,) = batch.columns
             assert isinstance(cached, Features)
@@ -85,9 +88,15 @@ def check_parity(
 
 
 def random_pairs(stream: PairStream, count: int) -> Groups:
-    """So many pairs of the stream's cache, drawn by its seed."""
-    everything = stream.cache.n_groups
-    return stream.rows(np.random.default_rng(stream.seed).choice(everything, min(count, everything), replace=False))
+    """So many pairs of a few shards of the stream's cache, all drawn by its seed."""
+    rng = np.random.default_rng(stream.seed)
+    offsets = np.concatenate([[0], np.cumsum(stream.cache.shard_groups)])
+    order = rng.permutation(len(offsets) - 1)
+    enough = int(np.searchsorted(np.cumsum(np.diff(offsets)[order]), count)) + 1
+    drawn = np.sort(order[: max(enough, PARITY_SHARDS)])
+    stream.cache.prefetch(drawn.tolist())
+    rows = np.concatenate([np.arange(offsets[sid], offsets[sid + 1]) for sid in drawn])
+    return stream.rows(rng.choice(rows, min(count, len(rows)), replace=False))
 
 
 def _batches(pairs: Groups, size: int) -> Iterator[Groups]:
@@ -97,11 +106,11 @@ def _batches(pairs: Groups, size: int) -> Iterator[Groups]:
 
 def _check_logps(apart: Tensor, pairs: Groups, arithmetic: tuple[Arithmetic, Arithmetic], key: str) -> None:
     """
-    apart  (N,) policy minus cache of every scored token, completion by completion
+    apart  (N,) policy minus cache of every token that counts, completion by completion
     """
     tolerance = _tolerance(LOGPS_TOLERANCE, arithmetic)
     offset_tolerance = _tolerance(OFFSET_TOLERANCE, arithmetic) * (1 if len(set(arithmetic)) == 1 else OTHER_ARITHMETIC)
-    completions = apart.split(np.diff(pairs.scored_splits).tolist())
+    completions = apart.split(pairs.counted.tolist())
     signed = torch.stack([part.mean() if len(part) else apart.new_zeros(()) for part in completions])
     size, offset = float(apart.abs().mean()), float(signed.mean())
     if size <= tolerance and abs(offset) <= offset_tolerance:
@@ -109,9 +118,10 @@ def _check_logps(apart: Tensor, pairs: Groups, arithmetic: tuple[Arithmetic, Ari
     what = f"differ by {size:.4g} nats on average (at most {tolerance:g})"
     if size <= tolerance:
         what = f"are off by {offset:+.2g} nats on average, in one direction (at most {offset_tolerance:g})"
-    pair, side = divmod(int(signed.abs().argmax()), 2)
-    cached = float(pairs.ref_logps[pair, side])
-    ours = cached + float(completions[2 * pair + side].sum())
+    worst = int(signed.abs().argmax())
+    pair, side = divmod(worst, 2)
+    cached = float(pairs.ref_logps[worst])
+    ours = cached + float(completions[worst].sum())
     raise ParityError(
         f"the policy does not reproduce the cached reference: token log-probs {what}\n"
         f"  pair {pairs.group_id[pair]}, {('chosen', 'rejected')[side]}: {ours:.4f} by the policy, {cached:.4f} in the "

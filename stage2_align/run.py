@@ -2,7 +2,7 @@
 The run folder: what one training result is, on disk. A run is where run.json is; other files may lie beside it.
 
     recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step
-    run.json        cache key, manifest digest,  checkpoint-N/   as Trainer writes them, sealed (see checkpoints)
+    run.json        keys and manifest digests,   checkpoint-N/   as Trainer writes them, sealed (see checkpoints)
                     library versions, figures    evaluation.json held-out metrics; evaluation-N.json of checkpoint N
     .lock           held while it trains         and the policy as save_pretrained + tokenizer
     base/           the weights below an adapter that was trained on merged ones: adapter_config.json, in the run and
@@ -27,7 +27,7 @@ from fpo.errors import RunError
 from fpo.recipe import Recipe, dump_recipe, validate_recipe
 from fpo.stage2_align.arguments import FREE_ARGUMENTS, rate_depends_on_length, resolved, total_steps
 from fpo.stage2_align.checkpoints import last_checkpoint
-from fpo.store import Cache, is_url
+from fpo.store import Cache, column_name, is_url
 
 try:
     import fcntl
@@ -36,6 +36,8 @@ except ImportError:  # Windows: no locks
 
 RECIPE_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 BASE_FOLDER = "base"
+# Of run.json; a finished run adds what it found.
+_FACTS = {"cache", "manifest_digest", "store", "reference", "feature", "column", "pairs_per_step", "complete"}
 _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
 # What a run writes, by pattern: in a folder that is no run, these are somebody else's.
 _OURS = (RECIPE_FILE, METRICS_FILE, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors")
@@ -134,6 +136,12 @@ def _reopen(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int) -> 
             f"  the run has {known['cache'][:12]}, manifest {known['manifest_digest'][:12]}\n"
             f"  the recipe asks for {cache.key[:12]}, manifest {cache.digest[:12]}"
         )
+    if (known["feature"], known["column"]) != (feature_of(cache), column_of(cache)):
+        raise RunError(
+            f"{folder}: this run began with other features of cache {cache.key[:12]}\n"
+            f"  the run has {_column_line(known['feature'], known['column'])}\n"
+            f"  the recipe asks for {_column_line(feature_of(cache), column_of(cache))}"
+        )
     if known["pairs_per_step"] != pairs_per_step:
         raise RunError(
             f"{folder}: this run takes {known['pairs_per_step']} pairs per step, now it would be {pairs_per_step}; "
@@ -164,7 +172,8 @@ def _reopen(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int) -> 
 def changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
     """
     Dotted name and both values of what a resumed run may not change: objective, policy, and all training arguments
-    but those that move no weights. The reference, the features and the pairs are held by the cache's digest.
+    but those that move no weights. The reference, the pairs and the features are held by the digests of the cache and
+    of its column.
     """
 
     def held(recipe: Recipe) -> dict[str, Any]:
@@ -189,6 +198,7 @@ def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
         "store": store_of(cache),
         "reference": cache.recipe["scorer"]["reference"],
         "feature": feature_of(cache),
+        "column": column_of(cache),
         "pairs_per_step": pairs_per_step,
         "versions": {name: version(name) for name in _VERSIONS},
     }
@@ -197,6 +207,20 @@ def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
 def feature_of(cache: Cache) -> dict[str, Any] | None:
     """The spec of the features that are read beside the base; None where none are."""
     return cache.columns[0].wanted if cache.columns else None
+
+
+def column_of(cache: Cache) -> dict[str, str] | None:
+    """Which column they come from, as the cache itself is named by key and digest; None where none are read."""
+    if not cache.columns:
+        return None
+    sealed = cache.columns[0].sealed
+    return {"key": sealed.key, "manifest_digest": sealed.digest}
+
+
+def _column_line(feature: dict[str, Any] | None, column: dict[str, str] | None) -> str:
+    if feature is None or column is None:
+        return "none"
+    return f"{column_name(feature)}: column {column['key'][:12]}, manifest {column['manifest_digest'][:12]}"
 
 
 def store_of(cache: Cache) -> str:
@@ -220,7 +244,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder / RUN_FILE}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise RunError(f"{folder / RUN_FILE}: not JSON ({error})") from None
-    missing = {"cache", "manifest_digest", "store", "reference", "feature", "pairs_per_step", "complete"} - set(facts)
+    missing = _FACTS - set(facts)
     if missing:
         raise RunError(f"{folder / RUN_FILE}: has no {min(missing)}; another version of fpo wrote it")
     assert isinstance(facts, dict)

@@ -28,6 +28,19 @@ QUEUE_BATCHES = 64
 Batch = dict[str, Tensor]
 
 
+def check_pairs(cache: Cache) -> None:
+    """DataError where the cache's counts tell that its groups are no pairs: nothing needs to be loaded to know it."""
+    if cache.n_completions != 2 * cache.n_groups:
+        raise _no_pairs(f"cache {cache.key[:12]} has {cache.n_completions:,} in {cache.n_groups:,} groups")
+
+
+def _no_pairs(found: str) -> DataError:
+    return DataError(
+        f"an objective compares two completions of a prompt, and {found}; name data with one chosen and one rejected "
+        "completion in every row (data.source, data.columns)"
+    )
+
+
 def batch_tensors(pairs: Groups, layout: Layout) -> Batch:
     """
     What a step needs of these pairs: the fields of `Packed`, and the reference's side under `ref_`.
@@ -186,9 +199,8 @@ class PairStream(IterableDataset[Batch | None]):
         other = groups.n_completions != 2
         if other.any():
             row = int(other.argmax())
-            raise DataError(
-                f"the objective compares two completions, and group {groups.group_id[row]} of cache "
-                f"{self.cache.key[:12]} has {groups.n_completions[row]}; train on data with a chosen and a rejected one"
+            raise _no_pairs(
+                f"group {groups.group_id[row]} of cache {self.cache.key[:12]} has {groups.n_completions[row]}"
             )
         return groups
 

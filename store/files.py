@@ -133,14 +133,14 @@ class Folder(Objects):
                 raise CacheMissing(f"{path} is missing") from None
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
-        """Of those that are there. The way to each is looked at once: a cache has thousands of shards."""
-        for subfolder in {os.path.dirname(name) for name in names}:
-            refuse_links(self.root / subfolder, self.anchor)
-        found = {}
+        """Of those that are there; the folders on the way are looked at once, not for each of thousands of names."""
+        for parent in {os.path.dirname(name) for name in names}:
+            refuse_links(self.root / parent, self.anchor)
+        found, root = {}, os.fspath(self.root)
         with explained("read", self.root):
             for name in names:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    found[name] = os.lstat(f"{self.root}/{name}").st_size
+                    found[name] = os.lstat(f"{root}/{name}").st_size
         return found
 
     def names(self, subfolder: str = "") -> list[str]:

@@ -67,8 +67,8 @@ class Rebuild:
     def sources(self, sid: int) -> list[str]:
         """The caches from which rows of a shard were copied, as far as its record tells."""
         record = self._record(self.manifest.shards[sid])
-        groups = record.provenance.get("groups") if record is not None else None
-        reused = groups.get("reused") if isinstance(groups, dict) else None
+        rows = record.provenance.get("rows") if record is not None else None
+        reused = rows.get("reused") if isinstance(rows, dict) else None
         return sorted(map(str, reused)) if isinstance(reused, dict) else []
 
     def put(self, sid: int, rows: Rows) -> None:

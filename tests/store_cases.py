@@ -155,8 +155,12 @@ class World:
         self.groups = groups.with_columns([make_column(spec, groups, seed) for seed, spec in enumerate(specs)])
         self.plan = PLAN
         self.recipe = make_recipe(groups, self.plan)
-        self.key = cache_key(self.recipe)
         self.bounds = recipe_facts(self.recipe).bounds
+
+    @property
+    def key(self) -> str:
+        """Of the cache, as its recipe is now."""
+        return cache_key(self.recipe)
 
     @property
     def path(self) -> Path:
@@ -173,7 +177,7 @@ class World:
 
     def column_plan(self, n: int) -> list[np.ndarray]:
         """The group ids of every shard of column n: the first is cut finer than the base."""
-        return [ids[i : i + 1] for ids in PLAN for i in range(len(ids))] if n == 0 else self.plan
+        return [ids[i : i + 1] for ids in self.plan for i in range(len(ids))] if n == 0 else self.plan
 
     def column_recipe(self, n: int) -> dict[str, Any]:
         return column_recipe(self.key, self.specs[n], [len(ids) for ids in self.column_plan(n)])

@@ -1,12 +1,15 @@
 """
-What atheris (libFuzzer) feeds: python store_fuzz_target.py shard|members|manifest|recipe CORPUS [libFuzzer options]
+What atheris (libFuzzer) feeds: python store_fuzz_target.py TARGET CORPUS [libFuzzer options], where TARGET is shard,
+members (of a base), column, column_members, manifest or recipe.
 
-A find is any exception but the refusal, and any accepted bytes whose values differ from what was written. `members`
-puts the fuzzer's bytes behind a valid zip, so that it need not guess CRC-32s.
+A find is any exception but the refusal, accepted bytes of a file whose values differ from what was written, and
+accepted members whose values cannot be written again. `members` puts the fuzzer's bytes behind a valid zip, so that it
+need not guess CRC-32s.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,39 +19,55 @@ import atheris
 with atheris.instrument_imports(include=["fpo.store"]):
     from fpo.canonical import canonical_json, checked_json, parse_checked_json
     from fpo.store.format.archive import pack, unpack
-    from fpo.store.format.encoding import decode_shard, encode_shard
-    from fpo.store.format.invariants import Invalid
-    from fpo.store.format.key import cache_key, shard_digest
+    from fpo.store.format.encoding import Rows, decode_shard, encode_shard
+    from fpo.store.format.invariants import BaseBounds, Bounds, Invalid
+    from fpo.store.format.key import cache_key
     from fpo.store.format.manifest import manifest_bytes, parse_manifest, parse_recipe, recipe_facts
 
-from store_cases import KEY, PLAN, World, make_pairs, same
+from store_cases import FEATURES, KEY, PLAN, VOCAB, World, column_bounds, column_rows, digest_of, make_groups, same
 
 from fpo.canonical import sha256_hex
 from fpo.errors import CacheError
-from fpo.store.format.invariants import Bounds
 
-BOUNDS = Bounds(100, ((50, 4), (9, None)), 2)
-PAIRS = make_pairs([(2, 3, 1), (0, 1, 2)])
-SHARD = encode_shard(PAIRS, KEY, 3, BOUNDS)
-MEMBERS = {name: bytes(data) for name, data in unpack(SHARD).items()}
-NAMES = sorted(MEMBERS)
+
+class Target:
+    """The bytes of a shard, whole or by members, against what was written."""
+
+    def __init__(self, rows: Rows, bounds: Bounds) -> None:
+        self.rows, self.bounds = rows, bounds
+        self.data = encode_shard(rows, KEY, 3, bounds)
+        self.parts = {name: bytes(member) for name, member in unpack(self.data).items()}
+        self.names = sorted(self.parts)
+
+    def whole(self, data: bytes) -> None:
+        try:
+            found = decode_shard(data, KEY, 3, self.bounds)
+        except Invalid:
+            return
+        assert same(found, self.rows), "other values were accepted"
+
+    def members(self, data: bytes) -> None:
+        """The first byte picks a member, the rest replaces it: one whole chunk in the place of another may pass."""
+        if not data:
+            return
+        try:
+            found = decode_shard(
+                pack(self.parts | {self.names[data[0] % len(self.names)]: data[1:]}), KEY, 3, self.bounds
+            )
+        except Invalid:
+            return
+        assert same(decode_shard(encode_shard(found, KEY, 3, self.bounds), KEY, 3, self.bounds), found)
+
+    def member_seeds(self) -> list[bytes]:
+        return [bytes([n]) + self.parts[name] for n, name in enumerate(self.names)]
+
+
+GROUPS = make_groups([(2, (3, 1)), (0, (1, 2, 2))], score_mask=True)
+BASE = Target(GROUPS, BaseBounds(VOCAB, score_mask=True))
+COLUMN = Target(column_rows(FEATURES, GROUPS), column_bounds(FEATURES))
 WORLD = World(Path("/nowhere"))
 RECIPE = WORLD.recipe
 FACTS = recipe_facts(RECIPE)
-
-
-def shard(data: bytes) -> None:
-    try:
-        found = decode_shard(data, KEY, 3, BOUNDS)
-    except Invalid:
-        return
-    assert same(found, PAIRS), "other values were accepted"
-
-
-def members(data: bytes) -> None:
-    """The first byte picks a member, the rest replaces it."""
-    if data:
-        shard(pack(MEMBERS | {NAMES[data[0] % len(NAMES)]: data[1:]}))
 
 
 def manifest(data: bytes) -> None:
@@ -62,8 +81,6 @@ def manifest(data: bytes) -> None:
 
 
 def _checked(data: bytes) -> bytes:
-    import json
-
     try:
         body = json.loads(data)
         body.pop("check", None)
@@ -82,34 +99,41 @@ def recipe(data: bytes) -> None:
     assert recipe_facts(parsed).bounds
 
 
-def seeds(target: str) -> list[bytes]:
-    if target == "shard":
-        return [SHARD]
-    if target == "members":
-        return [bytes([n]) + MEMBERS[name] for n, name in enumerate(NAMES)]
-    if target == "recipe":
-        return [canonical_json(RECIPE)]
+def manifest_seed() -> bytes:
     entries = [
         {
-            "n_pairs": len(ids),
+            "n_completions": len(WORLD.shard(n).completion_digest),
+            "n_groups": len(ids),
             "n_tokens": 9,
-            "pairs_digest": shard_digest(ids, WORLD.shard(n).pair_digest),
+            "rows_digest": digest_of(WORLD.shard(n)),
             "sha256": "0" * 64,
             "shard": n,
             "size": 9,
         }
         for n, ids in enumerate(PLAN)
     ]
-    body = {"facts": {}, "format": 1, "key": cache_key(RECIPE), "n_pairs": 5, "n_tokens": 27, "shards": entries}
-    assert parse_checked_json(checked_json(body))
-    return [checked_json(body)]
+    totals = {"n_completions": 10, "n_groups": 5, "n_tokens": 27}
+    seed = checked_json({"facts": {}, "format": 1, "key": cache_key(RECIPE), "shards": entries} | totals)
+    assert parse_checked_json(seed)
+    assert parse_manifest(seed, cache_key(RECIPE), FACTS, "manifest.json")
+    return seed
+
+
+TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
+    "shard": (BASE.whole, lambda: [BASE.data]),
+    "members": (BASE.members, BASE.member_seeds),
+    "column": (COLUMN.whole, lambda: [COLUMN.data]),
+    "column_members": (COLUMN.members, COLUMN.member_seeds),
+    "manifest": (manifest, lambda: [manifest_seed()]),
+    "recipe": (recipe, lambda: [canonical_json(RECIPE), canonical_json(WORLD.column_recipe(0))]),
+}
 
 
 def main() -> None:
     target, corpus, *options = sys.argv[1:]
-    for number, seed in enumerate(seeds(target)):
+    run, seeds = TARGETS[target]
+    for number, seed in enumerate(seeds()):
         (Path(corpus) / f"seed-{number}").write_bytes(seed)
-    run: Callable[[bytes], None] = {"shard": shard, "members": members, "manifest": manifest, "recipe": recipe}[target]
     atheris.Setup([sys.argv[0], corpus, *options], run)
     atheris.Fuzz()
 

@@ -1,12 +1,12 @@
 """
 Writers in a crowd, killed at random: python store_killed_crowd.py FOLDER ROUNDS SEED
 
-Every round fills one cache by waves of forked writers, four at first, then one to six; each writes all that is missing,
-its own share first. They are killed by SIGKILL after a random time or right before a random system call; between waves,
-shards without a record may lose their data as in a power cut; the last wave is left alone. All the while a reader
-looks: it must see nothing or the whole, and what was committed once must stay byte for byte. In every third round hard
-links fail; in every second one the writers' results differ in the low bits, as two devices' do. Prints the counts as
-JSON; fails with the round's number at the first thing lost.
+Every round fills one cache, a base and a column, by waves of forked writers, four at first, then one to six; each
+writes all that is missing, its own share first. They are killed by SIGKILL after a random time or right before a random
+system call; between waves, shards without a record may lose their data as in a power cut; the last wave is left alone.
+All the while a reader looks: it must see nothing or the whole, and what was committed once must stay byte for byte. In
+every third round hard links fail; in every second one the writers' results differ in the low bits, as two devices' do.
+Prints the counts as JSON; fails with the round's number at the first thing lost.
 """
 
 from __future__ import annotations
@@ -21,62 +21,68 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from store_cases import World, make_pairs, make_recipe, same, tree
+from store_cases import FEATURES, Part, World, make_column, make_groups, make_recipe, same, tree
 from store_killed_writer import die_at
 
 from fpo.errors import CacheError, CacheIncomplete, CacheMissing
-from fpo.store import Pairs, cache_key, open_cache, verify
+from fpo.store import open_cache, verify
+from fpo.store.format.encoding import Rows
+from fpo.store.format.groups import Groups
 
 SHARDS = 12
 FACTS = {"self_check": {"fvu": "0.12"}}
 
 
 class Crowd(World):
-    """24 pairs in 12 shards, and what a round saw committed."""
+    """24 groups of two in 12 shards with a column that has 24, and what a round saw committed."""
 
     def __init__(self, root: Path, same_bits: bool) -> None:
-        super().__init__(root)
+        super().__init__(root, [FEATURES])
         rng = np.random.default_rng(5)
-        self.pairs = make_pairs(rng.integers(1, 40, (2 * SHARDS, 3)))
+        sizes = [(int(prompt), (int(one), int(two))) for prompt, one, two in rng.integers(1, 40, (2 * SHARDS, 3))]
+        groups = make_groups(sizes)
+        self.groups = groups.with_columns([make_column(FEATURES, groups)])
         self.plan = list(rng.permutation(2 * SHARDS).reshape(SHARDS, 2))
-        self.recipe = make_recipe(self.pairs, self.plan)
-        self.key = cache_key(self.recipe)
+        self.recipe = make_recipe(groups, self.plan)
+        self.parts = [Part(self), Part(self, 0)]
         self.same_bits = same_bits
-        self.committed: dict[str, bytes] = {}
+        self.committed: dict[Path, bytes] = {}
 
     def write_all(self, rank: int, ranks: int) -> None:
-        writer = self.writer()
-        missing = writer.missing()
-        own = [sid for sid in missing if sid % ranks == rank]
-        for sid in [*own, *(sid for sid in missing if sid not in own)]:
-            writer.write(sid, self._scored(sid, rank), {"rank": rank})
-        writer.seal(FACTS)
+        for part in self.parts:
+            writer = part.writer()
+            missing = writer.missing()
+            own = [sid for sid in missing if sid % ranks == rank]
+            for sid in [*own, *(sid for sid in missing if sid not in own)]:
+                writer.write(sid, self._scored(part.rows(sid), rank), {"rank": rank})
+            writer.seal(FACTS)
 
-    def _scored(self, sid: int, rank: int) -> Pairs:
-        """The shard as this rank's device computes it."""
-        pairs = self.shard(sid)
+    def _scored(self, rows: Rows, rank: int) -> Rows:
+        """The rows as this rank's device computes them."""
         if self.same_bits:
-            return pairs
-        moved = tuple(replace(f, acts=f.acts * np.float32(1 + rank * 2.0**-20)) for f in pairs.features)
-        return replace(pairs, features=moved)
+            return rows
+        if isinstance(rows, Groups):
+            return replace(rows, ref_logps=rows.ref_logps * np.float32(1 + rank * 2.0**-20))
+        acts = getattr(rows.column, "acts")  # noqa: B009 - the column is one of features
+        return replace(rows, column=replace(rows.column, acts=acts * np.float32(1 + rank * 2.0**-20)))
 
     def look(self) -> bool:
-        """What a reader sees right now; whether the cache is complete. Raises AssertionError for a loss."""
-        folder = self.store.path(self.key)
-        for name, data in self.committed.items():
-            assert (folder / name).read_bytes() == data, f"{name} changed after it was committed"
-        for record in sorted((folder / "records").glob("*.json")) if folder.exists() else ():
-            name = f"shards/{record.stem}.zarr.zip"
-            self.committed[f"records/{record.name}"] = record.read_bytes()
-            self.committed[name] = (folder / name).read_bytes()
+        """What a reader sees right now; whether all is complete. Raises AssertionError for a loss."""
+        for path, data in self.committed.items():
+            assert path.read_bytes() == data, f"{path} changed after it was committed"
+        for part in self.parts:
+            for record in sorted((part.path / "records").glob("*.json")) if part.path.exists() else ():
+                shard = part.path / f"shards/{record.stem}.zarr.zip"
+                self.committed |= {record: record.read_bytes(), shard: shard.read_bytes()}
         try:
-            cache = open_cache(self.store, self.key)
+            cache = open_cache(self.store, self.key, columns=self.specs)
         except (CacheMissing, CacheIncomplete):
             return False
         for sid in range(SHARDS):
-            found, expected = cache.shard(sid), self.shard(sid)
+            found, expected = cache.shard(sid), self.beside(sid)
             assert same(found, expected) if self.same_bits else np.array_equal(found.input_ids, expected.input_ids)
-        self.committed["manifest.json"] = (folder / "manifest.json").read_bytes()
+        for part in self.parts:
+            self.committed[part.path / "manifest.json"] = (part.path / "manifest.json").read_bytes()
         return True
 
 
@@ -106,10 +112,10 @@ def run_wave(crowd: Crowd, rng: np.random.Generator, ranks: int, doomed: float, 
     deadlines: dict[int, float] = {}
     for rank in range(ranks):
         fate = rng.random()
-        call = int(rng.integers(1, 90)) if fate < doomed / 2 else None
+        call = int(rng.integers(1, 270)) if fate < doomed / 2 else None
         child = fork_writer(crowd, rank, ranks, call, links)
         timed = doomed / 2 <= fate < doomed
-        deadlines[child] = started + (rng.uniform(0, 0.08) if timed else np.inf)
+        deadlines[child] = started + (rng.uniform(0, 0.16) if timed else np.inf)
     died = 0
     while deadlines:
         for child, deadline in list(deadlines.items()):
@@ -127,12 +133,15 @@ def run_wave(crowd: Crowd, rng: np.random.Generator, ranks: int, doomed: float, 
 
 def tear(crowd: Crowd, rng: np.random.Generator) -> int:
     """A power cut may leave names without data: some shards that have no record become empty or half."""
-    folder, torn = crowd.store.path(crowd.key), 0
-    for sid in range(SHARDS) if folder.exists() and rng.random() < 0.5 else ():
-        shard, record = folder / f"shards/{sid:06d}.zarr.zip", folder / f"records/{sid:06d}.json"
-        if shard.parent.exists() and not record.exists() and rng.random() < 0.5:
-            shard.write_bytes(b"PK" * int(rng.integers(0, 9)))
-            torn += 1
+    torn = 0
+    if rng.random() < 0.5:
+        return torn
+    for part in crowd.parts:
+        for shard in sorted((part.path / "shards").glob("*.zarr.zip")) if part.path.exists() else ():
+            record = part.path / f"records/{shard.name.split('.')[0]}.json"
+            if not record.exists() and rng.random() < 0.5:
+                shard.write_bytes(b"PK" * int(rng.integers(0, 9)))
+                torn += 1
     return torn
 
 
@@ -153,7 +162,7 @@ def run_round(root: Path, number: int, seed: int) -> dict[str, int]:
     assert report.ok, report.problems
     folder = crowd.store.path(crowd.key)
     check_files(crowd, root / "whole", folder)
-    litter = len(list((folder / "tmp").iterdir()))
+    litter = sum(len(list((part.path / "tmp").iterdir())) for part in crowd.parts)
     return {"writers": writers + ranks, "kills": kills, "waves": waves + 1, "torn": torn, "left_in_tmp": litter}
 
 
@@ -166,7 +175,7 @@ def check_files(crowd: Crowd, whole: Path, folder: Path) -> None:
     found = tree(folder)
     assert set(found) == set(files), set(found) ^ set(files)
     if crowd.same_bits:
-        differ = {name for name in files if found[name] != files[name] and not name.startswith("records/")}
+        differ = {name for name in files if found[name] != files[name] and "records/" not in name}
         assert not differ, differ
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from store_cases import World
+from store_cases import TOP_LOGITS, World
 from store_killed_writer import die_at
 
 from fpo.store import pull, push
@@ -49,7 +49,7 @@ def die_at_request(n: int) -> None:
 def killed(what: str, folder: Path, url: str, n: int) -> bool:
     child = os.fork()
     if child == 0:
-        source = World(folder / "source")
+        source = World(folder / "source", specs=(TOP_LOGITS,))
         key = source.fill().key
         if what == "push":
             die_at_request(n)
@@ -65,7 +65,7 @@ def killed(what: str, folder: Path, url: str, n: int) -> bool:
 
 
 def main(what: str, folder: Path, url: str, step: int) -> None:
-    World(folder / "source").fill()
+    World(folder / "source", specs=(TOP_LOGITS,)).fill()
     n = 1
     while killed(what, folder, url, n):
         n += step

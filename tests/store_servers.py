@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from store_cases import World
+
+from fpo.store import Spec, summed_logps
 
 BUCKET = "caches"
 
@@ -184,18 +187,19 @@ def dropping_proxy(port: int, budgets: list[int]) -> Iterator[int]:
 
 
 class OtherWorld(World):
-    """The same pairs and recipe as World, so the same key, scored with other bits: another manifest."""
+    """The same groups and recipe as World, so the same key, scored with other bits: another manifest."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        features = tuple(dataclasses.replace(f, acts=f.acts * 0.5) for f in self.pairs.features)
-        self.pairs = dataclasses.replace(self.pairs, features=features)
+    def __init__(self, root: Path, specs: Sequence[Spec] = ()) -> None:
+        super().__init__(root, specs)
+        logps = self.groups.token_logps * np.float32(0.5)
+        sums = summed_logps(logps, self.groups.scored_splits)
+        self.groups = dataclasses.replace(self.groups, token_logps=logps, ref_logps=sums)
 
 
-def sealed(kind: type[World], root: Path) -> World:
-    """A complete cache; `key` is its key."""
-    world = kind(root)
-    world.key = world.fill().key
+def sealed(kind: type[World], root: Path, specs: Sequence[Spec] = ()) -> World:
+    """A complete cache with these columns."""
+    world = kind(root, specs)
+    world.fill()
     return world
 
 

@@ -103,17 +103,23 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
 
     out, err = fpo(world, "cache", recipe)
     assert "24 of 24 pairs kept" in out
-    assert "built       2 shards" in out
+    size = r"\d+\.\d KiB, [\d,]+ bytes per pair, built"
+    assert re.search(rf"^  base        2 shards, {size}\n", out, re.MULTILINE)
+    assert re.search(rf"^  column      features at model\.layers\.1, top 16: {size}\n", out, re.MULTILINE)
+    assert "built       2 shards in" in out
+    assert ": 48 completions scored (" in out
     assert re.search(r"^  prompt      column prompt, \d+\.\d tokens on average\n", out, re.MULTILINE)
     assert err == f"loading the reference {world.root / 'model'} ...\n"  # no terminal, no progress bar
     out, _ = fpo(world, "cache", recipe, "--json")
     caches = json.loads(out)
-    assert [cache["pairs"] for cache in caches] == [24, 8]
+    assert [(cache["groups"], cache["completions"]) for cache in caches] == [(24, 48), (8, 16)]
     assert [cache["built_shards"] for cache in caches] == [0, 0]
     key = caches[0]["key"]
 
     out, err = fpo(world, "align", recipe, "--output", "run")
     assert "trained     3 steps of 4 pairs (1 process x 4 x 1)" in out
+    column = caches[0]["columns"][0]["key"]
+    assert f"\ncolumn      {column[:12]} (manifest " in out
     assert err.startswith("opening the cache ...\nloading the policy ...\nalign: step 1/3, loss 0.693 margin ")
     _, err = fpo(world, "align", recipe, "--output", "run", expect=1)
     assert "\nerror: run: this run exists; continue it with --resume" in err
@@ -127,15 +133,15 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     out, _ = fpo(world, "store", "show", key[:8], "--json")
     assert json.loads(out)["key"] == key
     out, _ = fpo(world, "store", "verify", key[:8])
-    assert "2 shards, 24 pairs: all as the manifest says" in out
+    assert "24 groups and 1 column: all as the manifest says" in out
 
     tag, _ = fpo(world, "store", "tag", key[:8], "first")
     assert tag == f"first -> {key[:12]}\n"
     out, _ = fpo(world, "store", "diff", "first", caches[1]["key"][:10])
-    assert "pairs.digest" in out
+    assert "groups.digest" in out
     assert "scorer" not in out
     out, _ = fpo(world, "store", "verify", "first", "--recompute", "6", "--recipe", recipe)
-    assert "6 pairs scored again: token log-probs differ by" in out
+    assert "6 groups scored again: token log-probs differ by" in out
     _, err = fpo(world, "store", "verify", "first", "--recompute", "6", expect=1)
     assert "--recompute needs --recipe" in err
     out, _ = fpo(world, "store", "push", "first", world.root / "other-store")

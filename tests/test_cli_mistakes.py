@@ -76,6 +76,14 @@ class Bench:
         source = {"source": str(self.folder / name), "eval_split": None}
         return ["cache", self.recipe(data={**source, **data})]
 
+    def lists(self) -> list[str]:
+        """`fpo align` on data with three completions in each row, once its cache is built."""
+        rows = [{"prompt": "w1", "completions": [f"w{n}", "w2", "w3"], "scores": [3, 2, 1]} for n in (7, 8)]
+        command = self.pairs(rows)
+        with mock.patch.object(sys, "argv", ["fpo", *command]):
+            assert exit_code(cli.main) == 0
+        return ["align", command[1], "--output", str(self.folder / "run")]
+
     def messages(self, template: str | None = CHAT, roles: tuple[str, ...] = ("user",)) -> list[str]:
         opening = [{"role": role, "content": "w1"} for role in roles]
         sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
@@ -186,6 +194,11 @@ DATA = [
         "no column 'chosen'",
         "instruction, input, output",
     ),
+    _works(
+        "kto",
+        lambda b: b.pairs([{"prompt": "w1", "completion": "w2", "label": True}]),
+        "1 of 1 completions kept",
+    ),
     _refused(
         "kto without its labels",
         lambda b: b.pairs([{"prompt": "w1", "completion": "w2"}]),
@@ -226,8 +239,7 @@ DATA = [
             Dataset.from_list([{**TEXT, "chosen": ["a", "b"]}]).to_parquet(b.folder / "pairs.parquet"),
             ["cache", b.recipe(data={"source": str(b.folder / "pairs.parquet"), "eval_split": None})],
         )[1],
-        "row 0, column",
-        "messages",
+        "row 0, column 'rejected': text, not a list; write one value per completion",
     ),
     _refused(
         "numbers as completions",
@@ -261,7 +273,7 @@ DATA = [
         "one row",
         lambda b: b.pairs([{**TEXT, "prompt": "w8"}]),
         "1 of 1 pairs kept",
-        "1 shard\n",
+        "base        1 shard, ",
         "built       1 shard in",
     ),
     _works(
@@ -330,7 +342,7 @@ TOKENIZERS = [
     _refused(
         "the template refuses the system role",
         lambda b: b.messages("{{ raise_exception('no system role') }}", roles=("system", "user")),
-        "row 0: the chat template refuses its messages (system user assistant): no system role",
+        "row 0: the chat template refuses its messages (system user): no system role",
         "set another chat template",
     ),
     _refused(
@@ -594,7 +606,20 @@ TRAINING = [
 
 RUNS = [
     _refused("no cache", lambda b: [*b.align(), "--store", str(b.folder / "none")], "build it with: fpo cache"),
-    _refused("no cache of these pairs", lambda b: b.align("data.split=train[:5]"), "pairs.digest", "build it with"),
+    _refused("no cache of these pairs", lambda b: b.align("data.split=train[:5]"), "groups.digest", "build it with"),
+    _refused(
+        "no column of these features",
+        lambda b: b.align("features.0.top_k=40"),
+        "has no column of features at model.layers.1, top 40",
+        "fpo cache",
+    ),
+    _refused(
+        "a cache of lists",
+        lambda b: b.lists(),
+        "an objective compares two completions of a prompt, and cache ",
+        "has 6 in 2 groups; name data with one chosen and one rejected completion in every row",
+        never=("loading the policy",),
+    ),
     _refused("the output is a file", lambda b: (written(b.folder / "run"), b.align())[1], "run"),
     _works(
         "the output holds a log of the scheduler",

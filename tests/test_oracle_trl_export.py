@@ -20,7 +20,7 @@ from fpo.objectives import PairLogps
 from fpo.objectives.dpo import dpo
 from fpo.scoring import install_scoring, pack, sum_logps
 from fpo.stage1_cache import build_caches
-from fpo.store import Pairs, export_trl
+from fpo.store import Groups, export_trl
 
 pytestmark = [
     pytest.mark.oracle,
@@ -88,8 +88,8 @@ def test_trl_trains_from_an_export_with_our_losses(world, tmp_path):
 
 def our_losses(model_folder, cache) -> list[float]:
     """The same steps with our packed forward, our objective and plain SGD, from the cache itself."""
-    pairs = Pairs.concat([cache.shard(sid) for sid in range(len(cache.shard_pairs))])
-    pairs = pairs.take(np.argsort(pairs.pair_id))
+    pairs = Groups.concat([cache.shard(sid) for sid in range(len(cache.shard_groups))])
+    pairs = pairs.take(np.argsort(pairs.group_id))
     policy = AutoModelForCausalLM.from_pretrained(model_folder)
     install_scoring(policy)
     optimiser = torch.optim.SGD(policy.parameters(), lr=LEARNING_RATE)
@@ -100,7 +100,7 @@ def our_losses(model_folder, cache) -> list[float]:
         scores = policy(**packed._asdict())
         logps = sum_logps(scores.token_logps, packed).view(-1, 2)
         counts = packed.counts.view(-1, 2)
-        reference = torch.from_numpy(batch.ref_logps)
+        reference = torch.from_numpy(batch.ref_logps).view(-1, 2)
         value = dpo(PairLogps(logps, logps / counts), PairLogps(reference, reference / counts), beta=BETA)
         value.losses.mean().backward()
         optimiser.step()

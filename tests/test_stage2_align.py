@@ -32,7 +32,7 @@ from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
 from fpo.stage2_align.run import METRICS_FILE, read_run
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.trainer import MetricSums
-from fpo.store import Cache, open_cache
+from fpo.store import Cache
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_step_computes_nothing_in_float64_which_apple_gpus_do_not_have(world: 
     recipe = world.recipe()
     meter = ObjectiveMeter.of(recipe)
     model = load_policy(recipe, meter, tmp_path)
-    batch = next(iter(PairStream(cached(world, recipe), 0, seed=1, per_device=3)))
+    batch = next(iter(PairStream(cached(world, recipe), seed=1, per_device=3)))
     assert batch is not None
     sums = MetricSums()
     with NoFloat64():
@@ -341,7 +341,7 @@ def test_a_damaged_shard_trains_nothing(world: TinyWorld, tmp_path: Path) -> Non
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
     with pytest.raises(CacheDamaged, match=r"000001\.zarr\.zip"):
-        align(recipe, open_cache(tmp_path / "store", cache.key), tmp_path / "run")
+        align(recipe, find_cache(recipe, tmp_path / "store"), tmp_path / "run")
     assert losses(tmp_path / "run") == []
 
 
@@ -351,21 +351,21 @@ def ids_of(stream: PairStream) -> list[list[int]]:
 
 def test_a_stream_that_starts_in_the_middle_gives_what_a_whole_one_gives_there(world: TinyWorld) -> None:
     cache = cached(world, world.recipe())
-    whole = PairStream(cache, 0, seed=1, per_device=3, accumulation=2, block_shards=1)
+    whole = PairStream(cache, seed=1, per_device=3, accumulation=2, block_shards=1)
     whole.start(epoch=2)
     everything = ids_of(whole)
     assert len(everything) == len(whole) == 14  # 40 pairs: six steps of two batches of 3, and 4 pairs in 3 + 1
     assert sorted(len(batch) for batch in everything) == [1] + [3] * 13
     for skip in range(len(everything)):
-        part = PairStream(cache, 0, seed=1, per_device=3, accumulation=2, block_shards=1)
+        part = PairStream(cache, seed=1, per_device=3, accumulation=2, block_shards=1)
         part.start(epoch=2, skip=skip)
         assert ids_of(part) == everything[skip:]
 
 
 def test_ranks_share_every_step_evenly_and_miss_no_pair(world: TinyWorld) -> None:
     cache = cached(world, world.recipe())
-    alone = PairStream(cache, 0, seed=1, per_device=6)
-    ranks = [PairStream(cache, 0, seed=1, per_device=2, rank=rank, world=3) for rank in range(3)]
+    alone = PairStream(cache, seed=1, per_device=6)
+    ranks = [PairStream(cache, seed=1, per_device=2, rank=rank, world=3) for rank in range(3)]
     split = [ids_of(stream) for stream in ranks]
     assert len({len(batches) for batches in split}) == 1
     for step, whole in enumerate(ids_of(alone)):

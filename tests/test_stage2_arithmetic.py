@@ -23,9 +23,10 @@ from fpo.stage2_align import align, evaluate_run
 from fpo.stage2_align.align import load_policy
 from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter
-from fpo.stage2_align.parity import OFFSET_TOLERANCE, check_parity, random_pairs
+from fpo.stage2_align.parity import OFFSET_TOLERANCE, PARITY_SHARDS, check_parity, random_pairs
 from fpo.stage2_align.run import METRICS_FILE, read_run
 from fpo.stage2_align.stream import PairStream
+from fpo.store import Cache, Groups
 
 MIXED = {"autocast": "bfloat16"}
 STILL = {"bf16": True, "learning_rate": 0.0, "max_steps": 3, "save_strategy": "no"}
@@ -86,7 +87,7 @@ def test_a_launcher_cannot_bring_in_another_arithmetic(
 
 def parity_of(world: TinyWorld, recipe: Recipe, model: Any, per_device: int = 4) -> float:
     build_caches(recipe, world.store)
-    stream = PairStream(find_cache(recipe, world.store), 0, seed=3, per_device=per_device)
+    stream = PairStream(find_cache(recipe, world.store), seed=3, per_device=per_device)
     arithmetic = (recipe.policy_arithmetic(), recipe.reference.arithmetic)
     return check_parity(model, ObjectiveMeter.of(recipe), stream, arithmetic, torch.device("cpu"))
 
@@ -100,7 +101,7 @@ def test_parity_refuses_an_offset_in_one_direction_that_is_small_in_size(world: 
         model.get_output_embeddings().weight.mul_(1.0002)
     with pytest.raises(ParityError, match=r"token log-probs are off by -\S+ nats on average, in one direction"):
         parity_of(world, recipe, model)
-    pairs = random_pairs(PairStream(find_cache(recipe, world.store), 0, seed=3, per_device=4), 32)
+    pairs = random_pairs(PairStream(find_cache(recipe, world.store), seed=3, per_device=4), 32)
     with torch.no_grad():
         scores = model(**pack(pairs.input_ids, pairs.splits, pairs.n_completions)._asdict())
     apart = scores.token_logps - torch.from_numpy(pairs.token_logps)
@@ -121,10 +122,33 @@ def test_parity_takes_random_pairs_in_batches_of_trainings_size(world: TinyWorld
     parity_of(world, recipe, Watched(), per_device=3)
     assert (max(sizes), sum(sizes)) == (3, 32)
     cache = find_cache(recipe, world.store)
-    drawn = [random_pairs(PairStream(cache, 0, seed=s, per_device=3), 8).pair_id.tolist() for s in (3, 3, 4)]
-    first = cache.shard(0).pair_id[:8].tolist()
+    drawn = [random_pairs(PairStream(cache, seed=s, per_device=3), 8).group_id.tolist() for s in (3, 3, 4)]
+    first = cache.shard(0).group_id[:8].tolist()
     assert drawn[0] == drawn[1] != drawn[2]
     assert not set(drawn[0]) <= set(first)
+
+
+def test_parity_reads_a_few_shards_and_as_many_as_hold_its_pairs(
+    world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 shards of 2 pairs: 6 pairs come from 4 shards, and 31 take 16."""
+    recipe = world.recipe(cache={"shard_pairs": 2})
+    build_caches(recipe, world.store)
+    cache = find_cache(recipe, world.store)
+    shards: list[int] = []
+    read = Cache.shard
+
+    def noting(self: Cache, sid: int) -> Groups:
+        shards.append(sid)
+        return read(self, sid)
+
+    monkeypatch.setattr(Cache, "shard", noting)
+    for count, n_shards in ((6, PARITY_SHARDS), (31, 16)):
+        shards.clear()
+        pairs = random_pairs(PairStream(cache, seed=3, per_device=4), count)
+        assert len(set(pairs.group_id.tolist())) == count
+        assert len(shards) == n_shards
+        assert sorted(shards) != list(range(n_shards))
 
 
 def test_parity_finds_a_changed_row_anywhere_in_the_cache(world: TinyWorld, tmp_path: Path) -> None:
@@ -132,15 +156,15 @@ def test_parity_finds_a_changed_row_anywhere_in_the_cache(world: TinyWorld, tmp_
     recipe = world.recipe()
     model = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path)
     build_caches(recipe, world.store)
-    stream = PairStream(find_cache(recipe, world.store), 0, seed=3, per_device=4)
+    stream = PairStream(find_cache(recipe, world.store), seed=3, per_device=4)
     rows = stream.rows
-    last = int(find_cache(recipe, world.store).shard(2).pair_id[0])
-    assert last in random_pairs(stream, 32).pair_id
+    drawn = random_pairs(stream, 32).group_id
+    last = next(int(group) for group in find_cache(recipe, world.store).shard(2).group_id if group in drawn)
 
     def poisoned(numbers: np.ndarray) -> Any:
         pairs = rows(numbers)
-        at = int(np.flatnonzero(pairs.pair_id == last)[0])
-        start, end = pairs.completion_splits[2 * at : 2 * at + 2]
+        at = int(np.flatnonzero(pairs.group_id == last)[0])
+        start, end = pairs.scored_splits[2 * at : 2 * at + 2]
         pairs.token_logps[start:end] += 1.0
         return pairs
 

@@ -213,7 +213,7 @@ def test_a_kill_at_any_moment_of_a_rotation_leaves_a_whole_checkpoint(world: Tin
     """checkpoint-2 takes the place of checkpoint-1; what is found afterwards is one of them, with every file."""
     file = world.recipe_file(training={"max_steps": 1, "save_total_limit": 1})
     command = [sys.executable, Path(__file__).with_name("run_killed_rotation.py"), file, world.store, tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     points = int(done.stdout.splitlines()[-1])

@@ -11,10 +11,10 @@ from fpo.stage2_align.order import cut_batches, epoch_blocks
 shards = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
-def order_of(shard_pairs: list[int], batch: int, block_shards: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
+def order_of(shard_groups: list[int], batch: int, block_shards: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
     """Rows of every batch of an epoch, with lengths that differ from pair to pair."""
     batches = []
-    blocks = epoch_blocks(shard_pairs, seed=seed, epoch=epoch, batch=batch, block_shards=block_shards)
+    blocks = epoch_blocks(shard_groups, seed=seed, epoch=epoch, batch=batch, block_shards=block_shards)
     for index, block in enumerate(blocks):
         rows = block.rows[: len(block.rows) - block.leftover]
         cut = cut_batches(rows * 7919 % 101, index, seed=seed, epoch=epoch, batch=batch)
@@ -23,22 +23,22 @@ def order_of(shard_pairs: list[int], batch: int, block_shards: int, seed: int = 
     return batches
 
 
-@given(shard_pairs=shards, batch=st.integers(1, 17), block_shards=st.integers(1, 5), epoch=st.integers(0, 3))
+@given(shard_groups=shards, batch=st.integers(1, 17), block_shards=st.integers(1, 5), epoch=st.integers(0, 3))
 def test_an_epoch_is_a_permutation_in_full_batches_but_the_last(
-    shard_pairs: list[int], batch: int, block_shards: int, epoch: int
+    shard_groups: list[int], batch: int, block_shards: int, epoch: int
 ) -> None:
-    batches = order_of(shard_pairs, batch, block_shards, epoch=epoch)
-    assert sorted(row for rows in batches for row in rows) == list(range(sum(shard_pairs)))
+    batches = order_of(shard_groups, batch, block_shards, epoch=epoch)
+    assert sorted(row for rows in batches for row in rows) == list(range(sum(shard_groups)))
     assert all(len(rows) == batch for rows in batches[:-1])
     assert 1 <= len(batches[-1]) <= batch
 
 
-@given(shard_pairs=shards, batch=st.integers(1, 17), block_shards=st.integers(1, 5))
+@given(shard_groups=shards, batch=st.integers(1, 17), block_shards=st.integers(1, 5))
 def test_a_block_needs_no_shards_but_its_own_and_those_of_what_is_left_over(
-    shard_pairs: list[int], batch: int, block_shards: int
+    shard_groups: list[int], batch: int, block_shards: int
 ) -> None:
-    offsets = np.concatenate([[0], np.cumsum(shard_pairs)])
-    for block in epoch_blocks(shard_pairs, seed=3, epoch=1, batch=batch, block_shards=block_shards):
+    offsets = np.concatenate([[0], np.cumsum(shard_groups)])
+    for block in epoch_blocks(shard_groups, seed=3, epoch=1, batch=batch, block_shards=block_shards):
         own = set(np.searchsorted(offsets, block.rows[block.carried :], side="right") - 1)
         assert own == set(block.shards)
         assert block.carried < batch

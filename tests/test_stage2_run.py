@@ -286,6 +286,20 @@ def test_an_evaluation_with_another_sae_is_refused(world: TinyWorld, tmp_path: P
         evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), tmp_path)
 
 
+def test_a_run_goes_on_from_the_column_of_features_that_it_began_with(world: TinyWorld, tmp_path: Path) -> None:
+    """The cache's own key and digest are the same: a smaller top_k, and the same column with other bytes, are not."""
+    recipe = world.recipe(training={"max_steps": 8})
+    stopped_at(world, recipe, tmp_path, 7)
+    fewer = [{**world.raw_recipe()["features"][0], "top_k": 8}]
+    other = world.recipe(features=fewer, training={"max_steps": 8})
+    with pytest.raises(RunError, match=r"began with other features of cache (?s:.)*top 16: (?s:.)*asks for .*top 8: "):
+        run(world, other, tmp_path, resume=True)
+    facts = read_run(tmp_path)
+    write_run(tmp_path, {**facts, "column": {**facts["column"], "manifest_digest": "0" * 64}})
+    with pytest.raises(RunError, match=r"column (\w+), manifest 0{12}\n  the recipe asks for .*column \1, manifest"):
+        run(world, recipe, tmp_path, resume=True)
+
+
 @pytest.mark.parametrize(
     ("training", "message"),
     [
@@ -344,5 +358,5 @@ def test_the_recipe_of_a_run_reads_back(world: TinyWorld, tmp_path: Path) -> Non
     run(world, recipe, tmp_path)
     assert (tmp_path / "recipe.yaml").read_text() == dump_recipe(recipe)
     (tmp_path / RUN_FILE).write_text('{"cache": "x"}')
-    with pytest.raises(RunError, match="has no complete; another version of fpo wrote it"):
+    with pytest.raises(RunError, match="has no column; another version of fpo wrote it"):
         read_run(tmp_path)

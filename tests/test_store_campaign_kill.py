@@ -14,9 +14,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked wr
 def killed_crowds(folder, rounds, seed):
     """Counts of the rounds; store_killed_crowd.py says what a round is and fails where something is lost."""
     here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     script = [sys.executable, str(here / "store_killed_crowd.py"), str(folder), str(rounds), str(seed)]
-    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     assert counts["rounds"] == rounds

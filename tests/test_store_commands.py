@@ -72,7 +72,7 @@ def hostile(world: World) -> str:
     }
     theirs = World(world.store.root, specs=(FEATURES | {"hookpoint": EVIL}, EVERY_FEATURE | {"hookpoint": EVIL}))
     theirs.recipe["scorer"][EVIL] = EVIL
-    theirs.key = fill(theirs, {"inputs": evil})
+    fill(theirs, {"inputs": evil})
     fill_column(theirs, 0, {"sae": EVIL, EVIL: EVIL})
     theirs.column_writer(1)
     return theirs.key
@@ -191,8 +191,9 @@ def test_gc_stays_a_dry_run_without_yes(world, fpo):
 
 def test_ls_shows_columns_in_short_and_in_json_completely(world, fpo):
     said = fpo("store", "ls", "--store", world.store.root)
-    assert "+ features at model.layers.0, top 4: org/sae-a [5a5a5a5a]\n" in said
-    assert "+ features at model.layers.1, top all: org/sae-b [5a5a5a5a], 1 of 3 shards\n" in said
+    keys = [world.column_key(n)[:12] for n in (0, 1)]
+    assert f"+ {keys[0]}  features at model.layers.0, top 4: org/sae-a [5a5a5a5a]\n" in said
+    assert f"+ {keys[1]}  features at model.layers.1, top all: org/sae-b [5a5a5a5a], 1 of 3 shards\n" in said
     (facts,) = json.loads(fpo("store", "ls", "--json", "--store", world.store.root))
     columns = {column["key"]: column for column in facts["columns"]}
     assert set(columns) == {world.column_key(0), world.column_key(1)}
@@ -205,7 +206,7 @@ def test_a_cache_of_many_columns_is_listed_by_the_first_four(tmp_path, fpo):
     world = World(tmp_path, specs=[FEATURES | {"hookpoint": f"model.layers.{n}"} for n in range(6)])
     world.fill()
     said = fpo("store", "ls", "--store", tmp_path)
-    assert said.count("+ features at") == 4
+    assert said.count("  features at") == 4
     assert f"+ 2 more: fpo store show {world.key[:12]}" in said
     assert fpo("store", "show", world.key, "--store", tmp_path).count("column      ") == 6
 
@@ -223,7 +224,7 @@ def test_usage_tells_the_arrays_of_base_and_columns_apart(world, fpo):
 def test_diff_names_the_columns_that_one_cache_lacks(world, fpo):
     other = World(world.store.root, specs=(EVERY_FEATURE,))
     other.recipe["groups"]["seed"] = 8
-    other.key = fill(other, {})
+    fill(other, {})
     said = fpo("store", "diff", world.key, other.key, "--store", world.store.root)
     assert "groups.seed: 7 -> 8  (the same groups in another order)" in said
     assert f"only {world.key[:12]} has features at model.layers.0, top 4: org/sae-a [5a5a5a5a]" in said

@@ -14,7 +14,7 @@ from store_forgery import cache_of, forge
 
 from fpo.canonical import canonical_json, checked_json, parse_checked_json
 from fpo.errors import CacheDamaged, CacheError, CacheMissing
-from fpo.store import CacheWriter, Store, default_store, open_cache, verify
+from fpo.store import Store, default_store, open_cache, verify
 from fpo.store.files import Folder
 from fpo.store.format.encoding import encode_shard
 from fpo.store.format.key import completion_digests
@@ -171,7 +171,6 @@ def test_a_column_of_another_base_is_refused_by_name(cache, pristine, tmp_path):
     """Sealed and right, but of a cache with another seed."""
     other = World(tmp_path / "other")
     other.recipe["groups"]["seed"] = 8
-    other.key = CacheWriter(other.store, other.recipe, other.plan).key
     other.fill_column(COLUMN)
     shutil.copytree(other.column_path(COLUMN), cache / "columns" / other.column_key(COLUMN))
     assert f"{other.column_key(COLUMN)}/recipe.json is no column of cache {pristine.key[:12]}" in problems(cache)
@@ -182,7 +181,6 @@ def test_a_valid_shard_of_another_cache_is_refused_even_under_a_forged_manifest(
     """Same groups, another seed: every checksum is made to fit, the key inside the shard does not."""
     other = World(tmp_path / "other")
     other.recipe["groups"]["seed"] = 8
-    other.key = CacheWriter(other.store, other.recipe, other.plan).key
     part = Part(other, BASE if is_base(folder) else COLUMN)
     part.writer().write(0, part.rows(0), {})
     forge(folder, (part.path / "shards/000000.zarr.zip").read_bytes())

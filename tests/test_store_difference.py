@@ -187,7 +187,6 @@ def test_diff_lists_the_columns_that_stand_beside_one_cache_alone(world, tmp_pat
     world.fill()
     other = World(tmp_path, specs=(TOP_LOGITS, EVERY_FEATURE))
     other.recipe["groups"]["seed"] = 8
-    other.key = cache_key(other.recipe)
     other.fill()
     report = diff(world.store, world.key, other.key)
     assert report.only_here == ("features at model.layers.0, top 4: [5a5a5a5a]",)

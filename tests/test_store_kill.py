@@ -19,8 +19,8 @@ from fpo.store.sealed import finished_shards
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked writers")
 
 
-# A file takes seven or eight calls: with steps of 11 every one of them is somewhere the last.
-@pytest.fixture(scope="module", params=[11, pytest.param(1, marks=pytest.mark.campaign)], ids=["some", "all"])
+# A file takes seven or eight calls: with steps of 17 every one of them is somewhere the last.
+@pytest.fixture(scope="module", params=[17, pytest.param(1, marks=pytest.mark.campaign)], ids=["some", "all"])
 def graves(request, tmp_path_factory):
     """The stores of writers killed before their n-th system call, for every n or for some."""
     folder = tmp_path_factory.mktemp("killed")

@@ -140,15 +140,16 @@ def lists_alone(root, shards, columns):
     return key
 
 
-def test_a_million_groups_and_twenty_columns_are_listed_and_opened_within_a_second(tmp_path):
-    """Of this process's own time: 21 manifests of 500 shards each are parsed once to list and once to open."""
-    key = lists_alone(tmp_path, shards=500, columns=20)
+@pytest.mark.parametrize(("shards", "seconds"), [(100, 0.4), pytest.param(500, 1, marks=pytest.mark.campaign)])
+def test_a_million_groups_and_twenty_columns_are_listed_and_opened_within_a_second(tmp_path, shards, seconds):
+    """Of this process's own time: 21 manifests are parsed once to list and once to open. 100 shards: a fifth of it."""
+    key = lists_alone(tmp_path, shards, columns=20)
     started = time.process_time()
     (summary,) = Store(tmp_path).summaries()
     listed = time.process_time()
     cache = open_cache(tmp_path, key, columns="all")
     opened = time.process_time()
     print(f"\nlisted in {listed - started:.2f} s, opened in {opened - listed:.2f} s")
-    assert (summary.n_groups, len(summary.columns), len(cache.columns)) == (1_000_000, 20, 20)
+    assert (summary.n_groups, len(summary.columns), len(cache.columns)) == (2000 * shards, 20, 20)
     assert all(column.complete for column in summary.columns)
-    assert opened - started < 1
+    assert opened - started < seconds

@@ -65,7 +65,7 @@ def test_an_epoch_streams_in_memory_that_depends_on_the_block_alone(cache):
     one being read up to three times over while its shards are put together and shuffled, and with 64-bit positions.
     """
     block = BLOCK_SHARDS * raw_bytes(cache.shard(0))
-    stream = PairStream(cache, 0, seed=3, per_device=256)
+    stream = PairStream(cache, seed=3, per_device=256)
     next(iter(stream))  # threads, queues and torch are there before the measurement
     Path("/proc/self/clear_refs").write_text("5")
     before, started, seen = resident("VmRSS"), time.perf_counter(), 0
@@ -100,7 +100,7 @@ def test_every_epoch_is_another_permutation_that_seed_and_epoch_alone_decide(cac
 
 def test_any_step_is_reached_without_replay(cache, monkeypatch):
     """The batches behind step n of epoch 2 equal those of a whole epoch, and few shards are read to get there."""
-    stream = PairStream(cache, 0, seed=3, per_device=256)
+    stream = PairStream(cache, seed=3, per_device=256)
     stream.start(epoch=2)
     steps = len(stream)
     places = sorted({1, steps // 3, steps - 2})

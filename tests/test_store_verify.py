@@ -112,7 +112,6 @@ def test_a_column_that_is_cut_otherwise_than_its_base_is_named(world):
 def test_the_column_of_another_base_is_refused_by_name_everywhere(world, tmp_path):
     other = World(tmp_path / "other", (FEATURES,))
     other.recipe["groups"]["seed"] = 8
-    other.key = CacheWriter(other.store, other.recipe, other.plan).key
     other.fill()
     foreign = world.path / "columns" / other.column_key(0)
     shutil.copytree(other.column_path(0), foreign)
@@ -185,6 +184,18 @@ def test_a_damaged_shard_of_a_column_is_put_back_and_the_column_is_the_same_answ
     del before[record]
     assert after == before
     assert verify(world.store, world.key).ok
+
+
+def test_a_rebuild_knows_from_where_the_rows_of_a_column_were_copied(tmp_path):
+    world = World(tmp_path, specs=(TOP_LOGITS,))
+    world.fill_base()
+    writer = world.column_writer(0)
+    for sid in writer.missing():
+        copied = {"rows": {"reused": {"ab" * 32: 1}, "scored": 0}} if sid == 2 else {}
+        writer.write(sid, world.column_shard(0, sid), copied)
+    writer.seal({})
+    rebuild = Rebuild(world.store, world.key, column=world.column_key(0))
+    assert [rebuild.sources(sid) for sid in range(5)] == [[], [], ["ab" * 32], [], []]
 
 
 def test_a_pull_repairs_the_damaged_shard_of_a_column(world, tmp_path):

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from fpo.recipe import Recipe, validate_recipe
 
 WORDS = [f"w{n}" for n in range(90)]
+# In conversations: the user's vocabulary begins here, so that a token tells who speaks.
+USERS_FIRST = 60
 D_SAE = 48
 
 
@@ -99,6 +101,36 @@ def _pair(rng: np.random.Generator) -> dict[str, str]:
         return " ".join(rng.choice(WORDS, rng.integers(low, high)))
 
     return {"prompt": words(1, 12), "chosen": " " + words(1, 20), "rejected": " " + words(1, 20)}
+
+
+def add_conversations(world: TinyWorld, n_train: int, n_test: int) -> dict[str, Any]:
+    """
+    Conversations beside the pairs: a user's turn, then completions of three turns, the user's in the middle.
+
+    Returns the recipe's `data` that reads them and counts what the assistant says alone.
+    """
+    rng = np.random.default_rng(11)
+
+    def turn(role: str) -> dict[str, str]:
+        words = WORDS[USERS_FIRST:] if role == "user" else WORDS[:USERS_FIRST]
+        return {"role": role, "content": " ".join(rng.choice(words, rng.integers(1, 8)))}
+
+    def side() -> list[dict[str, str]]:
+        return [turn("assistant"), turn("user"), turn("assistant")]
+
+    folder = world.root / "conversations"
+    folder.mkdir()
+    for split, count in (("train", n_train), ("test", n_test)):
+        rows = [{"prompt": [turn("user")], "chosen": side(), "rejected": side()} for _ in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    return {"source": str(folder), "chat_template": template, "score": "assistant"}
+
+
+def user_tokens() -> np.ndarray:
+    """The token ids of the user's vocabulary."""
+    vocabulary = _tokenizer().get_vocab()
+    return np.array([vocabulary[word] for word in WORDS[USERS_FIRST:]])
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

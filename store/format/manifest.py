@@ -310,10 +310,15 @@ def _recipe(data: bytes, where: str) -> dict[str, Any]:
 def _spelled_so(model: type[Checked], data: bytes, most_values: int) -> Checked:
     body = parse_checked_json(data, most_values)
     parsed = model.model_validate(body)
-    # pydantic takes true and 1.0 for the format 1; another reader may not. Without line breaks this is quick.
-    if json.dumps(parsed.model_dump(), sort_keys=True) != json.dumps(body, sort_keys=True):
+    # pydantic takes true and 1.0 for the format 1; another reader may not.
+    if _text(parsed.model_dump()) != _text(body):
         raise ValueError("it is not spelled as this format writes it")
     return parsed
+
+
+def _text(body: dict[str, Any]) -> str:
+    """Equal for what is spelled equally, and quick: without an indent, Python spells in C."""
+    return json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def _bounded(what: str, data: bytes, limit: int) -> bytes:

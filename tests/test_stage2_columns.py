@@ -1,0 +1,151 @@
+"""What a run reads of a cache: the base, the one column that its objective needs, and groups that are pairs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_servers import web_server
+from tiny_world import TinyWorld, build_tiny_world
+
+from fpo.errors import CacheDamaged, CacheMissing, DataError
+from fpo.recipe import Recipe
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage1_cache.score import ReferenceScorer
+from fpo.stage2_align import align, evaluate_run
+from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.run import METRICS_FILE, read_run
+from fpo.store import column_name
+
+# The package exports a function of the module's name.
+aligning = importlib.import_module("fpo.stage2_align.align")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyWorld:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return build_tiny_world(tmp_path / "world", 24, 6)
+
+
+def feature(world: TinyWorld, **fields: Any) -> dict[str, Any]:
+    return {**world.raw_recipe()["features"][0], **fields}
+
+
+def metrics(recipe: Recipe, store: Path, run: Path) -> list[dict[str, float]]:
+    align(recipe, find_cache(recipe, store), run)
+    return read_metrics(run / METRICS_FILE)
+
+
+def test_an_objective_without_features_trains_from_the_base_that_another_recipe_built(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is scored again, with and without `features:` in its recipe, also when no column is there."""
+    built = build_caches(world.recipe(), world.store)[0].cache
+    monkeypatch.setattr(ReferenceScorer, "__init__", lambda *_, **__: pytest.fail("a reference was loaded"))
+    bare = world.recipe(features=[], objective={"name": "dpo"})
+    [hit, _] = build_caches(bare, world.store)
+    assert (hit.cache.key, hit.cache.digest, hit.scored, hit.reused) == (built.key, built.digest, 0, 0)
+    shutil.rmtree(world.store / built.key / "columns")
+    for name, features in (("dpo", []), ("simpo", [feature(world)])):
+        recipe = world.recipe(features=features, objective={"name": name}, training={"max_steps": 2})
+        run = tmp_path / name
+        assert align(recipe, find_cache(recipe, world.store), run).steps == 2
+        assert (read_run(run)["cache"], read_run(run)["column"]) == (built.key, None)
+        evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), run)
+    with pytest.raises(CacheMissing, match=r"has no column of features at model\.layers\.1, top 16.*add it with: fpo"):
+        find_cache(world.recipe(), world.store)
+
+
+@pytest.mark.parametrize("held", [32, "all"])
+def test_a_column_that_holds_more_gives_the_losses_of_one_that_holds_what_is_asked(
+    world: TinyWorld, tmp_path: Path, held: int | str
+) -> None:
+    """All numbers to the last bit, but `unknown_sq`: what is cut away is added to a rounded sum."""
+    union = {"name": "fpo", "feature_set": "union"}
+    asked = world.recipe(features=[feature(world, top_k=16)], objective=union, training={"max_steps": 5})
+    build_caches(asked, tmp_path / "exact")
+    build_caches(world.recipe(features=[feature(world, top_k=held)]), tmp_path / "more")
+    [served, _] = build_caches(asked, tmp_path / "more")
+    assert (served.scored, served.reused) == (0, 0)
+    cache = find_cache(asked, tmp_path / "more")
+    assert column_name(cache.columns[0].held) == f"features at model.layers.1, top {held}"
+    exact = metrics(asked, tmp_path / "exact", tmp_path / "run-exact")
+    more = metrics(asked, tmp_path / "more", tmp_path / "run-more")
+    assert len(exact) == 5
+    assert min(row["features/unknown_sq"] for row in exact) > 0
+    for one, other in zip(exact, more, strict=True):
+        assert other.pop("features/unknown_sq") == pytest.approx(one.pop("features/unknown_sq"), rel=1e-6)
+        assert other == one
+    evaluations = [
+        evaluate_run(asked, find_cache(asked, tmp_path / store, held_out=True), tmp_path / "run-exact")
+        for store in ("exact", "more")
+    ]
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-6)
+
+
+def test_a_run_reads_no_column_but_the_one_of_its_hookpoint(world: TinyWorld, tmp_path: Path) -> None:
+    hookpoints = ["model.layers.0", "model.layers.1"]
+    features = [feature(world, hookpoint=hookpoint) for hookpoint in hookpoints]
+    recipes = {
+        hookpoint: world.recipe(features=features, objective={"hookpoint": hookpoint}, training={"max_steps": 1})
+        for hookpoint in hookpoints
+    }
+    [report, _] = build_caches(recipes[hookpoints[0]], world.store)
+    other = world.store / report.cache.key / "columns" / report.columns[0].key / "shards" / "000000.zarr.zip"
+    content = bytearray(other.read_bytes())
+    content[len(content) // 2] ^= 1
+    other.write_bytes(content)
+    run = tmp_path / "run"
+    assert align(recipes[hookpoints[1]], find_cache(recipes[hookpoints[1]], world.store), run).steps == 1
+    assert read_run(run)["column"]["key"] == report.columns[1].key
+    with pytest.raises(CacheDamaged, match=f"{report.columns[0].key}/shards/000000"):
+        align(recipes[hookpoints[0]], find_cache(recipes[hookpoints[0]], world.store), tmp_path / "other")
+
+
+def test_behind_a_url_nothing_is_fetched_but_the_base_and_the_column_that_is_read(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    pytest.importorskip("obstore")
+    hookpoints = ["model.layers.0", "model.layers.1"]
+    features = [feature(world, hookpoint=hookpoint) for hookpoint in hookpoints]
+    fpo = world.recipe(features=features, objective={"hookpoint": hookpoints[1]}, training={"max_steps": 1})
+    dpo = world.recipe(features=features, objective={"name": "dpo"}, training={"max_steps": 1})
+    [report, _] = build_caches(fpo, world.store)
+    read = f"columns/{report.columns[1].key}/"
+    # What the first run has fetched of the base lies on this machine's shelf for the second.
+    for recipe, places in ((dpo, {""}), (fpo, {read})):
+        with web_server(world.store) as server:
+            align(recipe, find_cache(recipe, server.url), tmp_path / recipe.objective.name)
+            fetched = [name for method, name in server.requests if method == "GET" and "shards/" in name]
+        assert {name.split("shards/")[0] for name in fetched} == places
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ([3, 3, 3, 3], "cache {key} has 12 in 4 groups; name data with one chosen and one rejected"),
+        ([1, 3, 2, 2], r"group [01] of cache {key} has [13]; name data with one chosen and one rejected"),
+    ],
+    ids=["told-by-the-manifest", "told-by-a-shard"],
+)
+def test_groups_that_are_no_pairs_are_refused(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], told: str
+) -> None:
+    """Before the model is loaded, where their number alone says so."""
+    rows = [
+        {"prompt": f"w{n}", "completions": [f" w{n} w{m}" for m in range(size)], "scores": list(range(size))}
+        for n, size in enumerate(sizes)
+    ]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = world.recipe(data={"source": str(tmp_path / "lists.jsonl"), "eval_split": "train"})
+    build_caches(recipe, world.store)
+    if sum(sizes) != 2 * len(sizes):
+        monkeypatch.setattr(aligning, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    cache = find_cache(recipe, world.store)
+    with pytest.raises(DataError, match=told.format(key=cache.key[:12])):
+        align(recipe, cache, tmp_path / "run")
+    assert not (tmp_path / "run" / METRICS_FILE).exists()
