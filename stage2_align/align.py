@@ -149,6 +149,7 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
         accumulation=args.gradient_accumulation_steps,
         rank=args.process_index,
         world=args.world_size,
+        scores=recipe.objective.needs.scores,
     )
     try:
         return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE, request)

@@ -79,17 +79,20 @@ class PairStream(IterableDataset[Batch | None]):
         world: int = 1,
         layout: Layout = Layout.PACKED,
         block_shards: int = BLOCK_SHARDS,
+        scores: bool = False,
     ) -> None:
         """
         per_device    pairs per forward of one process
         accumulation  forwards per optimiser step
         layout        the one in which the policy is measured rightly; may be set until the iteration starts
+        scores        refuse a pair whose scores do not say that chosen is no worse than rejected
         """
         self.layout = layout
         self.cache, self.seed, self.block_shards = cache, seed, block_shards
         self.per_device, self.accumulation = per_device, accumulation
         self.rank, self.world = rank, world
         self.epoch, self.skip = 0, 0
+        self.scores = scores
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -194,13 +197,22 @@ class PairStream(IterableDataset[Batch | None]):
         return Groups.concat(parts).take(back)
 
     def _pairs(self, sid: int) -> Groups:
-        """A shard, whose groups must be pairs. Raises DataError naming one that is none."""
+        """A shard, whose groups must be pairs, with scores where they are asked for. Raises DataError naming one."""
         groups = self.cache.shard(sid)
         other = groups.n_completions != 2
         if other.any():
             row = int(other.argmax())
             raise _no_pairs(
                 f"group {groups.group_id[row]} of cache {self.cache.key[:12]} has {groups.n_completions[row]}"
+            )
+        scores = groups.score.reshape(-1, 2)
+        unranked = ~(scores[:, 0] >= scores[:, 1])
+        if self.scores and unranked.any():
+            row = int(unranked.argmax())
+            raise DataError(
+                f"the objective takes a margin from scores, and group {groups.group_id[row]} of cache "
+                f"{self.cache.key[:12]} has {scores[row, 0]:g} for chosen and {scores[row, 1]:g} for rejected; name "
+                "data with a higher score for chosen (data.columns: score_chosen and score_rejected, or margin)"
             )
         return groups
 
