@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fpo.objectives import OBJECTIVES, Evidence, Objective, PairLogps
+from fpo.objectives import OBJECTIVES, Evidence, Objective, Orpo, PairLogps, Sft
 
 pytestmark = [
     pytest.mark.oracle,
@@ -78,6 +78,7 @@ CASES = [
     case("discopop", {"loss_type": "discopop"}),
     case("discopop", {"loss_type": "discopop", "discopop_tau": 0.4}, tau=0.4),
     *divergences("discopop", "discopop"),
+    case("sft", {"loss_type": "sft"}),
 ]
 
 
@@ -200,3 +201,101 @@ def test_loss_and_gradient_are_trls(oracle: Oracle, case: Case) -> None:
     (our_gradient,) = torch.autograd.grad(ours, tokens)
     assert (our_gradient - gradient).norm() <= CLOSE * gradient.norm()
     assert gradient.norm() > 0
+
+
+class NoReference:
+    """One of TRL's trainers without a reference, with a batch of pairs and what its model said about it."""
+
+    def __init__(self, kind: str, folder: str) -> None:
+        module = pytest.importorskip(f"trl.experimental.{kind}")
+        name = kind.upper()
+        defaults = getattr(module, f"{name}Config")(
+            output_dir=folder,
+            per_device_train_batch_size=PAIRS,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        )
+        self.trainer = getattr(module, f"{name}Trainer")(
+            model=tiny_llama(1).double(),
+            args=defaults,
+            train_dataset=Dataset.from_list(some_rows()),
+            processing_class=words_tokenizer(),
+        )
+        self.batch = next(iter(self.trainer.get_train_dataloader()))
+        self.trainer.model.register_forward_hook(lambda _model, _inputs, outputs: self._keep(outputs))
+
+    def _keep(self, outputs: Any) -> Any:
+        self.logits = outputs.logits.detach().requires_grad_()
+        outputs.logits = self.logits
+        return outputs
+
+    def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """TRL's loss of the batch, and its gradient in the logits."""
+        loss, _ = self.trainer.get_batch_loss_metrics(self.trainer.model, self.batch)
+        (gradient,) = torch.autograd.grad(loss, self.logits)
+        return loss.detach(), gradient
+
+    def evidence(self) -> tuple[Evidence, Tensor]:
+        """What our objectives see of the last batch, and the logits that it is computed from."""
+        logits = self.logits.detach().requires_grad_()
+        longest = logits.shape[1]
+        sides = []
+        for side, rows in zip(("chosen", "rejected"), logits.chunk(2), strict=True):
+            labels = self.batch[f"{side}_labels"]
+            labels = torch.nn.functional.pad(labels, (0, longest - labels.shape[1]), value=-100)[:, 1:]
+            counts = labels != -100
+            tokens = rows[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            sides.append(((tokens * counts).sum(1), counts.sum(1).double()))
+        logps, lengths = (torch.stack(values, 1) for values in zip(*sides, strict=True))
+        nothing = torch.full_like(lengths, torch.nan)
+        return Evidence(PairLogps(logps, logps / lengths), PairLogps(nothing, nothing), lengths, None, nothing), logits
+
+
+@pytest.fixture(scope="module")
+def cpo_trainer(tmp_path_factory: pytest.TempPathFactory) -> NoReference:
+    return NoReference("cpo", str(tmp_path_factory.mktemp("cpo")))
+
+
+@pytest.fixture(scope="module")
+def orpo_trainer(tmp_path_factory: pytest.TempPathFactory) -> NoReference:
+    return NoReference("orpo", str(tmp_path_factory.mktemp("orpo")))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case("cpo", {}),
+        case("cpo", {"beta": 0.4, "cpo_alpha": 0.3}, beta=0.4, sft_weight=0.3),
+        case("cpo", {"label_smoothing": 0.2}, label_smoothing=0.2),
+        # TRL's defaults of SimPO are those of CPO; ours are the paper's.
+        case("simpo", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0}),
+        case("simpo", {"loss_type": "simpo", "beta": 0.5, "simpo_gamma": 0.7}, beta=0.5, gamma=0.7, sft_weight=1.0),
+    ],
+)
+def test_losses_without_a_reference_are_trls(
+    cpo_trainer: NoReference, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in case.theirs.items():
+        # What SimPO alone has, the trainer has under that loss_type only.
+        monkeypatch.setattr(cpo_trainer.trainer, name, value, raising=False)
+    loss, gradient = cpo_trainer.loss_and_gradient()
+    evidence, logits = cpo_trainer.evidence()
+    ours = case.objective.value(evidence).losses.mean()
+    assert ours.item() == pytest.approx(loss.item(), rel=CLOSE)
+    (our_gradient,) = torch.autograd.grad(ours, logits)
+    assert (our_gradient - gradient).norm() <= CLOSE * gradient.norm()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_the_odds_ratio_of_orpo_is_trls(
+    orpo_trainer: NoReference, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's likelihood takes the prompts in, so the rest is compared; TRL computes it in float32."""
+    monkeypatch.setattr(orpo_trainer.trainer, "beta", beta)
+    orpo_trainer.loss_and_gradient()
+    evidence, _ = orpo_trainer.evidence()
+    ratio, *_ = orpo_trainer.trainer.odds_ratio_loss(*evidence.policy.mean_logps.detach().unbind(1))
+    odds_ratio = Orpo(name="orpo", beta=beta).value(evidence).losses - Sft(name="sft").value(evidence).losses
+    assert odds_ratio.tolist() == pytest.approx((-ratio).tolist(), rel=CLOSE)
