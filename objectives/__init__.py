@@ -38,6 +38,7 @@ from fpo.objectives.robust import Robust
 from fpo.objectives.sft import Sft
 from fpo.objectives.simpo import Simpo
 from fpo.objectives.sppo_hard import SppoHard
+from fpo.objectives.wpo import Wpo
 
 AnyObjective = Annotated[
     Dpo
@@ -59,7 +60,8 @@ AnyObjective = Annotated[
     | Cpo
     | Orpo
     | CalDpo
-    | Odpo,
+    | Odpo
+    | Wpo,
     Field(discriminator="name"),
 ]
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -98,5 +100,6 @@ __all__ = [
     "Sft",
     "Simpo",
     "SppoHard",
+    "Wpo",
     "feature_distance",
 ]

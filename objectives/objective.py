@@ -29,6 +29,8 @@ class Needs:
     """What a feature term reads; None is no feature term."""
     scores: bool = False
     """Whether the data's scores of the completions enter the loss."""
+    typicality: bool = False
+    """Whether the policy's whole distributions enter the loss, as `Evidence.typicality` sums them up."""
 
 
 class Objective(Section):

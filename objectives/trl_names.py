@@ -15,7 +15,7 @@ SETTINGS = {
     "f_divergence_type": "it is objective.f_divergence_type",
     "f_alpha_divergence_coef": "it is objective.f_alpha_divergence_coef",
     "discopop_tau": "it is objective.tau of discopop",
-    "use_weighting": _NOT_THERE,
+    "use_weighting": "objective.name: wpo weighs dpo with it",
     "rpo_alpha": _NOT_THERE,
     "sft_weight": "it is objective.sft_weight",
     "ld_alpha": _NOT_THERE,

@@ -266,7 +266,8 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: 
 
 
 def _scored(model: PreTrainedModel, meter: ObjectiveMeter, *, routers: bool = False) -> PreTrainedModel:
-    install_scoring(model, () if meter.hookpoint is None else (meter.hookpoint,), routers=routers)
+    hookpoints = () if meter.hookpoint is None else (meter.hookpoint,)
+    install_scoring(model, hookpoints, routers=routers, squares=meter.objective.needs.typicality)
     return model
 
 

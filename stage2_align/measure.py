@@ -84,7 +84,12 @@ class ObjectiveMeter:
             assert need is not None
             residual = packed.counting(scores.residuals[0])
             distances = feature_distances(self.sae, need, residual, packed, _cached(batch))
-        evidence = Evidence(policy, reference, counts.to(logps.dtype), distances, batch["scores"])
+        typicality = None
+        if scores.log_sum_squares is not None:
+            apart = scores.token_logps.detach() - scores.log_sum_squares
+            typicality = sum_logps(apart, packed).view(-1, 2) / counts
+        lengths = counts.to(logps.dtype)
+        evidence = Evidence(policy, reference, lengths, distances, batch["scores"], typicality)
         return Measurement(self.objective.value(evidence), evidence, self.incomplete)
 
 

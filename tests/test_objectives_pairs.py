@@ -43,6 +43,7 @@ from fpo.objectives import (
     Sft,
     Simpo,
     SppoHard,
+    Wpo,
 )
 from fpo.objectives.divergence import Divergence, FDivergence
 from fpo.objectives.robust import robust
@@ -313,6 +314,22 @@ def test_odpo_asks_for_nothing_where_scores_are_equal() -> None:
     assert policy.grad is not None
     assert losses.tolist() == [0.0]
     assert policy.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_wpo_weighs_a_pair_by_how_typical_the_policy_finds_it() -> None:
+    """u = 0.2 * 5 = 1; weight exp(-0.5 - 0.2) of L = 0.9 * -log sigmoid(1) + 0.1 * -log sigmoid(-1)"""
+    evidence = PAIR._replace(typicality=torch.tensor([[-0.5, -0.2]], requires_grad=True))
+    losses = Wpo(name="wpo", beta=0.2, label_smoothing=0.1).value(evidence).losses
+    unweighted = 0.9 * minus_log_sigmoid(1) + 0.1 * minus_log_sigmoid(-1)
+    assert losses.item() == about(math.exp(-0.7) * unweighted)
+    assert not losses.requires_grad
+
+
+@pytest.mark.parametrize(("max_weight", "weight"), [(1.0, 1.0), (1.2, 1.2), (None, math.exp(0.7))])
+def test_wpo_bounds_the_weight_of_a_pair(max_weight: float | None, weight: float) -> None:
+    evidence = PAIR._replace(typicality=torch.tensor([[0.5, 0.2]]))
+    losses = Wpo(name="wpo", beta=0.2, max_weight=max_weight).value(evidence).losses
+    assert losses.item() == about(weight * minus_log_sigmoid(1))
 
 
 def test_a_logratio_far_below_zero_leaves_a_finite_margin() -> None:

@@ -79,6 +79,9 @@ CASES = [
     case("discopop", {"loss_type": "discopop", "discopop_tau": 0.4}, tau=0.4),
     *divergences("discopop", "discopop"),
     case("sft", {"loss_type": "sft"}),
+    # TRL bounds no weight.
+    case("wpo", {"use_weighting": True}, max_weight=None),
+    case("wpo", {"use_weighting": True, "beta": 0.3}, max_weight=None, beta=0.3),
 ]
 
 
@@ -94,6 +97,7 @@ class Oracle:
             bf16=False,
             gradient_checkpointing=False,
             report_to="none",
+            use_weighting=True,  # or its model would not say what weights are made of
         )
         self.trainer = trl.DPOTrainer(
             model=tiny_llama(1),
@@ -114,19 +118,22 @@ class Oracle:
         leaf = outputs.log_probs.detach().to(torch.float64 if self.wide else torch.float32)
         self.seen[side] = leaf.requires_grad_(side == "policy")
         outputs.log_probs = self.seen[side]
+        if side == "policy":
+            self.log_sum_squares = outputs.log_sum_sq_probs
         return outputs
 
     def loss_and_gradient(self, **settings: Any) -> tuple[Tensor, Tensor]:
         """TRL's, under these settings of DPOConfig and the defaults of the others."""
         # A second DPOConfig would end the first one's accelerator.
         args = copy(self.defaults)
+        args.use_weighting = False
         for name, value in settings.items():
             setattr(args, name, [value] if name == "loss_type" else value)
         # TRL looks up how far its exponent may go by dtype, and has nothing for float64.
         self.wide = args.f_divergence_type != "alpha_divergence"
         self.trainer.args = args
         self.trainer.loss_types, self.trainer.loss_weights = args.loss_type, [1.0]
-        for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef"):
+        for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting"):
             setattr(self.trainer, name, getattr(args, name))
         loss = self.trainer._compute_loss(self.trainer.model, self.batch, return_outputs=False)
         (gradient,) = torch.autograd.grad(loss, self.seen["policy"])
@@ -140,7 +147,10 @@ class Oracle:
         tokens = self.seen["policy"].detach().requires_grad_()
         sides = [(seen * self.mask).sum(1).view(2, -1).T for seen in (tokens, self.seen["reference"].detach())]
         policy, reference = (PairLogps(logps, logps / lengths) for logps in sides)
-        return Evidence(policy, reference, lengths, None, torch.full_like(lengths, torch.nan)), tokens
+        apart = (tokens.detach() - self.log_sum_squares) * self.mask
+        typicality = apart.sum(1).view(2, -1).T / lengths
+        nothing = torch.full_like(lengths, torch.nan)
+        return Evidence(policy, reference, lengths, None, nothing, typicality), tokens
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:

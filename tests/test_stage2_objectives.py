@@ -13,7 +13,7 @@ from tiny_world import TinyWorld, build_tiny_world
 
 from fpo.errors import DataError
 from fpo.objectives import OBJECTIVES
-from fpo.scoring import Packed
+from fpo.scoring import Packed, install_scoring
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align, evaluate_run
 from fpo.stage2_align.align import load_policy
@@ -60,6 +60,7 @@ def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_refere
     build_caches(world.recipe(), world.store)
     recipe = world.recipe()
     model = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path / "run")
+    install_scoring(model, ("model.layers.1",), squares=True)  # what all objectives together ask for
     batch: Any = next(iter(PairStream(find_cache(recipe, world.store), seed=0, per_device=8, scores=True)))
     scores = model(**{name: batch[name] for name in Packed._fields})
     found = {}
@@ -71,20 +72,35 @@ def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_refere
         assert gradient.norm() > 0
         found[name] = losses.mean().item()
     assert {name: found[name] for name in AT_THE_REFERENCE} == pytest.approx(AT_THE_REFERENCE, rel=1e-4)
-    # Without a reference: from the cached log-probs, which are the policy's.
+    # Where the policy itself enters: from the cached log-probs, which are its own.
     means = batch["ref_logps"] / batch["counts"].view(-1, 2)
     nll = float(-batch["ref_logps"][:, 0].sum() / batch["counts"][::2].sum())
     difference = torch.nn.functional.logsigmoid(0.1 * (batch["ref_logps"][:, 0] - batch["ref_logps"][:, 1]))
+    apart = (scores.token_logps - scores.log_sum_squares).detach().split(batch["lengths"].tolist())
+    weights = torch.stack([tokens.mean() for tokens in apart]).view(-1, 2).sum(1).exp().clamp(max=1)
     odds = means - torch.log(1 - means.exp())
     assert {name: loss for name, loss in found.items() if name not in AT_THE_REFERENCE} == pytest.approx(
         {
             "sft": nll,
             "cpo": nll - float(difference.mean()),
             "orpo": nll - 0.1 * float(torch.sigmoid(odds[:, 0] - odds[:, 1]).log().mean()),
+            "wpo": LOG_2 * float(weights.mean()),
             "simpo": -float(torch.sigmoid(2 * (means[:, 0] - means[:, 1]) - 0.5).log().mean()),
         },
         rel=1e-4,
     )
+
+
+def test_a_policy_is_asked_for_its_distributions_where_the_objective_weighs_by_them(tmp_path: Path) -> None:
+    """Weights are at most 1, and a random model's below."""
+    world = build_tiny_world(tmp_path / "world", 12, 4)
+    recipe = world.recipe(features=[], objective={"name": "wpo"}, training={"max_steps": 1, "learning_rate": 0.0})
+    build_caches(recipe, world.store)
+    align(recipe, find_cache(recipe, world.store), tmp_path / "run")
+    [row] = read_metrics(tmp_path / "run" / METRICS_FILE)
+    assert 0 < row["loss"] < LOG_2
+    metrics = evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), tmp_path / "run")
+    assert 0 < metrics["eval_loss"] < LOG_2
 
 
 def test_a_margin_from_scores_trains_and_evaluates(tmp_path: Path) -> None:
