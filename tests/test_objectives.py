@@ -25,6 +25,7 @@ from fpo.objectives.dpo import dpo
 from fpo.objectives.features import FeatureSet
 from fpo.objectives.fpo import fpo
 from fpo.objectives.simpo import simpo
+from fpo.objectives.trl_names import LOSSES
 
 
 def logps(*pairs: tuple[float, float], lengths: tuple[float, float] = (1.0, 1.0)) -> PairLogps:
@@ -136,6 +137,10 @@ def test_the_policys_own_features_are_known_only_where_the_cache_holds_all(
 def test_every_objective_has_its_row_in_the_docs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert [name for name in OBJECTIVES if f"\n| `{name}` | " not in page] == []
+
+
+def test_a_name_that_is_an_objective_is_not_answered_with_another() -> None:
+    assert not LOSSES.keys() & OBJECTIVES.keys()
 
 
 def test_the_loss_is_log_2_where_the_policy_is_the_reference() -> None:

@@ -6,6 +6,7 @@ log-probs that it saw, our formula gives the same loss and the same gradient in 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from copy import copy
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fpo.objectives import OBJECTIVES, Evidence, Objective, Orpo, PairLogps, Sft
+from fpo.objectives.trl_names import LOSSES
 
 pytestmark = [
     pytest.mark.oracle,
@@ -188,6 +190,15 @@ def some_rows() -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     return Oracle(str(tmp_path_factory.mktemp("trl")))
+
+
+def test_every_loss_type_of_trl_is_compared_and_found_by_its_name() -> None:
+    fields = pytest.importorskip("trl").DPOConfig.__dataclass_fields__
+    loss_types = set(re.findall(r"'(\w+)'", fields["loss_type"].metadata["help"]))
+    assert len(loss_types) == 15
+    cases = [case.values[0] for case in CASES]
+    assert loss_types - {"sigmoid"} <= {case.theirs.get("loss_type") for case in cases}
+    assert loss_types <= OBJECTIVES.keys() | LOSSES.keys()
 
 
 def test_the_batch_tells_losses_apart(oracle: Oracle) -> None:
