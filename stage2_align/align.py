@@ -68,7 +68,7 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     output  the run folder; `resume` continues the run that stands there, if there is one
     Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
-    check_pairs(cache)
+    check_pairs(cache, scores=recipe.objective.needs.scores)
     args = training_arguments(recipe, output, cache)
     first = args.process_index == 0
     with locked(output) if first else contextlib.nullcontext():

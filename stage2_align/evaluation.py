@@ -68,7 +68,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
     _check_scorer(cache, run, facts)
-    check_pairs(cache)
+    check_pairs(cache, scores=recipe.objective.needs.scores)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     say("loading the policy ...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,9 @@ from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.run import METRICS_FILE
 from fpo.stage2_align.stream import PairStream
+
+# The package exports a function of the module's name.
+aligning = importlib.import_module("fpo.stage2_align.align")
 
 GAP = 3.0
 LOG_2 = math.log(2)
@@ -118,9 +122,10 @@ def test_a_margin_from_scores_trains_and_evaluates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scores", "said"), [(None, "nan for chosen and nan for rejected"), ((1.0, 4.0), "1 for chosen and 4 for rejected")]
 )
-def test_data_whose_scores_give_no_margin_is_refused(
-    tmp_path: Path, scores: tuple[float, float] | None, said: str
+def test_data_whose_scores_give_no_margin_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, scores: tuple[float, float] | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(aligning, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     world = build_tiny_world(tmp_path / "world", 12, 4) if scores is None else scored_world(tmp_path / "world", *scores)
     recipe = world.recipe(features=[], objective={"name": "odpo"}, training={"max_steps": 1})
     build_caches(recipe, world.store)
