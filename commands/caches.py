@@ -41,4 +41,7 @@ def recipe_cache(
     try:
         return find_cache(recipe, store_root(store or recipe.cache.store), held_out=held_out)
     except (CacheMissing, CacheIncomplete) as error:
-        raise type(error)(f"{error}\n  build it with: {command_line('cache', path, store, overrides)}") from None
+        command, said = command_line("cache", path, store, overrides), str(error)
+        if "fpo cache RECIPE" in said:  # the store's own advice, with the recipe's name in it
+            raise type(error)(said.replace("fpo cache RECIPE", command)) from None
+        raise type(error)(f"{said}\n  build it with: {command}") from None

@@ -45,6 +45,7 @@ from fpo.store import (
     TokenLogps,
     Wanting,
     cache_key,
+    column_name,
     column_recipe,
     completion_digests,
     cut_shards,
@@ -52,6 +53,7 @@ from fpo.store import (
     plan_shards,
     shard_digest,
 )
+from fpo.store.format.arrays import MAX_RAW_BYTES
 from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of, summed_logps
 from fpo.store.format.ragged import I64, gather, lengths_of, starts_of
 
@@ -133,6 +135,11 @@ class CacheIdentity:
         """The same of a column; reads the data, since what it takes decides how its shards are cut."""
         shards = [int(n) for n in self.remembered["groups"]["shard_groups"]]
         n_bytes = self._column_bytes(spec)[np.concatenate([np.empty(0, np.int64), *self.plan()])]
+        if spec.get("top_k") != "all" and n_bytes.max(initial=0) > MAX_RAW_BYTES:
+            raise RecipeError(
+                f"{column_name(spec)}: the largest group would take {n_bytes.max() / 2**20:,.0f} MiB of it, a shard "
+                f"holds {MAX_RAW_BYTES // 2**20}; ask for less of it (cache.top_logits), or lower data.max_length"
+            )
         return column_recipe(cache_key(self.key_recipe), spec, cut_shards(shards, n_bytes))
 
     @cached_property

@@ -9,6 +9,7 @@ Dimension key:  G groups   K completions   N scored completion tokens   D hidden
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class ReferenceScorer:
         Choose the layout that is right for these groups, the data's longest and shortest (`scoring.extremes`), and look
         at what the hookpoints give. Raises ModelError where the model cannot be scored.
         """
+        few, _ = cut_long(few, self.batch_tokens)
         self.layout = choose_layout(self.model, few.input_ids, few.splits, few.n_completions)
         self._check_widths()
 
@@ -112,14 +114,15 @@ class ReferenceScorer:
 
         progress  called with (completions, tokens) after each batch
         """
+        pieces, owners = cut_long(groups, self.batch_tokens)
         parts: list[list[Column]] = []
-        batches = list(micro_batches(groups, self.batch_tokens))
+        batches = list(micro_batches(pieces, self.batch_tokens))
         for rows in batches:
-            batch = take(groups, rows)
+            batch = take(pieces, rows)
             parts.append(self._score_batch(batch, wants))
             if progress is not None:
                 progress(int(batch.n_completions.sum()), len(batch.input_ids))
-        return _in_order(groups, batches, parts)
+        return [_of_groups(column, groups, owners) for column in _in_order(pieces, batches, parts)]
 
     @torch.inference_mode()
     def _check_widths(self) -> None:
@@ -139,9 +142,9 @@ class ReferenceScorer:
         packed = self.packed(groups, prompts)
         with mixed_precision(self.device, self.arithmetic.autocast):
             scores: Scores = self.model(**packed._asdict())
-        return [self._column(want, scores, packed, groups) for want in wants]
+        return [self._column(want, scores, packed) for want in wants]
 
-    def _column(self, want: Want, scores: Scores, packed: Packed, groups: TokenGroups) -> Column:
+    def _column(self, want: Want, scores: Scores, packed: Packed) -> Column:
         if want is None:
             return TokenLogps(_splits(packed.lengths), _numpy(scores.token_logps, np.float32))
         match want["kind"]:
@@ -156,7 +159,8 @@ class ReferenceScorer:
                 return TopLogits(_splits(packed.lengths), _numpy(indices, np.uint32), _numpy(logps, np.float32))
             case "hidden_gram":
                 assert scores.hidden_sums is not None
-                return hidden_gram(scores.hidden_sums.cpu(), groups.n_completions)
+                sums = _numpy(scores.hidden_sums, np.float32)
+                return HiddenSums(np.arange(len(sums) + 1, dtype=np.uint64), sums)
         raise AssertionError(want)
 
     def _place(self, spec: Spec) -> int:
@@ -207,13 +211,68 @@ def micro_batches(groups: TokenGroups, batch_tokens: int) -> Iterator[np.ndarray
         yield np.array(batch)
 
 
-def hidden_gram(sums: Tensor, n_completions: np.ndarray) -> HiddenGram:
+def cut_long(groups: TokenGroups, batch_tokens: int) -> tuple[TokenGroups, np.ndarray]:
+    """
+    Groups of more tokens than a forward takes are cut into several behind the same prompt, of at least one completion
+    each, so that memory does not go with the number of completions. The groups, and which one each was cut from.
+    """
+    n_completions = np.asarray(groups.n_completions, dtype=np.int64)
+    prompts, completions = segment_lengths(groups.splits, n_completions)
+    starts = starts_of(n_completions)
+    sizes = prompts + np.diff(starts_of(completions)[starts])
+    if (sizes <= batch_tokens).all():
+        return groups, np.arange(len(groups))
+    counts, owners, segments = [], [], []
+    for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+        for first, last in _runs(completions[start:end].tolist(), batch_tokens - int(prompts[row])):
+            counts.append(last - first)
+            owners.append(row)
+            prompt = start + row  # among the segments, of which each group before this one has a prompt's, too
+            segments += [prompt, *range(prompt + 1 + first, prompt + 1 + last)]
+    tokens, splits = gather(groups.splits, np.array(segments, dtype=np.int64))
+    # The completions stand in the same order as before, and so does the mask.
+    cut = TokenGroups(groups.input_ids[tokens], splits, np.array(counts, dtype=np.uint32), groups.score_mask)
+    return cut, np.array(owners)
+
+
+def _runs(sizes: list[int], room: int) -> Iterator[tuple[int, int]]:
+    """Completions in runs that fit, at least one each: first and end of every run."""
+    first = filled = 0
+    for at, size in enumerate(sizes):
+        if at > first and filled + size > room:
+            yield first, at
+            first, filled = at, 0
+        filled += size
+    yield first, len(sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenSums(Column):
+    """What a hidden gram is made of: of each completion the sum of its last hidden states."""
+
+    PER = "completion"
+    ENTRIES = ("sums",)
+
+    sums: np.ndarray
+    """(K, D)"""
+
+
+def _of_groups(column: Column, groups: TokenGroups, owners: np.ndarray) -> Column:
+    """What was scored of cut groups, as the rows of the groups themselves."""
+    if isinstance(column, HiddenSums):
+        return hidden_gram(column.sums, groups.n_completions)
+    if column.PER == "completion":
+        return column
+    return column.take(np.searchsorted(owners, np.arange(len(groups))))
+
+
+def hidden_gram(sums: np.ndarray, n_completions: np.ndarray) -> HiddenGram:
     """Inner products of the completions of each group: (K, D), (G,) -> a row of n * n per group."""
     products = []
-    for own in sums.double().split([int(n) for n in n_completions]):
+    for own in np.split(sums.astype(np.float64), starts_of(n_completions)[1:-1]):
         gram = own @ own.T
         # Exactly symmetric, whatever the kernel's order of summation.
-        products.append(((gram + gram.T) / 2).flatten().float().numpy())
+        products.append(((gram + gram.T) / 2).astype(np.float32).reshape(-1))
     return HiddenGram(starts_of([len(part) for part in products]).astype(np.uint64), np.concatenate(products))
 
 

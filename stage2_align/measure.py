@@ -90,7 +90,9 @@ class ObjectiveMeter:
             typicality = sum_logps(apart, packed).view(-1, 2) / counts
         lengths = counts.to(logps.dtype)
         evidence = Evidence(policy, reference, lengths, distances, batch["scores"], typicality)
-        return Measurement(self.objective.value(evidence), evidence, self.incomplete)
+        value = self.objective.value(evidence)
+        # What the data says that a pair counts; 1 where it says nothing.
+        return Measurement(value._replace(losses=value.losses * batch["group_weight"]), evidence, self.incomplete)
 
 
 def feature_distances(

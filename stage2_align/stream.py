@@ -82,6 +82,7 @@ def batch_tensors(pairs: Groups, layout: Layout) -> Batch:
     batch: dict[str, Any] = dict(packed._asdict())
     batch["ref_logps"] = torch.from_numpy(pairs.ref_logps).view(-1, 2)
     batch["scores"] = torch.from_numpy(pairs.score).view(-1, 2)
+    batch["group_weight"] = torch.from_numpy(pairs.weight)
     for kept in pairs.columns:
         assert isinstance(kept, Features)
         batch["ref_indices"] = torch.from_numpy(kept.indices.astype(np.int64))

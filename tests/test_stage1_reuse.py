@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import fpo.stage1_cache.build as build_module
 import fpo.stage1_cache.score as score_module
 from fpo.canonical import checked_json, parse_checked_json
-from fpo.errors import CacheConflict, CacheDamaged, CacheMissing, SelfCheckError
+from fpo.errors import CacheConflict, CacheDamaged, CacheMissing, RecipeError, SelfCheckError
 from fpo.stage1_cache import CacheReport, build_caches, find_cache, recompute
 from fpo.stage1_cache.recompute import feature_distances
 from fpo.store import Cache, Column, Features, Groups, HiddenGram, Store, TokenLogps, open_cache, pull, verify
@@ -499,3 +499,45 @@ def test_groups_of_any_size_and_masked_tokens_are_cached_as_a_plain_forward_has_
             np.testing.assert_allclose(groups.token_logps[scored], expected, atol=1e-5)
             completion += 1
         segment += n + 1
+
+
+def test_groups_longer_than_a_forward_are_cut_behind_their_prompt(world: TinyWorld, tmp_path: Path) -> None:
+    """A forward of 12 tokens where groups have up to 60: the same rows, and no forward of more than fits."""
+    rng = np.random.default_rng(5)
+    rows = [
+        {
+            "prompt": "w1 w2 w3",
+            "completions": [" " + " ".join(rng.choice([f"w{n}" for n in range(90)], 4)) for _ in range(k)],
+            "scores": list(range(k)),
+        }
+        for k in (1, 9, 2, 4)
+    ]
+    recipe = world.recipe(data=variant(world, tmp_path, "long", rows), cache=EVERYTHING)
+    (wide,) = build_caches(recipe, tmp_path / "wide")
+    sizes: list[int] = []
+    score = score_module.ReferenceScorer._score_batch
+
+    def noting(self: score_module.ReferenceScorer, groups: score_module.TokenGroups, *rest: object) -> list[Column]:
+        sizes.append(len(groups.input_ids))
+        return score(self, groups, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_module.ReferenceScorer, "_score_batch", noting)
+        (narrow,) = build_caches(recipe, tmp_path / "narrow", batch_tokens=16)
+    assert max(sizes) <= 16
+    assert narrow.cache.key == wide.cache.key
+    one, other = whole(narrow.cache), whole(wide.cache)
+    np.testing.assert_allclose(one.token_logps, other.token_logps, atol=1e-5)
+    for column, expected in zip(one.columns, other.columns, strict=True):
+        assert np.array_equal(column.splits, expected.splits)
+        for name in column.ENTRIES:
+            np.testing.assert_allclose(getattr(column, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_column_too_wide_for_a_shard_is_refused_before_anything_is_scored(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_the_model(monkeypatch)
+    monkeypatch.setattr("fpo.stage1_cache.identity.MAX_RAW_BYTES", 500)
+    with pytest.raises(RecipeError, match=r"top 4 logits: the largest group would take 0 MiB of it, a shard holds 0"):
+        build_caches(world.recipe(cache={"top_logits": 4}), tmp_path)

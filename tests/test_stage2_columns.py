@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,23 @@ def test_groups_that_are_no_pairs_are_refused(
     with pytest.raises(DataError, match=told.format(key=cache.key[:12])):
         align(recipe, cache, tmp_path / "run")
     assert not (tmp_path / "run" / METRICS_FILE).exists()
+
+
+def test_a_pairs_loss_is_multiplied_by_the_weight_that_the_data_gives_it(world: TinyWorld, tmp_path: Path) -> None:
+    """
+    Policy = reference, so every DPO loss is log 2; with weights 1, 2, 3, 1, 2, 3, ... their mean over all 24 pairs,
+    one step, is 2 log 2.
+    """
+    rows = [json.loads(line) for line in (world.root / "pairs" / "train.jsonl").read_text().splitlines()]
+    weighted = "".join(json.dumps({**row, "weight": 1 + number % 3}) + "\n" for number, row in enumerate(rows))
+    (tmp_path / "weighted.jsonl").write_text(weighted)
+    recipe = world.recipe(
+        data={"source": str(tmp_path / "weighted.jsonl"), "eval_split": None},
+        features=[],
+        objective={"name": "dpo"},
+        training={"per_device_train_batch_size": 24, "max_steps": 1},
+    )
+    build_caches(recipe, world.store)
+    (row, *_) = metrics(recipe, world.store, tmp_path / "run")
+    assert row["loss"] == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert row["rewards/margins"] == pytest.approx(0, abs=1e-6)

@@ -101,8 +101,9 @@ def nearest(
     store: Store | RemoteStore | Path | str, recipe: dict[str, Any], inputs: dict[str, Any] | None = None
 ) -> Nearest | None:
     """
-    The cache with the fewest fields that differ from a recipe ({"format", "scorer", "groups"}), finished ones and
-    then the youngest first among equals; None where the store holds none but the recipe's own.
+    The cache with the fewest fields that differ from a recipe ({"format", "scorer", "groups"}), then with the fewest
+    names that do, finished ones and then the youngest first among equals; None where the store holds none but the
+    recipe's own.
 
     inputs: the names that the recipe has for what it is made from, see `describe`.
     """
@@ -117,7 +118,11 @@ def nearest(
         for summary in store.summaries()
         if summary.problem is None and summary.key != own
     ]
-    rank = [(len(one.differences), not one.summary.complete, -one.summary.created.timestamp()) for one in found]
+    # Another digest is one field whether a row differs or all do: the names behind it tell which it is.
+    rank = [
+        (len(one.differences), len(one.inputs), not one.summary.complete, -one.summary.created.timestamp())
+        for one in found
+    ]
     return found[rank.index(min(rank))] if found else None
 
 
