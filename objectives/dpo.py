@@ -4,35 +4,52 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveFloat
 from torch.nn import functional
 
-from fpo.objectives.objective import Needs, Objective
+from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
+from fpo.objectives.objective import LabelSmoothing, Needs
 from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
 
 
-class Dpo(Objective):
+class Dpo(MarginObjective):
     """Direct preference optimisation, Eq. 7 of https://arxiv.org/abs/2305.18290."""
 
     name: Literal["dpo"]
     """The objective."""
 
-    beta: PositiveFloat = 0.1
-    """Pull towards the reference: scale of the difference of the summed logratios."""
+    label_smoothing: LabelSmoothing = 0.0
+    """Probability that chosen and rejected are the wrong way round (conservative DPO)."""
 
     @property
     def needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
-        return dpo(evidence.policy, evidence.reference, beta=self.beta)
+        return dpo(
+            evidence.policy,
+            evidence.reference,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            divergence=self.divergence,
+        )
 
 
-def dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> ObjectiveValue:
+def dpo(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    divergence: Divergence = REVERSE_KL,
+) -> ObjectiveValue:
     """
-    Direct preference optimisation, Eq. 7 of https://arxiv.org/abs/2305.18290:
+    Direct preference optimisation, Eq. 7 of https://arxiv.org/abs/2305.18290, its labels smoothed as in Eq. 3 of
+    https://ericmitchell.ai/cdpo.pdf:
 
-        loss = -log sigmoid(beta * (logratio_chosen - logratio_rejected))
+        u    = beta * (f'_chosen - f'_rejected),  f' the logratio, or what another divergence makes of it
+        loss = -(1 - label_smoothing) * log sigmoid(u) - label_smoothing * log sigmoid(-u)
     """
-    rewards = beta * (policy.logps - reference.logps)
-    return ObjectiveValue(-functional.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards.detach())
+    logratios = policy.logps - reference.logps
+    u = beta * divergence.margin(logratios)
+    # -log sigmoid(-u) is u more than -log sigmoid(u).
+    return ObjectiveValue(label_smoothing * u - functional.logsigmoid(u), (beta * logratios).detach())

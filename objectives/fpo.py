@@ -32,6 +32,9 @@ class Fpo(Objective):
     feature_set: FeatureSet = "reference"
     """Whose top k: the reference's (exact from any cache), both models' as in the paper, or the policy's."""
 
+    length_normalised: bool = True
+    """Margin of mean logratios; false takes the sums of `dpo`, to which `alpha` adds the feature term alone."""
+
     hookpoint: str | None = None
     """Which of `features` is constrained; null is the only one there is."""
 
@@ -42,7 +45,14 @@ class Fpo(Objective):
         return Needs(reference=True, features=FeatureNeed(self.hookpoint, self.k, self.feature_set, "alpha: 0"))
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
-        return fpo(evidence.policy, evidence.reference, evidence.distances, beta=self.beta, alpha=self.alpha)
+        return fpo(
+            evidence.policy,
+            evidence.reference,
+            evidence.distances,
+            beta=self.beta,
+            alpha=self.alpha,
+            length_normalised=self.length_normalised,
+        )
 
 
 def fpo(
@@ -52,6 +62,7 @@ def fpo(
     *,
     beta: float,
     alpha: float,
+    length_normalised: bool = True,
 ) -> ObjectiveValue:
     """
     Feature-level constrained preference optimisation, Eq. 7-11 of https://arxiv.org/abs/2411.07618:
@@ -60,9 +71,11 @@ def fpo(
         loss = -log sigmoid(u)
 
     distances  D of Eq. 10, see `feature_distance`; None where alpha is 0
-    sg stops the gradient, so only the rejected completion gets one from the feature term.
+    sg stops the gradient, so only the rejected completion gets one from the feature term. Without `length_normalised`
+    the logratios are sums.
     """
-    rewards = beta * (policy.mean_logps - reference.mean_logps)
+    logratios = policy.mean_logps - reference.mean_logps if length_normalised else policy.logps - reference.logps
+    rewards = beta * logratios
     margin = rewards[:, 0] - rewards[:, 1]
     if distances is not None:
         margin = margin - beta * alpha * (distances[:, 1] - distances[:, 0].detach())

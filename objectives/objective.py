@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from fpo.objectives.features import FeatureNeed
 from fpo.objectives.pairs import Evidence, ObjectiveValue
 from fpo.section import Section
+
+LabelSmoothing = Annotated[float, Field(ge=0, lt=0.5)]
+"""Probability that a pair is the wrong way round; at a half the pairs would say nothing."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,10 @@ class Needs:
     """Whether what the reference says enters the loss (`ref_logps` or features)."""
     features: FeatureNeed | None = None
     """What a feature term reads; None is no feature term."""
+    scores: bool = False
+    """Whether the data's scores of the completions enter the loss."""
+    typicality: bool = False
+    """Whether the policy's whole distributions enter the loss, as `Evidence.typicality` sums them up."""
 
 
 class Objective(Section):

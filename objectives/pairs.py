@@ -26,8 +26,17 @@ class Evidence(NamedTuple):
 
     policy: PairLogps
     reference: PairLogps
+    lengths: Float[Tensor, "P 2"]
+    """Scored tokens of each completion that count: what `mean_logps` are divided by."""
     distances: Float[Tensor, "P 2"] | None
     """Distance of the pooled features, see `feature_distance`; None where the objective asks for no features."""
+    scores: Float[Tensor, "P 2"]
+    """What the data says of each completion; nan where it says nothing and the objective asks for no scores."""
+    typicality: Float[Tensor, "P 2"] | None = None
+    """
+    How much likelier a completion's tokens are than tokens that the policy samples: mean over them of
+    log p(token) - log(sum of p(v)^2 over the vocabulary), nats, without gradient; None where it is not asked for.
+    """
 
 
 class ObjectiveValue(NamedTuple):

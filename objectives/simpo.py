@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
 from torch.nn import functional
 
 from fpo.objectives.objective import Needs, Objective
 from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.sft import sft
 
 
 class Simpo(Objective):
@@ -23,19 +26,27 @@ class Simpo(Objective):
     gamma: NonNegativeFloat = 0.5
     """Target reward margin, in nats of the scaled difference (the authors' code calls gamma / beta a ratio)."""
 
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the chosen completions' log-likelihood."""
+
     @property
     def needs(self) -> Needs:
         return Needs(reference=False)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
-        return simpo(evidence.policy, beta=self.beta, gamma=self.gamma)
+        return simpo(evidence.policy, evidence.lengths, beta=self.beta, gamma=self.gamma, sft_weight=self.sft_weight)
 
 
-def simpo(policy: PairLogps, *, beta: float, gamma: float) -> ObjectiveValue:
+def simpo(
+    policy: PairLogps, lengths: Float[Tensor, "P 2"], *, beta: float, gamma: float, sft_weight: float = 0.0
+) -> ObjectiveValue:
     """
     Simple preference optimisation, Eq. 6 of https://arxiv.org/abs/2405.14734, without a reference:
 
-        loss = -log sigmoid(beta * (mean_logps_chosen - mean_logps_rejected) - gamma)
+        loss = -log sigmoid(beta * (mean_logps_chosen - mean_logps_rejected) - gamma) + sft_weight * sft
     """
     rewards = beta * policy.mean_logps
-    return ObjectiveValue(-functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - gamma), rewards.detach())
+    losses = -functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - gamma)
+    if sft_weight:
+        losses = losses + sft_weight * sft(policy, lengths).losses
+    return ObjectiveValue(losses, rewards.detach())

@@ -39,6 +39,8 @@ class TokenLogps(NamedTuple):
     """The M most likely tokens at each position, most likely first."""
     top_logps: Float[Tensor, "N M"]
     """Their log-probabilities."""
+    log_sum_squares: Float[Tensor, " S"]
+    """Log of the summed squares of all probabilities at each position, N of them or, where not asked for, none."""
 
 
 def token_logps(
@@ -47,6 +49,7 @@ def token_logps(
     head: Head,
     *,
     top: int = 0,
+    squares: bool = False,
 ) -> TokenLogps:
     """
     Log-probability of each target token.
@@ -54,6 +57,7 @@ def token_logps(
     hidden   output of the decoder (after its final norm) at the predicting positions
     head     hidden -> logits over the vocabulary
     top      how many most likely tokens to report besides; without gradient
+    squares  whether to report log_sum_squares, without gradient; costs another float32 copy of the logits
     """
 
     def score(hidden_chunk: Tensor, target_chunk: Tensor) -> TokenLogps:
@@ -62,7 +66,8 @@ def token_logps(
         with torch.no_grad():
             best = logits.topk(top, dim=-1)
             best_logps = best.values - logits.logsumexp(-1, keepdim=True) if top else best.values
-        return TokenLogps(logps, best.indices, best_logps)
+            summed = _log_sum_squares(logits) if squares else logits.new_empty(0)
+        return TokenLogps(logps, best.indices, best_logps, summed)
 
     vocabulary = _vocabulary(head, hidden)
     total = hidden.shape[0] * vocabulary * 4
@@ -82,6 +87,10 @@ def sum_logps(token_logps: Float[Tensor, " N"], packed: Packed) -> Float[Tensor,
     """Log-probability of each completion, in nats: the sum over its tokens that count, float32."""
     completion = packed.counting(packed.completion)
     return token_logps.new_zeros(len(packed.counts)).index_add(0, completion, packed.counting(token_logps))
+
+
+def _log_sum_squares(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
 
 
 def _vocabulary(head: Head, hidden: Tensor) -> int:

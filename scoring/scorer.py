@@ -54,6 +54,8 @@ class Scores(NamedTuple):
     Sum of what the head reads (the last hidden states, after the final norm) over the tokens of each completion that
     count, float32; None where it was not asked for.
     """
+    log_sum_squares: Float[Tensor, " N"] | None = None
+    """Log of the summed squares of all probabilities at each scored token; None where it was not asked for."""
 
 
 def install_scoring(
@@ -63,6 +65,7 @@ def install_scoring(
     *,
     routers: bool = False,
     hidden_sums: bool = False,
+    squares: bool = False,
 ) -> None:
     """
     Make `model(**packed._asdict())` return Scores. `model` is the causal LM itself, not a wrapper around it.
@@ -71,6 +74,7 @@ def install_scoring(
     top_logits   how many most likely tokens to report at each position
     routers      whether to report the load-balancing loss, where the model's config asks for it
     hidden_sums  whether to report each completion's summed last hidden states
+    squares      whether to report log_sum_squares
     Raises ModelError for a hookpoint that the model does not have.
     """
     balance = router_loss(model) if routers else None
@@ -96,7 +100,8 @@ def install_scoring(
         with capture(self, hookpoints) as outputs:
             output = _decoder_output(text_decoder(self), packed, extras)
         hidden = output.last_hidden_state.flatten(0, 1)[packed.predictors]
-        scored = token_logps(hidden, packed.targets, FamilyHead(self, decoder_path), top=top_logits)
+        head = FamilyHead(self, decoder_path)
+        scored = token_logps(hidden, packed.targets, head, top=top_logits, squares=squares)
         given = [_output(outputs, name).flatten(0, 1) for name in hookpoints]
         asked = given if len(packed.prompt_lengths) else []
         return Scores(
@@ -107,6 +112,7 @@ def install_scoring(
             router_loss=None if balance is None else balance(output.router_logits, packed.group),
             prompt_residuals=tuple(states[packed.prompt_predictors] for states in asked),
             hidden_sums=_sums(hidden, packed) if hidden_sums else None,
+            log_sum_squares=scored.log_sum_squares if squares else None,
         )
 
     model.forward = types.MethodType(forward, model)

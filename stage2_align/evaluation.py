@@ -68,14 +68,15 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
     _check_scorer(cache, run, facts)
-    check_pairs(cache)
+    check_pairs(cache, scores=recipe.objective.needs.scores)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     say("loading the policy ...")
     model = policy_model(recipe, meter, policy)
     model.to(device)
     size = recipe.training.get("per_device_eval_batch_size", 8)
-    stream = PairStream(cache, seed=0, per_device=size, layout=policy_layout(model, cache))
+    layout, scores = policy_layout(model, cache), recipe.objective.needs.scores
+    stream = PairStream(cache, seed=0, per_device=size, layout=layout, scores=scores)
     sums: dict[str, float] = {}
     with (
         torch.inference_mode(),

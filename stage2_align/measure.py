@@ -84,7 +84,12 @@ class ObjectiveMeter:
             assert need is not None
             residual = packed.counting(scores.residuals[0])
             distances = feature_distances(self.sae, need, residual, packed, _cached(batch))
-        evidence = Evidence(policy, reference, distances)
+        typicality = None
+        if scores.log_sum_squares is not None:
+            apart = scores.token_logps.detach() - scores.log_sum_squares
+            typicality = sum_logps(apart, packed).view(-1, 2) / counts
+        lengths = counts.to(logps.dtype)
+        evidence = Evidence(policy, reference, lengths, distances, batch["scores"], typicality)
         value = self.objective.value(evidence)
         # What the data says that a pair counts; 1 where it says nothing.
         return Measurement(value._replace(losses=value.losses * batch["group_weight"]), evidence, self.incomplete)

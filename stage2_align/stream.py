@@ -28,10 +28,40 @@ QUEUE_BATCHES = 64
 Batch = dict[str, Tensor]
 
 
-def check_pairs(cache: Cache) -> None:
-    """DataError where the cache's counts tell that its groups are no pairs: nothing needs to be loaded to know it."""
+def check_pairs(cache: Cache, *, scores: bool) -> None:
+    """
+    DataError where the cache's counts tell that its groups are no pairs, or its first shard that they lack the scores
+    that are asked for: no model needs to be loaded to know it.
+    """
     if cache.n_completions != 2 * cache.n_groups:
         raise _no_pairs(f"cache {cache.key[:12]} has {cache.n_completions:,} in {cache.n_groups:,} groups")
+    if scores:
+        pairs_of(cache, 0, scores=scores)
+
+
+def pairs_of(cache: Cache, sid: int, *, scores: bool) -> Groups:
+    """
+    A shard, whose groups must be pairs.
+
+    scores  whether they must say that chosen is no worse than rejected
+    Raises DataError naming a group that is not as it must be.
+    """
+    groups = cache.shard(sid)
+    other = groups.n_completions != 2
+    if other.any():
+        row = int(other.argmax())
+        raise _no_pairs(f"group {groups.group_id[row]} of cache {cache.key[:12]} has {groups.n_completions[row]}")
+    if scores:
+        chosen, rejected = groups.score.reshape(-1, 2).T
+        unranked = ~(chosen >= rejected)
+        if unranked.any():
+            row = int(unranked.argmax())
+            raise DataError(
+                f"the objective takes a margin from scores, and group {groups.group_id[row]} of cache "
+                f"{cache.key[:12]} has {chosen[row]:g} for chosen and {rejected[row]:g} for rejected; name data with "
+                "a higher score for chosen (data.columns: score_chosen and score_rejected, or margin)"
+            )
+    return groups
 
 
 def _no_pairs(found: str) -> DataError:
@@ -51,6 +81,7 @@ def batch_tensors(pairs: Groups, layout: Layout) -> Batch:
     packed = pack(pairs.input_ids, pairs.splits, pairs.n_completions, layout, score_mask=pairs.score_mask)
     batch: dict[str, Any] = dict(packed._asdict())
     batch["ref_logps"] = torch.from_numpy(pairs.ref_logps).view(-1, 2)
+    batch["scores"] = torch.from_numpy(pairs.score).view(-1, 2)
     batch["group_weight"] = torch.from_numpy(pairs.weight)
     for kept in pairs.columns:
         assert isinstance(kept, Features)
@@ -79,17 +110,20 @@ class PairStream(IterableDataset[Batch | None]):
         world: int = 1,
         layout: Layout = Layout.PACKED,
         block_shards: int = BLOCK_SHARDS,
+        scores: bool = False,
     ) -> None:
         """
         per_device    pairs per forward of one process
         accumulation  forwards per optimiser step
         layout        the one in which the policy is measured rightly; may be set until the iteration starts
+        scores        whether pairs must have them, see `pairs_of`
         """
         self.layout = layout
         self.cache, self.seed, self.block_shards = cache, seed, block_shards
         self.per_device, self.accumulation = per_device, accumulation
         self.rank, self.world = rank, world
         self.epoch, self.skip = 0, 0
+        self.scores = scores
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -188,21 +222,10 @@ class PairStream(IterableDataset[Batch | None]):
         parts, places = [], []
         for shard in np.unique(shard_of):
             here = np.flatnonzero(shard_of == shard)
-            parts.append(self._pairs(int(shard)).take(rows[here] - offsets[shard]))
+            parts.append(pairs_of(self.cache, int(shard), scores=self.scores).take(rows[here] - offsets[shard]))
             places.append(here)
         back = np.argsort(np.concatenate(places), kind="stable")
         return Groups.concat(parts).take(back)
-
-    def _pairs(self, sid: int) -> Groups:
-        """A shard, whose groups must be pairs. Raises DataError naming one that is none."""
-        groups = self.cache.shard(sid)
-        other = groups.n_completions != 2
-        if other.any():
-            row = int(other.argmax())
-            raise _no_pairs(
-                f"group {groups.group_id[row]} of cache {self.cache.key[:12]} has {groups.n_completions[row]}"
-            )
-        return groups
 
 
 def _in_background(items: Iterator[T], depth: int) -> Iterator[T]:

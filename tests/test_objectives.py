@@ -25,6 +25,7 @@ from fpo.objectives.dpo import dpo
 from fpo.objectives.features import FeatureSet
 from fpo.objectives.fpo import fpo
 from fpo.objectives.simpo import simpo
+from fpo.objectives.trl_names import LOSSES
 
 
 def logps(*pairs: tuple[float, float], lengths: tuple[float, float] = (1.0, 1.0)) -> PairLogps:
@@ -53,7 +54,8 @@ def test_simpo_loss_matches_hand_calculation() -> None:
     """
     mean logps = -6 / 3 = -2 chosen, -6 / 2 = -3 rejected; u = 2 * (-2 + 3) - 0.5 = 1.5
     """
-    value = simpo(logps((-6.0, -6.0), lengths=(3.0, 2.0)), beta=2.0, gamma=0.5)
+    lengths = torch.tensor([[3.0, 2.0]])
+    value = simpo(logps((-6.0, -6.0), lengths=(3.0, 2.0)), lengths, beta=2.0, gamma=0.5)
     assert value.losses.tolist() == pytest.approx([minus_log_sigmoid(1.5)])
     assert value.rewards.tolist() == [[-4.0, -6.0]]
 
@@ -96,7 +98,8 @@ def test_an_objective_is_its_formula_with_its_own_settings() -> None:
     mean logratios    chosen 1, rejected -1; D_rejected - D_chosen 2 fpo    0.2 * (2 - 0.7 * 2) = 0.12
     """
     policy, reference = logps((-6.0, -8.0), lengths=(3.0, 2.0)), logps((-9.0, -6.0), lengths=(3.0, 2.0))
-    evidence = Evidence(policy, reference, torch.tensor([[1.0, 3.0]]))
+    lengths, nothing = torch.tensor([[3.0, 2.0]]), torch.full((1, 2), math.nan)
+    evidence = Evidence(policy, reference, lengths, torch.tensor([[1.0, 3.0]]), nothing)
     for objective, u in (
         (Dpo(name="dpo", beta=0.5), 2.5),
         (Simpo(name="simpo", beta=3.0, gamma=4.0), 2.0),
@@ -134,6 +137,10 @@ def test_the_policys_own_features_are_known_only_where_the_cache_holds_all(
 def test_every_objective_has_its_row_in_the_docs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert [name for name in OBJECTIVES if f"\n| `{name}` | " not in page] == []
+
+
+def test_a_name_that_is_an_objective_is_not_answered_with_another() -> None:
+    assert not LOSSES.keys() & OBJECTIVES.keys()
 
 
 def test_the_loss_is_log_2_where_the_policy_is_the_reference() -> None:

@@ -101,7 +101,7 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
         ("training.lr_scheduler_type=cosin", "training.lr_scheduler_type: 'cosin' is not valid; nearest is cosine"),
         ("training.lr_scheduler_type=reduce_lr_on_plateau", "reduce_lr_on_plateau goes by evaluations; nothing is"),
         ("training.save_strategy=best", "training.save_strategy: best goes by evaluations"),
-        ("objective.name=orpo", "objective.name: orpo: it is not there yet; valid are dpo, simpo, fpo"),
+        ("objective.name=grpo", "objective.name: grpo: it is not there yet; valid are dpo, simpo, fpo"),
         ("objective.name=sigmoid", "objective.name: sigmoid: it is called dpo here"),
         ("objective={name: dpo, alpha: 1}", "objective.alpha: dpo has no such field, fpo has; another objective is"),
         ("objective={name: dpo, alpha: 1}", "is given whole: --set 'objective={name: dpo}'"),

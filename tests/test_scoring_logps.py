@@ -42,7 +42,7 @@ def test_log_probs_and_gradients_equal_log_softmax(
     if chunked:  # three rows of 31 float32 logits at a time
         monkeypatch.setattr(logps_module, "LOGITS_BUDGET_BYTES", 0)
         monkeypatch.setattr(logps_module, "CHUNK_BYTES", 3 * 31 * 4)
-    found = token_logps(hidden, targets, head if softcap is None else Capped(head, softcap), top=4)
+    found = token_logps(hidden, targets, head if softcap is None else Capped(head, softcap), top=4, squares=True)
     found_grads = torch.autograd.grad((found.logps * weights).sum(), [hidden, head.weight, head.bias])
 
     torch.testing.assert_close(found.logps, expected)
@@ -51,6 +51,8 @@ def test_log_probs_and_gradients_equal_log_softmax(
     best = capped.log_softmax(-1).topk(4)
     torch.testing.assert_close(found.top_logps, best.values)
     assert torch.equal(found.top_indices, best.indices)
+    torch.testing.assert_close(found.log_sum_squares, capped.softmax(-1).square().sum(-1).log())
+    assert not found.log_sum_squares.requires_grad
 
 
 def test_chunks_never_hold_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +63,7 @@ def test_chunks_never_hold_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logps_module, "CHUNK_BYTES", 3 * 31 * 4)
     found = token_logps(torch.randn(13, 8, requires_grad=True), torch.zeros(13, dtype=torch.long), head)
     found.logps.sum().backward()
+    assert found.log_sum_squares.shape == (0,)
     assert rows == [3, 3, 3, 3, 1] * 2 or sorted(rows) == sorted([3, 3, 3, 3, 1] * 2)
 
 

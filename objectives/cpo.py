@@ -1,0 +1,63 @@
+"""Contrastive preference optimisation, without a reference."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
+from torch.nn import functional
+
+from fpo.objectives.objective import LabelSmoothing, Needs, Objective
+from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.sft import sft
+
+
+class Cpo(Objective):
+    """Contrastive preference optimisation, Eq. 3-5 of https://arxiv.org/abs/2401.08417; uses no reference."""
+
+    name: Literal["cpo"]
+    """The objective."""
+
+    beta: PositiveFloat = 0.1
+    """Scale of the difference of the summed log-probs."""
+
+    sft_weight: NonNegativeFloat = 1.0
+    """Weight of the chosen completions' log-likelihood (TRL's cpo_alpha)."""
+
+    label_smoothing: LabelSmoothing = 0.0
+    """Probability that chosen and rejected are the wrong way round."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference=False)
+
+    def value(self, evidence: Evidence) -> ObjectiveValue:
+        return cpo(
+            evidence.policy,
+            evidence.lengths,
+            beta=self.beta,
+            sft_weight=self.sft_weight,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+def cpo(
+    policy: PairLogps,
+    lengths: Float[Tensor, "P 2"],
+    *,
+    beta: float,
+    sft_weight: float,
+    label_smoothing: float = 0.0,
+) -> ObjectiveValue:
+    """
+    Contrastive preference optimisation, https://arxiv.org/abs/2401.08417:
+
+        u    = beta * (logps_chosen - logps_rejected)
+        loss = -(1 - label_smoothing) * log sigmoid(u) - label_smoothing * log sigmoid(-u) + sft_weight * sft
+    """
+    rewards = beta * policy.logps
+    u = rewards[:, 0] - rewards[:, 1]
+    losses = label_smoothing * u - functional.logsigmoid(u) + sft_weight * sft(policy, lengths).losses
+    return ObjectiveValue(losses, rewards.detach())
