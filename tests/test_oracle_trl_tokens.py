@@ -187,7 +187,8 @@ def merging_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize(("tokenizer_name", "max_length"), [("models/stories260K", 1024), ("tokenizers/gpt2", 64)])
+@pytest.mark.parametrize("max_length", [None, 64, 256, 1024])
+@pytest.mark.parametrize("tokenizer_name", ["models/stories260K", "tokenizers/gpt2"])
 @pytest.mark.parametrize("name", FILES)
 def test_real_pairs_have_the_tokens_of_trl(name, tokenizer_name, max_length, tmp_path):
     tokenizer = load(tokenizer_name)
@@ -197,14 +198,15 @@ def test_real_pairs_have_the_tokens_of_trl(name, tokenizer_name, max_length, tmp
     compare(read_groups(str(DATA / "pairs" / name), "train").dataset, tokenizer, max_length, tmp_path)
 
 
+@pytest.mark.parametrize(("tokenizer_name", "max_length"), [("models/stories260K", 1024), ("tokenizers/gpt2", 256)])
 @pytest.mark.parametrize("name", FILES)
-def test_real_completions_have_the_tokens_of_trls_kto(name, tmp_path):
-    tokenizer = load("tokenizers/gpt2")
+def test_real_completions_have_the_tokens_of_trls_kto(name, tokenizer_name, max_length, tmp_path):
+    tokenizer = load(tokenizer_name)
     if not (DATA / "pairs" / name).exists():
         pytest.skip(f"{name} is absent")
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = CHATML if "gpt2" in tokenizer_name else THINKING
     rows = unpaired(read_groups(str(DATA / "pairs" / name), "train").dataset)
-    compare_unpaired(rows, tokenizer, 256, tmp_path)
+    compare_unpaired(rows, tokenizer, max_length, tmp_path)
 
 
 TEXTS = [
