@@ -229,7 +229,8 @@ def test_the_loggers_are_told_the_objective_and_the_saved_model_is_not(world: Ti
     cache = find_cache(recipe, world.store)
     config = json.loads(training_arguments(recipe, tmp_path, cache).to_json_string())
     assert config["objective"] == {
-        "name": "fpo", "beta": 2.0, "alpha": 3.0, "k": 8, "feature_set": "reference", "hookpoint": None
+        "name": "fpo", "beta": 2.0, "alpha": 3.0, "k": 8, "feature_set": "reference", "length_normalised": True,
+        "hookpoint": None,
     }  # fmt: skip
     assert (config["cache_key"], config["learning_rate"]) == (cache.key, 1e-4)
     run(world, recipe, tmp_path / "run")
