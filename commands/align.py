@@ -14,6 +14,7 @@ import typer
 from fpo.commands.caches import recipe_cache
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson, Overrides, RecipePath, StoreOption, command_line
+from fpo.commands.wording import groups_word
 from fpo.errors import RunInterrupted
 from fpo.interrupts import exit_code, interruptible
 from fpo.progress import is_first_rank, say
@@ -65,7 +66,8 @@ def align_command(
         print(json.dumps({**facts, "last": report.last}, indent=2))
         return
     print(f"run         {report.run}")
-    print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_groups:,} pairs")
+    what = groups_word(cache.n_groups, cache.n_completions)
+    print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_groups:,} {what}")
     for column in cache.columns:
         sealed = column.sealed
         print(f"column      {sealed.key[:12]} (manifest {sealed.digest[:12]}), {column_name(column.wanted)}")
@@ -75,8 +77,8 @@ def align_command(
         print(f"parity      {report.parity:.2g} nats per token between the policy and the cached reference")
     world, per_device, accumulation = report.per_step
     print(
-        f"trained     {report.steps:,} steps of {world * per_device * accumulation} pairs ({world} "
-        f"process{'es' if world > 1 else ''} x {per_device} x {accumulation}), {rate:.1f} pairs/s, "
+        f"trained     {report.steps:,} steps of {world * per_device * accumulation} {what} ({world} "
+        f"process{'es' if world > 1 else ''} x {per_device} x {accumulation}), {rate:.1f} {what}/s, "
         f"{report.seconds:.0f} s"
     )
     for name in sorted(name for name in report.last if "/" in name or name == "loss"):

@@ -11,6 +11,7 @@ import typer
 from fpo.commands.caches import recipe_cache
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson
+from fpo.commands.wording import groups_word
 
 
 def evaluate_command(
@@ -38,6 +39,7 @@ def evaluate_command(
     if as_json:
         print(json.dumps(metrics, indent=2))
         return
-    print(f"{cache.n_groups:,} held-out pairs ({loaded.data.eval_split}), cache {cache.key[:12]}")
+    what = groups_word(cache.n_groups, cache.n_completions)
+    print(f"{cache.n_groups:,} held-out {what} ({loaded.data.eval_split}), cache {cache.key[:12]}")
     for name, value in metrics.items():
         print(f"  {name:<33}{value:.6g}")

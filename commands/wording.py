@@ -20,6 +20,11 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def groups_word(n_groups: int, n_completions: int) -> str:
+    """Groups of two are called pairs."""
+    return "pairs" if n_completions == 2 * n_groups else "groups"
+
+
 def age(moment: datetime | None) -> str:
     if moment is None:
         return "-"

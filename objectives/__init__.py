@@ -30,7 +30,7 @@ from fpo.objectives.fpo import Fpo
 from fpo.objectives.hinge import Hinge
 from fpo.objectives.ipo import Ipo
 from fpo.objectives.nca_pair import NcaPair
-from fpo.objectives.objective import Needs, Objective
+from fpo.objectives.objective import Needs, Objective, Pairing
 from fpo.objectives.odpo import Odpo
 from fpo.objectives.orpo import Orpo
 from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
@@ -96,6 +96,7 @@ __all__ = [
     "Odpo",
     "Orpo",
     "PairLogps",
+    "Pairing",
     "Robust",
     "Sft",
     "Simpo",

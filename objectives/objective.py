@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,8 +33,14 @@ class Needs:
     """Whether the policy's whole distributions enter the loss, as `Evidence.typicality` sums them up."""
 
 
+Pairing = Literal["best_rest", "best_worst", "adjacent", "all"]
+
+
 class Objective(Section):
     """What all objectives share; see docs/objectives.md for the formulas."""
+
+    pairs: Pairing = "best_rest"
+    """Which completions of a group of more than two are compared; all its pairs together count as one pair does."""
 
     @property
     @abstractmethod

@@ -38,7 +38,7 @@ from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
 from fpo.stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
 from fpo.stage2_align.saved import expected_weights, save_policy
-from fpo.stage2_align.stream import PairStream, check_pairs
+from fpo.stage2_align.stream import PairStream, check_groups
 from fpo.stage2_align.trainer import PairTrainer
 from fpo.store import Cache, Groups
 
@@ -68,7 +68,7 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     output  the run folder; `resume` continues the run that stands there, if there is one
     Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
-    check_pairs(cache, scores=recipe.objective.needs.scores)
+    check_groups(cache, scores=recipe.objective.needs.scores)
     args = training_arguments(recipe, output, cache)
     first = args.process_index == 0
     with locked(output) if first else contextlib.nullcontext():
@@ -150,6 +150,7 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
         rank=args.process_index,
         world=args.world_size,
         scores=recipe.objective.needs.scores,
+        pairing=recipe.objective.pairs,
     )
     try:
         return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE, request)

@@ -15,9 +15,9 @@ from fpo.recipe import Recipe, load_recipe
 from fpo.scoring import Packed, mixed_precision
 from fpo.stage2_align.align import policy_layout, policy_model
 from fpo.stage2_align.checkpoints import whole_checkpoint
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.run import RECIPE_FILE, feature_of, read_run
-from fpo.stage2_align.stream import PairStream, check_pairs
+from fpo.stage2_align.stream import PairStream, check_groups
 from fpo.store import Cache, is_url
 
 # What a run was trained with; anything else of its recipe says which held-out pairs, or where things lie now.
@@ -68,7 +68,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
     _check_scorer(cache, run, facts)
-    check_pairs(cache, scores=recipe.objective.needs.scores)
+    check_groups(cache, scores=recipe.objective.needs.scores)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     say("loading the policy ...")
@@ -76,8 +76,9 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
     model.to(device)
     size = recipe.training.get("per_device_eval_batch_size", 8)
     layout, scores = policy_layout(model, cache), recipe.objective.needs.scores
-    stream = PairStream(cache, seed=0, per_device=size, layout=layout, scores=scores)
+    stream = PairStream(cache, seed=0, per_device=size, layout=layout, scores=scores, pairing=recipe.objective.pairs)
     sums: dict[str, float] = {}
+    counted = 0.0
     with (
         torch.inference_mode(),
         progress_bar(cache.n_groups, "pairs", "evaluate") as bar,
@@ -90,8 +91,9 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             metrics = batch_metrics(meter.measure(scores, on_device), on_device)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-            bar.update(len(batch["ref_logps"]))
-    metrics_mean = {f"eval_{name}": total / cache.n_groups for name, total in sorted(sums.items())}
+            counted += float(counted_groups(batch).sum())
+            bar.update(len(batch["n_completions"]))
+    metrics_mean = {f"eval_{name}": total / max(counted, 1) for name, total in sorted(sums.items())}
     broken = next((name for name, value in metrics_mean.items() if not math.isfinite(value)), None)
     if broken is not None:
         raise RunError(f"{policy}: {broken} is {metrics_mean[broken]} on the held-out pairs; the policy is broken")

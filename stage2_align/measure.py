@@ -75,45 +75,46 @@ class ObjectiveMeter:
         batch   from `batch_tensors`, on the policy's device
         """
         packed = Packed(*(batch[name] for name in Packed._fields))
-        counts = packed.counts.view(-1, 2)
-        logps = sum_logps(scores.token_logps, packed).view(-1, 2)
+        pairs = batch["pairs"]
+        counts = packed.counts[pairs]
+        logps = sum_logps(scores.token_logps, packed)[pairs]
         policy = PairLogps(logps, logps / counts)
-        reference = PairLogps(batch["ref_logps"], batch["ref_logps"] / counts)
+        reference = PairLogps(batch["ref_logps"][pairs], batch["ref_logps"][pairs] / counts)
         distances, need = None, self.objective.needs.features
         if self.sae is not None:
             assert need is not None
             residual = packed.counting(scores.residuals[0])
-            distances = feature_distances(self.sae, need, residual, packed, _cached(batch))
+            distances = feature_distances(self.sae, need, residual, packed, batch)[pairs]
         typicality = None
         if scores.log_sum_squares is not None:
             apart = scores.token_logps.detach() - scores.log_sum_squares
-            typicality = sum_logps(apart, packed).view(-1, 2) / counts
+            typicality = sum_logps(apart, packed)[pairs] / counts
         lengths = counts.to(logps.dtype)
-        evidence = Evidence(policy, reference, lengths, distances, batch["scores"], typicality)
+        evidence = Evidence(policy, reference, lengths, distances, batch["score"][pairs], typicality)
         value = self.objective.value(evidence)
         # What the data says that a pair counts; 1 where it says nothing.
-        return Measurement(value._replace(losses=value.losses * batch["group_weight"]), evidence, self.incomplete)
+        return Measurement(value._replace(losses=value.losses * batch["pair_weight"]), evidence, self.incomplete)
 
 
 def feature_distances(
-    sae: Sae, need: FeatureNeed, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
-) -> Float[Tensor, "P 2"]:
+    sae: Sae, need: FeatureNeed, residual: Float[Tensor, "N D"], packed: Packed, batch: dict[str, Tensor]
+) -> Float[Tensor, " C"]:
     """
-    D of chosen and rejected (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective needs.
+    D of every completion of a pair (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective
+    needs; 0 of one that is in none.
 
-    Only the rejected completions carry a gradient: the chosen side enters the objective detached.
+    Completions that no pair rejects carry no gradient: the chosen side enters the objective detached.
     """
+    reference = SparseRows(batch["ref_indices"], batch["ref_acts"], batch["ref_counts"])
     columns = _feature_set(sae, need, residual, packed, reference)
     stored = look_up(reference, columns.columns, sae.facts.d_sae)
-    side_of_token = packed.counting(packed.completion) % 2
-    sides = []
-    for side in (0, 1):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and side == 1):
-            acts = sae.pooled_columns(
-                residual[side_of_token == side], packed.counts[side::2].tolist(), columns.columns[side::2]
-            )
-            sides.append(feature_distance(acts, stored[side::2], columns.valid[side::2], k=need.k))
-    return torch.stack(sides, dim=1)
+    distances = stored.new_zeros(len(stored))
+    for side in ("chosen", "rejected"):
+        own, tokens = batch[f"{side}_only"], batch[f"{side}_tokens"]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and side == "rejected"):
+            acts = sae.pooled_columns(residual[tokens], packed.counts[own].tolist(), columns.columns[own])
+            distances = distances.index_copy(0, own, feature_distance(acts, stored[own], columns.valid[own], k=need.k))
+    return distances
 
 
 def _feature_set(
@@ -125,14 +126,16 @@ def _feature_set(
     return own if need.feature_set == "policy" else union(own, reference_top(reference, need.k))
 
 
-def _cached(batch: dict[str, Tensor]) -> SparseRows:
-    return SparseRows(batch["ref_indices"], batch["ref_acts"], batch["ref_counts"])
+def counted_groups(batch: dict[str, Tensor]) -> Float[Tensor, " P"]:
+    """What each pair counts in a mean over groups; a repeat, whose `weight` is 0, counts nothing."""
+    return batch["share"] * (batch["weight"] > 0)
 
 
 def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """
-    Sums over the batch's pairs of every metric that is logged, under TRL's names where TRL has one. Repeats, whose
-    `weight` is 0, count in none. float32: Apple GPUs have nothing wider, whoever adds batches up does it in float64.
+    Sums over the batch's groups of every metric that is logged, each the mean over a group's pairs, under TRL's names
+    where TRL has one. Repeats, whose `weight` is 0, count in none. float32: Apple GPUs have nothing wider, whoever adds
+    batches up does it in float64.
     """
     rewards = measurement.value.rewards
     policy, distances = measurement.evidence.policy, measurement.evidence.distances
@@ -150,6 +153,6 @@ def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[st
         metrics["features/distance_rejected"] = distances[:, 1]
     if measurement.incomplete:
         # Reference activations that a top-k cache does not hold count as 0; their squares sum to this.
-        metrics["features/unknown_sq"] = batch["ref_tail_sq"].mean(1)
-    counts = batch["weight"] > 0
+        metrics["features/unknown_sq"] = batch["ref_tail_sq"][batch["pairs"]].mean(1)
+    counts = counted_groups(batch)
     return {name: (values.detach().float() * counts).sum() for name, values in metrics.items()}

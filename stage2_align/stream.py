@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fpo.errors import DataError
+from fpo.objectives import Pairing
 from fpo.scoring import Layout, pack
 from fpo.stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
+from fpo.stage2_align.pairing import Pairs, pairs_of
 from fpo.store import Cache, Features, Groups
+from fpo.store.format.ragged import gather, starts_of
 
 T = TypeVar("T")
 
@@ -28,67 +31,80 @@ QUEUE_BATCHES = 64
 Batch = dict[str, Tensor]
 
 
-def check_pairs(cache: Cache, *, scores: bool) -> None:
+def check_groups(cache: Cache, *, scores: bool) -> None:
     """
-    DataError where the cache's counts tell that its groups are no pairs, or its first shard that they lack the scores
-    that are asked for: no model needs to be loaded to know it.
+    DataError where the cache's counts tell that a group is no pair, or its first shard that groups lack the scores that
+    are asked for: no model needs to be loaded to know it.
     """
-    if cache.n_completions != 2 * cache.n_groups:
-        raise _no_pairs(f"cache {cache.key[:12]} has {cache.n_completions:,} in {cache.n_groups:,} groups")
-    if scores:
-        pairs_of(cache, 0, scores=scores)
+    if cache.n_completions < 2 * cache.n_groups:
+        raise _no_pair(f"cache {cache.key[:12]} has {cache.n_completions:,} in {cache.n_groups:,} groups")
+    groups_of(cache, 0, scores=scores)
 
 
-def pairs_of(cache: Cache, sid: int, *, scores: bool) -> Groups:
+def groups_of(cache: Cache, sid: int, *, scores: bool) -> Groups:
     """
-    A shard, whose groups must be pairs.
+    A shard, whose groups must hold two completions at least.
 
-    scores  whether they must say that chosen is no worse than rejected
+    scores  whether these must say that no completion is better than the one before it
     Raises DataError naming a group that is not as it must be.
     """
     groups = cache.shard(sid)
-    other = groups.n_completions != 2
-    if other.any():
-        row = int(other.argmax())
-        raise _no_pairs(f"group {groups.group_id[row]} of cache {cache.key[:12]} has {groups.n_completions[row]}")
+    single = groups.n_completions < 2
+    if single.any():
+        row = int(single.argmax())
+        raise _no_pair(f"group {groups.group_id[row]} of cache {cache.key[:12]} has {groups.n_completions[row]}")
     if scores:
-        chosen, rejected = groups.score.reshape(-1, 2).T
-        unranked = ~(chosen >= rejected)
+        better, worse = groups.score[:-1], groups.score[1:]
+        inside = np.ones(len(better), dtype=bool)
+        inside[groups.completion_starts[1:-1] - 1] = False
+        unranked = inside & ~(better >= worse)
         if unranked.any():
-            row = int(unranked.argmax())
+            at = int(unranked.argmax())
+            row = int(np.searchsorted(groups.completion_starts, at, side="right")) - 1
             raise DataError(
                 f"the objective takes a margin from scores, and group {groups.group_id[row]} of cache "
-                f"{cache.key[:12]} has {chosen[row]:g} for chosen and {rejected[row]:g} for rejected; name data with "
+                f"{cache.key[:12]} has {better[at]:g} for chosen and {worse[at]:g} for rejected; name data with "
                 "a higher score for chosen (data.columns: score_chosen and score_rejected, or margin)"
             )
     return groups
 
 
-def _no_pairs(found: str) -> DataError:
+def _no_pair(found: str) -> DataError:
     return DataError(
-        f"an objective compares two completions of a prompt, and {found}; name data with one chosen and one rejected "
-        "completion in every row (data.source, data.columns)"
+        f"an objective compares completions of a prompt, and {found}; name data with two or more completions in every "
+        "row (data.source, data.columns)"
     )
 
 
-def batch_tensors(pairs: Groups, layout: Layout) -> Batch:
+def batch_tensors(groups: Groups, pairs: Pairs, layout: Layout) -> Batch:
     """
-    What a step needs of these pairs: the fields of `Packed`, and the reference's side under `ref_`.
+    What a step needs of these groups: the fields of `Packed`, the reference's side under `ref_`, the data's `score`,
+    and of their pairs which completions they are (`pairs`), what part of its group each is (`share`) and what the data
+    says that the group counts (`pair_weight`).
 
-    pairs    groups of two, with the one column of features that the objective reads, or with none
+    groups   with the one column of features that the objective reads, or with none
     layout   the one in which the policy is measured rightly
     """
-    packed = pack(pairs.input_ids, pairs.splits, pairs.n_completions, layout, score_mask=pairs.score_mask)
+    packed = pack(groups.input_ids, groups.splits, groups.n_completions, layout, score_mask=groups.score_mask)
     batch: dict[str, Any] = dict(packed._asdict())
-    batch["ref_logps"] = torch.from_numpy(pairs.ref_logps).view(-1, 2)
-    batch["scores"] = torch.from_numpy(pairs.score).view(-1, 2)
-    batch["group_weight"] = torch.from_numpy(pairs.weight)
-    for kept in pairs.columns:
+    batch["n_completions"] = torch.from_numpy(groups.n_completions.astype(np.int64))
+    batch["ref_logps"] = torch.from_numpy(groups.ref_logps)
+    batch["score"] = torch.from_numpy(groups.score)
+    batch["pairs"] = torch.from_numpy(pairs.completions)
+    batch["share"] = torch.from_numpy(pairs.shares(len(groups)))
+    batch["pair_weight"] = torch.from_numpy(groups.weight[pairs.group])
+    for kept in groups.columns:
         assert isinstance(kept, Features)
         batch["ref_indices"] = torch.from_numpy(kept.indices.astype(np.int64))
         batch["ref_acts"] = torch.from_numpy(kept.acts)
         batch["ref_counts"] = torch.from_numpy(np.diff(kept.splits.astype(np.int64)))
-        batch["ref_tail_sq"] = torch.from_numpy(kept.tail_sq).view(-1, 2)
+        batch["ref_tail_sq"] = torch.from_numpy(kept.tail_sq)
+        rejected = np.unique(pairs.completions[:, 1])
+        chosen = np.setdiff1d(pairs.completions[:, 0], rejected)
+        counted = starts_of(groups.counted)
+        for side, completions in (("chosen", chosen), ("rejected", rejected)):
+            batch[f"{side}_only"] = torch.from_numpy(completions)
+            batch[f"{side}_tokens"] = torch.from_numpy(gather(counted, completions)[0])
     return batch
 
 
@@ -111,19 +127,21 @@ class PairStream(IterableDataset[Batch | None]):
         layout: Layout = Layout.PACKED,
         block_shards: int = BLOCK_SHARDS,
         scores: bool = False,
+        pairing: Pairing = "best_rest",
     ) -> None:
         """
         per_device    pairs per forward of one process
         accumulation  forwards per optimiser step
         layout        the one in which the policy is measured rightly; may be set until the iteration starts
-        scores        whether pairs must have them, see `pairs_of`
+        scores        whether groups must have them, see `groups_of`
+        pairing       which completions of a group are compared
         """
         self.layout = layout
         self.cache, self.seed, self.block_shards = cache, seed, block_shards
         self.per_device, self.accumulation = per_device, accumulation
         self.rank, self.world = rank, world
         self.epoch, self.skip = 0, 0
-        self.scores = scores
+        self.scores, self.pairing = scores, pairing
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -153,13 +171,13 @@ class PairStream(IterableDataset[Batch | None]):
         skipped, self.skip = self.skip, 0
         yield from (None for _ in range(skipped))
         micro = self._micro_batches(skipped // self.accumulation)
-        tensors = ({**batch_tensors(pairs, self.layout), "weight": weight} for pairs, weight in micro)
+        tensors = (self._tensors(groups, shares) for groups, shares in micro)
         ready = _in_background(tensors, QUEUE_BATCHES)
         for _ in range(skipped % self.accumulation):
             next(ready)
         yield from ready
 
-    def _micro_batches(self, first_step: int) -> Iterator[tuple[Groups, Tensor]]:
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[Groups, np.ndarray]]:
         """
         This process's pairs of each forward, and what the loss of each weighs, so that Trainer's mean over the step's
         forwards and processes is the mean over the step's pairs.
@@ -177,7 +195,13 @@ class PairStream(IterableDataset[Batch | None]):
                 weights = np.concatenate([weights, np.zeros(short, np.float32)])
                 own = len(positions) // self.world
                 mine = slice(self.rank * own, (self.rank + 1) * own)
-                yield pairs.take(positions[mine]), torch.from_numpy(weights[mine])
+                yield pairs.take(positions[mine]), weights[mine]
+
+    def _tensors(self, groups: Groups, shares: np.ndarray) -> Batch:
+        """A forward's groups; `shares` is what each counts in the step, and its pairs share it."""
+        pairs = pairs_of(groups, self.pairing)
+        batch = batch_tensors(groups, pairs, self.layout)
+        return {**batch, "weight": torch.from_numpy(shares[pairs.group]) * batch["share"]}
 
     def _global_batches(self, first_step: int) -> Iterator[Groups]:
         """Pairs of each optimiser step from `first_step` of the epoch on; blocks before it are not decoded."""
@@ -222,7 +246,7 @@ class PairStream(IterableDataset[Batch | None]):
         parts, places = [], []
         for shard in np.unique(shard_of):
             here = np.flatnonzero(shard_of == shard)
-            parts.append(pairs_of(self.cache, int(shard), scores=self.scores).take(rows[here] - offsets[shard]))
+            parts.append(groups_of(self.cache, int(shard), scores=self.scores).take(rows[here] - offsets[shard]))
             places.append(here)
         back = np.argsort(np.concatenate(places), kind="stable")
         return Groups.concat(parts).take(back)

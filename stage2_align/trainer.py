@@ -33,7 +33,7 @@ from fpo.scoring import Packed, router_coefficient
 from fpo.stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
 from fpo.stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
 from fpo.stage2_align.finite import FiniteWatch
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.stream import Batch, PairStream
 
 
@@ -97,7 +97,7 @@ class PairTrainer(Trainer):
         scores = model(**{name: inputs[name] for name in Packed._fields})
         measurement = self.meter.measure(scores, inputs)
         weight = inputs["weight"]
-        pairs = (weight > 0).sum()
+        pairs = counted_groups(inputs).sum()
         loss, sums = (measurement.value.losses * weight).sum(), batch_metrics(measurement, inputs)
         if scores.router_loss is not None:
             # A mean over the batch's tokens, so it counts as often as the batch has pairs, as in TRL.

@@ -76,9 +76,9 @@ class Bench:
         source = {"source": str(self.folder / name), "eval_split": None}
         return ["cache", self.recipe(data={**source, **data})]
 
-    def lists(self) -> list[str]:
-        """`fpo align` on data with three completions in each row, once its cache is built."""
-        rows = [{"prompt": "w1", "completions": [f"w{n}", "w2", "w3"], "scores": [3, 2, 1]} for n in (7, 8)]
+    def singles(self) -> list[str]:
+        """`fpo align` on data with one completion in each row, once its cache is built."""
+        rows = [{"prompt": "w1", "completion": f"w{n}", "label": True} for n in (7, 8)]
         command = self.pairs(rows)
         with mock.patch.object(sys, "argv", ["fpo", *command]):
             assert exit_code(cli.main) == 0
@@ -614,10 +614,10 @@ RUNS = [
         "fpo cache",
     ),
     _refused(
-        "a cache of lists",
-        lambda b: b.lists(),
-        "an objective compares two completions of a prompt, and cache ",
-        "has 6 in 2 groups; name data with one chosen and one rejected completion in every row",
+        "a cache of single completions",
+        lambda b: b.singles(),
+        "an objective compares completions of a prompt, and cache ",
+        "has 2 in 2 groups; name data with two or more completions in every row",
         never=("loading the policy",),
     ),
     _refused("the output is a file", lambda b: (written(b.folder / "run"), b.align())[1], "run"),

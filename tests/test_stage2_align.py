@@ -28,7 +28,7 @@ from fpo.stage2_align import align, evaluate_run
 from fpo.stage2_align.align import load_policy
 from fpo.stage2_align.arguments import training_arguments
 from fpo.stage2_align.callbacks import read_metrics
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.run import METRICS_FILE, read_run
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.trainer import MetricSums
@@ -163,7 +163,7 @@ def test_a_step_computes_nothing_in_float64_which_apple_gpus_do_not_have(world: 
     sums = MetricSums()
     with NoFloat64():
         scores = model(**{name: batch[name] for name in Packed._fields})
-        sums.add(batch_metrics(meter.measure(scores, batch), batch), (batch["weight"] > 0).sum())
+        sums.add(batch_metrics(meter.measure(scores, batch), batch), counted_groups(batch).sum())
 
 
 def test_low_rank_adapters_train_and_evaluate(world: TinyWorld, tmp_path: Path) -> None:

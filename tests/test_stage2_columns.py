@@ -19,6 +19,7 @@ from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.score import ReferenceScorer
 from fpo.stage2_align import align, evaluate_run
 from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.pairing import pairs_of
 from fpo.stage2_align.run import METRICS_FILE, read_run
 from fpo.store import column_name
 
@@ -128,28 +129,89 @@ def test_behind_a_url_nothing_is_fetched_but_the_base_and_the_column_that_is_rea
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        ([3, 3, 3, 3], "cache {key} has 12 in 4 groups; name data with one chosen and one rejected"),
-        ([1, 3, 2, 2], r"group [01] of cache {key} has [13]; name data with one chosen and one rejected"),
+        ([1, 1, 2, 3], "cache {key} has 7 in 4 groups; name data with two or more completions"),
+        ([1, 3, 2, 2], r"group 0 of cache {key} has 1; name data with two or more completions"),
     ],
     ids=["told-by-the-manifest", "told-by-a-shard"],
 )
-def test_groups_that_are_no_pairs_are_refused(
+def test_groups_of_one_completion_are_refused(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], told: str
 ) -> None:
-    """Before the model is loaded, where their number alone says so."""
-    rows = [
-        {"prompt": f"w{n}", "completions": [f" w{n} w{m}" for m in range(size)], "scores": list(range(size))}
-        for n, size in enumerate(sizes)
-    ]
-    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = world.recipe(data={"source": str(tmp_path / "lists.jsonl"), "eval_split": "train"})
+    """Before the model is loaded."""
+    recipe = world.recipe(data=listed(tmp_path, sizes))
     build_caches(recipe, world.store)
-    if sum(sizes) != 2 * len(sizes):
-        monkeypatch.setattr(aligning, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(aligning, "load_model", lambda *_: pytest.fail("a model was loaded"))
     cache = find_cache(recipe, world.store)
     with pytest.raises(DataError, match=told.format(key=cache.key[:12])):
         align(recipe, cache, tmp_path / "run")
     assert not (tmp_path / "run" / METRICS_FILE).exists()
+
+
+def listed(root: Path, sizes: list[int]) -> dict[str, Any]:
+    """Data of groups with so many completions; the last one of each is the best."""
+    rows = [
+        {"prompt": f"w{n} w5", "completions": [f" w{n} w{m}" for m in range(size)], "scores": list(range(size))}
+        for n, size in enumerate(sizes)
+    ]
+    (root / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": str(root / "lists.jsonl"), "split": "train", "eval_split": "train"}
+
+
+PAIRS = {"best_rest": [(0, 1), (0, 2)], "best_worst": [(0, 2)], "adjacent": [(0, 1), (1, 2)]}
+PAIRS["all"] = [(0, 1), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(("name", "learning_rate"), [("dpo", 0.3), ("fpo", 1e-5)])
+@pytest.mark.parametrize("pairing", list(PAIRS))
+def test_lists_train_as_the_pairs_that_they_are_made_of(
+    world: TinyWorld, tmp_path: Path, name: str, learning_rate: float, pairing: str
+) -> None:
+    """
+    Six groups of three, all in one step, against a file with their pairs written out: every group has as many pairs, so
+    the mean over groups of the mean over their pairs is the mean over all pairs.
+    """
+    data = listed(tmp_path, [3] * 6)
+    rows = [json.loads(line) for line in Path(data["source"]).read_text().splitlines()]
+    written = [
+        {"prompt": row["prompt"], "chosen": row["completions"][2 - better], "rejected": row["completions"][2 - worse]}
+        for row in rows
+        for better, worse in PAIRS[pairing]
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    training = {"max_steps": 3, "learning_rate": learning_rate, "optim": "sgd", "max_grad_norm": 0}
+    losses = []
+    for source, size in (("lists", 6), ("pairs", len(written))):
+        recipe = world.recipe(
+            data={**data, "source": str(tmp_path / f"{source}.jsonl")},
+            objective={"name": name, "pairs": pairing},
+            training={**training, "per_device_train_batch_size": size},
+        )
+        build_caches(recipe, world.store)
+        rows_of_run = metrics(recipe, world.store, tmp_path / source)
+        losses.append([row["loss"] for row in rows_of_run if "rewards/margins" in row])
+        losses[-1].append(
+            evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), tmp_path / source)["eval_loss"]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[0][-1] - math.log(2)) > 1e-4
+
+
+def test_completions_of_equal_score_make_no_pair_in_a_list_and_one_in_a_pair(world: TinyWorld, tmp_path: Path) -> None:
+    """Scores 2, 1, 1 | 3, 3, 0 | 1, 1: of all pairs of a list those of unequal score, and each group counts once."""
+    lists = [
+        {"prompt": "w1", "completions": [" w1", " w2", " w3"], "scores": [2, 1, 1]},
+        {"prompt": "w2", "completions": [" w1", " w2", " w3"], "scores": [3, 3, 0]},
+        {"prompt": "w3", "completions": [" w1", " w2"], "scores": [1, 1]},
+    ]
+    (tmp_path / "ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+    recipe = world.recipe(data={"source": str(tmp_path / "ties.jsonl"), "eval_split": None})
+    build_caches(recipe, world.store)
+    groups = find_cache(recipe, world.store).shard(0)
+    groups = groups.take(groups.group_id.argsort())
+    pairs = pairs_of(groups, "all")
+    assert pairs.completions.tolist() == [[0, 1], [0, 2], [3, 5], [4, 5], [6, 7]]
+    assert pairs.group.tolist() == [0, 0, 1, 1, 2]
+    assert pairs.shares(3).tolist() == [0.5, 0.5, 0.5, 0.5, 1]
 
 
 def test_a_pairs_loss_is_multiplied_by_the_weight_that_the_data_gives_it(world: TinyWorld, tmp_path: Path) -> None:

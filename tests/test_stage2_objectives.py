@@ -77,9 +77,10 @@ def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_refere
         found[name] = losses.mean().item()
     assert {name: found[name] for name in AT_THE_REFERENCE} == pytest.approx(AT_THE_REFERENCE, rel=1e-4)
     # Where the policy itself enters: from the cached log-probs, which are its own.
-    means = batch["ref_logps"] / batch["counts"].view(-1, 2)
-    nll = float(-batch["ref_logps"][:, 0].sum() / batch["counts"][::2].sum())
-    difference = torch.nn.functional.logsigmoid(0.1 * (batch["ref_logps"][:, 0] - batch["ref_logps"][:, 1]))
+    logps = batch["ref_logps"].view(-1, 2)
+    means = logps / batch["counts"].view(-1, 2)
+    nll = float(-logps[:, 0].sum() / batch["counts"][::2].sum())
+    difference = torch.nn.functional.logsigmoid(0.1 * (logps[:, 0] - logps[:, 1]))
     apart = (scores.token_logps - scores.log_sum_squares).detach().split(batch["lengths"].tolist())
     weights = torch.stack([tokens.mean() for tokens in apart]).view(-1, 2).sum(1).exp().clamp(max=1)
     odds = means - torch.log(1 - means.exp())
