@@ -121,12 +121,17 @@ def _check_logps(apart: Tensor, pairs: Groups, arithmetic: tuple[Arithmetic, Ari
     worst = int(signed.abs().argmax())
     row = int(np.searchsorted(pairs.completion_starts, worst, side="right")) - 1
     place = worst - int(pairs.completion_starts[row])
-    side = ("chosen", "rejected")[place] if pairs.n_completions[row] == 2 else f"completion {place + 1}"
+    pair = pairs.n_completions[row] == 2
+    which = (
+        f"pair {pairs.group_id[row]}, {('chosen', 'rejected')[place]}"
+        if pair
+        else (f"group {pairs.group_id[row]}, completion {place + 1}")
+    )
     cached = float(pairs.ref_logps[worst])
     ours = cached + float(completions[worst].sum())
     raise ParityError(
         f"the policy does not reproduce the cached reference: token log-probs {what}\n"
-        f"  group {pairs.group_id[row]}, {side}: {ours:.4f} by the policy, {cached:.4f} in the "
+        f"  {which}: {ours:.4f} by the policy, {cached:.4f} in the "
         f"cache {key[:12]}\n"
         "  the policy starts from reference.model: was it changed, or does it not compute as the reference did?"
     )

@@ -346,7 +346,7 @@ def test_a_damaged_shard_trains_nothing(world: TinyWorld, tmp_path: Path) -> Non
 
 
 def ids_of(stream: PairStream) -> list[list[int]]:
-    return [batch["ref_logps"][:, 0].tolist() for batch in stream if batch is not None]
+    return [batch["ref_logps"][::2].tolist() for batch in stream if batch is not None]
 
 
 def test_a_stream_that_starts_in_the_middle_gives_what_a_whole_one_gives_there(world: TinyWorld) -> None:

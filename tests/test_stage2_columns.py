@@ -161,8 +161,9 @@ PAIRS = {"best_rest": [(0, 1), (0, 2)], "best_worst": [(0, 2)], "adjacent": [(0,
 PAIRS["all"] = [(0, 1), (0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize(("name", "learning_rate"), [("dpo", 0.3), ("fpo", 1e-5)])
-@pytest.mark.parametrize("pairing", list(PAIRS))
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "pairing"), [*(("dpo", 0.3, pairing) for pairing in PAIRS), ("fpo", 1e-5, "all")]
+)
 def test_lists_train_as_the_pairs_that_they_are_made_of(
     world: TinyWorld, tmp_path: Path, name: str, learning_rate: float, pairing: str
 ) -> None:

@@ -229,8 +229,8 @@ def test_the_loggers_are_told_the_objective_and_the_saved_model_is_not(world: Ti
     cache = find_cache(recipe, world.store)
     config = json.loads(training_arguments(recipe, tmp_path, cache).to_json_string())
     assert config["objective"] == {
-        "name": "fpo", "beta": 2.0, "alpha": 3.0, "k": 8, "feature_set": "reference", "length_normalised": True,
-        "hookpoint": None,
+        "name": "fpo", "pairs": "best_rest", "beta": 2.0, "alpha": 3.0, "k": 8, "feature_set": "reference",
+        "length_normalised": True, "hookpoint": None,
     }  # fmt: skip
     assert (config["cache_key"], config["learning_rate"]) == (cache.key, 1e-4)
     run(world, recipe, tmp_path / "run")
@@ -336,7 +336,12 @@ FILES_OF_AT_MOST += "sys.argv = ['fpo', *sys.argv[2:]]; from fpo import cli; cli
 
 @pytest.mark.parametrize(
     ("limit", "what"),
-    [(100, "run.json"), (3_000, "metrics.jsonl"), (20_000, "checkpoint-7"), (200_000, "checkpoint-7")],
+    [
+        (100, "run.json"),
+        (20_000, "checkpoint-7"),
+        pytest.param(3_000, "metrics.jsonl", marks=pytest.mark.campaign),
+        pytest.param(200_000, "checkpoint-7", marks=pytest.mark.campaign),
+    ],
 )
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     world: TinyWorld, tmp_path: Path, limit: int, what: str
