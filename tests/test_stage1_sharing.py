@@ -14,7 +14,7 @@ from tiny_world import TinyWorld, build_tiny_world
 from fpo.stage1_cache.fill import own_place
 from fpo.store import verify
 
-N = 256
+N = 160
 ROOT = Path(__file__).parents[1]
 BUILD = """
 import json, sys
@@ -78,6 +78,7 @@ def test_two_plain_starts_score_every_completion_once(world: TinyWorld, tmp_path
     assert len({digest for _, _, _, digest in found}) == 1
 
 
+@pytest.mark.campaign
 def test_the_others_finish_what_a_killed_one_had_claimed(world: TinyWorld, tmp_path: Path) -> None:
     processes = start(world, tmp_path, 3)
     while len(list(tmp_path.glob("*/records/*.json"))) < 5:

@@ -162,7 +162,15 @@ PAIRS["all"] = [(0, 1), (0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
-    ("name", "learning_rate", "pairing"), [*(("dpo", 0.3, pairing) for pairing in PAIRS), ("fpo", 1e-5, "all")]
+    ("name", "learning_rate", "pairing"),
+    [
+        ("dpo", 0.3, "best_rest"),
+        ("fpo", 1e-5, "all"),
+        *(
+            pytest.param("dpo", 0.3, pairing, marks=pytest.mark.campaign)
+            for pairing in ("best_worst", "adjacent", "all")
+        ),
+    ],
 )
 def test_lists_train_as_the_pairs_that_they_are_made_of(
     world: TinyWorld, tmp_path: Path, name: str, learning_rate: float, pairing: str

@@ -337,8 +337,8 @@ FILES_OF_AT_MOST += "sys.argv = ['fpo', *sys.argv[2:]]; from fpo import cli; cli
 @pytest.mark.parametrize(
     ("limit", "what"),
     [
-        (100, "run.json"),
         (20_000, "checkpoint-7"),
+        pytest.param(100, "run.json", marks=pytest.mark.campaign),
         pytest.param(3_000, "metrics.jsonl", marks=pytest.mark.campaign),
         pytest.param(200_000, "checkpoint-7", marks=pytest.mark.campaign),
     ],
