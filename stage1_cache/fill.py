@@ -9,7 +9,6 @@ be killed, and any number may resume.
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import time
@@ -40,6 +39,7 @@ from fpo.store import (
     Want,
     own_share_first,
     rows_per,
+    shards_within,
 )
 from fpo.store.format.groups import segments_of
 from fpo.store.format.ragged import gather, starts_of
@@ -72,15 +72,15 @@ class Part:
 
     want: Want
     writer: CacheWriter
-    shards: tuple[tuple[int, ...], ...]
+    shards: list[list[int]]
     """Per shard of the base, the shards of this part that hold its groups."""
 
     @staticmethod
     def of(want: Want, writer: CacheWriter, plan: Sequence[np.ndarray]) -> Part:
         """plan: the groups of every shard of the base."""
-        own = starts_of([len(ids) for ids in writer.plan])[:-1]
-        bounds = np.searchsorted(own, starts_of([len(rows) for rows in plan]))
-        return Part(want, writer, tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds)))
+        within = shards_within([len(rows) for rows in plan], [len(ids) for ids in writer.plan])
+        assert within is not None
+        return Part(want, writer, within)
 
     def unwritten(self, sid: int) -> list[int]:
         """Its shards that still have to be written, of those that belong to shard `sid` of the base."""

@@ -29,10 +29,10 @@ from fpo.store.format.columns import (
     covers,
 )
 from fpo.store.format.encoding import ColumnRows, Rows
-from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
+from fpo.store.format.groups import Groups, summed_logps
 from fpo.store.format.key import FORMAT_VERSION, cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.manifest import Manifest, ShardEntry, recipe_facts
-from fpo.store.format.plan import cut_shards, permutation, plan_shards
+from fpo.store.format.plan import cut_shards, permutation, plan_shards, shards_within
 from fpo.store.local import Store, default_store
 from fpo.store.rebuild import Rebuild, check_changed
 from fpo.store.remote.places import RemoteStore, is_url, open_store
@@ -124,10 +124,9 @@ __all__ = [
     "removable_column",
     "rm",
     "rows_per",
-    "scored_lengths",
-    "segment_lengths",
     "serving",
     "shard_digest",
+    "shards_within",
     "summed_logps",
     "tag",
     "untag",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fpo.errors import CacheDamaged, CacheError, CacheMissing
-from fpo.store.format.columns import KINDS, Column, Spec, column_name, covers, cut
+from fpo.store.format.columns import Column, Spec, column_name, covers, cut
 from fpo.store.format.encoding import ColumnRows
 from fpo.store.format.groups import Groups
 from fpo.store.format.invariants import Invalid, check_beside
@@ -27,6 +27,7 @@ from fpo.store.format.manifest import (
     recipe_facts,
     shard_name,
 )
+from fpo.store.format.plan import shards_within
 from fpo.store.objects import Objects, RemoteObjects
 from fpo.store.sealed import Sealed
 from fpo.store.shards import fetch_parsed
@@ -85,7 +86,7 @@ def _complete(folder: Objects, base: str, keys: Sequence[str]) -> Iterator[HeldC
         try:
             if folder.inside(f"{COLUMNS}/{key}").sizes([MANIFEST]):
                 yield HeldColumn(key, column_facts(folder, base, key).spec)
-        except (CacheMissing, CacheError):
+        except CacheError:
             continue
 
 
@@ -102,38 +103,46 @@ def _excess(spec: Spec) -> float:
 class OpenColumn:
     """A complete column beside its base, read as the spec that was asked for."""
 
-    def __init__(self, folder: Objects, held: HeldColumn, wanted: Spec) -> None:
-        """folder: of the column. Raises as `Sealed` does."""
+    def __init__(self, folder: Objects, held: HeldColumn, wanted: Spec, shard_groups: Sequence[int]) -> None:
+        """
+        folder: of the column. shard_groups: of the base.
+
+        Raises as `Sealed` does, CacheDamaged also where its shards are not cut from the base's.
+        """
         self.sealed = Sealed(folder, held.key)
         self.held, self.wanted = held.spec, wanted
+        within = shards_within(shard_groups, self.sealed.facts.shard_groups)
+        if within is None:
+            raise cut_elsewhere(folder)
+        self.within = within
+        """Its shards within each of the base's."""
 
-    def names(self, start: int, end: int) -> list[str]:
-        """The shard files that hold the groups from `start` to `end` of the cache's order."""
-        return [shard_name(sid) for sid in self._sids(start, end)]
+    def names(self, sid: int) -> list[str]:
+        """The shard files that hold the groups of shard `sid` of the base."""
+        return [shard_name(own) for own in self.within[sid]]
 
-    def rows(self, groups: Groups, start: int) -> Column:
-        """
-        The rows of these groups, a shard of the base that begins at group `start` of the cache's order.
+    def rows(self, groups: Groups, sid: int) -> Column:
+        """The rows of these groups, shard `sid` of the base. Raises CacheDamaged where they are rows of others."""
+        parts = [self.sealed.shard(own) for own in self.within[sid]]
+        found = [part for part in parts if isinstance(part, ColumnRows)]
+        return cut(joined_beside(self.sealed.folder.where(""), found, groups), self.held, self.wanted)
 
-        Raises CacheDamaged where they are rows of others.
-        """
-        parts = [self.sealed.shard(sid) for sid in self._sids(start, start + len(groups))]
-        found = [part.column for part in parts if isinstance(part, ColumnRows)]
-        ids = [part.group_id for part in parts]
-        column = KINDS[self.held["kind"]].concat(found)
-        try:
-            if not np.array_equal(np.concatenate(ids), groups.group_id):
-                raise Invalid("it holds other groups than the base")
-            check_beside(column, groups)
-        except Invalid as error:
-            raise CacheDamaged(f"{self.sealed.folder.where('')} is damaged: {error}; {REPAIR_SHARD}") from None
-        return cut(column, self.held, self.wanted)
 
-    def _sids(self, start: int, end: int) -> list[int]:
-        """Shards that begin in this range; an empty base shard has one of its own."""
-        starts, counts = self.sealed.starts, np.diff(self.sealed.starts)
-        inside = (starts[:-1] >= start) & (starts[1:] <= end) & ((counts > 0) | (start == end))
-        return [int(sid) for sid in np.flatnonzero(inside)]
+def cut_elsewhere(folder: Objects) -> CacheDamaged:
+    """A column whose shards do not lie within those of its base."""
+    return CacheDamaged(f"{folder.where(RECIPE)}: its shards are not cut from the base's; remove the column")
+
+
+def joined_beside(where: str, parts: Sequence[ColumnRows], groups: Groups) -> Column:
+    """The rows of a column's shards, all that belong to one shard of the base. CacheDamaged where others' are there."""
+    column = type(parts[0].column).concat([part.column for part in parts])
+    try:
+        if not np.array_equal(np.concatenate([part.group_id for part in parts]), groups.group_id):
+            raise Invalid("it holds other groups than the base")
+        check_beside(column, groups)
+    except Invalid as error:
+        raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR_SHARD}") from None
+    return column
 
 
 def lacks(where: str, spec: Spec) -> CacheMissing:

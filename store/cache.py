@@ -113,8 +113,7 @@ class Cache:
         """
         groups = self.base.shard(sid)
         assert isinstance(groups, Groups)
-        start = int(self.base.starts[sid])
-        return groups.with_columns([column.rows(groups, start) for column in self.columns])
+        return groups.with_columns([column.rows(groups, sid) for column in self.columns])
 
     def prefetch(self, sids: Sequence[int]) -> None:
         """
@@ -122,16 +121,14 @@ class Cache:
         far ahead as half of the shelf; a cache in a folder needs none. Replaces earlier hints.
         """
         self.base.folder.expect([shard_name(sid) for sid in sids])
-        starts = self.base.starts.tolist()
         for column in self.columns:
-            names = [name for sid in sids for name in column.names(starts[sid], starts[sid + 1])]
-            column.sealed.folder.expect(names)
+            column.sealed.folder.expect([name for sid in sids for name in column.names(sid)])
 
     def _column(self, spec: Spec, held: Sequence[HeldColumn]) -> OpenColumn:
         found = serving(held, spec)
         if found is None:
             raise lacks(self.folder.where(""), spec)
-        column = OpenColumn(self.folder.inside(f"{COLUMNS}/{found.key}"), found, spec)
+        column = OpenColumn(self.folder.inside(f"{COLUMNS}/{found.key}"), found, spec, self.shard_groups)
         column.sealed = self._streamed(column.sealed)
         return column
 

@@ -102,8 +102,6 @@ class Source:
     shard_completions: tuple[int, ...]
     computed_here: tuple[bool, ...]
     """Per shard, see `origin`: only these are copied from."""
-    columns: tuple[HeldColumn | None, ...]
-    """Per want, the column that serves it; None where there is none, and for the base."""
     usable: tuple[tuple[bool, ...], ...]
     """Per want, the shards whose rows of it were all computed here."""
     facts: tuple[dict[str, Any], ...]
@@ -260,25 +258,23 @@ class Reusable:
 
     def _column(
         self, cache: Cache, held: Sequence[HeldColumn], spec: Want, ours: tuple[bool, ...]
-    ) -> tuple[HeldColumn | None, tuple[bool, ...], dict[str, Any]]:
-        """What serves a want, in which shards it was computed here, and the facts of its manifest."""
+    ) -> tuple[tuple[bool, ...], dict[str, Any]]:
+        """The shards whose rows of a want were computed here, and the facts of the manifest that seals them."""
         if spec is None:
-            return None, ours, cache.manifest.facts
+            return ours, cache.manifest.facts
         column = serving(held, spec)
-        nothing = (None, tuple(False for _ in ours), dict[str, Any]())
+        nothing = (tuple(False for _ in ours), dict[str, Any]())
         if column is None:
             return nothing
         folder = self.store.folder(cache.key).inside(f"{COLUMNS}/{column.key}")
         try:
-            beside = OpenColumn(folder, column, spec).sealed
-            here = np.array(self._origin.computed_here(folder, column.key, beside.manifest.shards), dtype=bool)
+            beside = OpenColumn(folder, column, spec, cache.shard_groups)
+            here = self._origin.computed_here(folder, column.key, beside.sealed.manifest.shards)
         except CacheError as error:
             self.problems.append(str(error))
             return nothing
-        # A shard of the base may be cut into several of the column.
-        at = np.searchsorted(beside.starts[:-1], starts_of(cache.shard_groups))
-        usable = tuple(bool(own and here[a:b].all()) for own, a, b in zip(ours, at[:-1], at[1:], strict=True))
-        return column, usable, beside.manifest.facts
+        usable = tuple(own and all(here[at] for at in sids) for own, sids in zip(ours, beside.within, strict=True))
+        return usable, beside.sealed.manifest.facts
 
     @contextlib.contextmanager
     def _opened(self, number: int) -> Iterator[Cache | None]:

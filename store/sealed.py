@@ -4,7 +4,6 @@ What has a recipe, shards and a manifest: the base of a complete cache, or one o
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 from fpo.canonical import sha256_hex
@@ -25,7 +24,6 @@ from fpo.store.format.manifest import (
     record_name,
     shard_name,
 )
-from fpo.store.format.ragged import I64, starts_of
 from fpo.store.objects import Objects, RemoteObjects
 from fpo.store.shards import fetch_parsed, load_shard
 from fpo.store.upkeep.describe import counted
@@ -47,11 +45,6 @@ class Sealed:
         self.digest = sha256_hex(data)
         """sha256 of manifest.json, the output address: names these bytes, as the key names their recipe."""
         self._check_sizes()
-
-    @cached_property
-    def starts(self) -> I64:
-        """(S+1,) group at which each shard starts."""
-        return starts_of([entry.n_groups for entry in self.manifest.shards])
 
     def shard(self, sid: int) -> Rows:
         """The rows of one shard. Raises CacheDamaged where anything is not as it must be, IndexError for another."""

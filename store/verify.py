@@ -6,7 +6,7 @@ its columns are read side by side, so that a column's rows are held against the 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,11 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fpo.errors import CacheDamaged, CacheError
-from fpo.store.beside import column_facts, column_keys
+from fpo.store.beside import column_facts, column_keys, cut_elsewhere, joined_beside
 from fpo.store.choose import AllOrKeys, choose_columns
 from fpo.store.files import TMP, printable
 from fpo.store.format.encoding import ColumnRows, Rows
 from fpo.store.format.groups import Groups
-from fpo.store.format.invariants import Invalid, check_beside
 from fpo.store.format.manifest import (
     COLUMNS,
     MANIFEST,
@@ -42,6 +41,7 @@ from fpo.store.format.manifest import (
     record_name,
     shard_name,
 )
+from fpo.store.format.plan import shards_within
 from fpo.store.local import Store
 from fpo.store.objects import Objects, RemoteObjects
 from fpo.store.remote.places import RemoteStore, open_store
@@ -163,12 +163,11 @@ class _Verification:
         for key in keys:
             place = self.folder.inside(f"{COLUMNS}/{key}")
             part = self._part(place, key, partial(column_facts, self.folder, self.key, key))
-            within = None if part is None else _within(base.facts.shard_groups, part.facts.shard_groups)
+            within = None if part is None else shards_within(base.facts.shard_groups, part.facts.shard_groups)
             if part is not None and within is not None:
                 beside.append((part, within))
             elif part is not None:
-                where = place.where(RECIPE)
-                self.report.problems.append(f"{where}: its shards are not cut from the base's; remove the column")
+                self.report.problems.append(str(cut_elsewhere(place)))
         return beside
 
     def _is_complete(self, key: str) -> bool:
@@ -192,7 +191,7 @@ class _Verification:
         found = [part for part in parts if isinstance(part, ColumnRows)]
         if groups is not None and len(found) == len(sids):
             where = column.folder.where(shard_name(sids[0]))
-            self._attempt(partial(_refuse_other_rows, where, found, groups))
+            self._attempt(partial(joined_beside, where, found, groups))
 
     def _shard(self, part: _Part, sid: int) -> Rows | None:
         """Its rows where they were read and passed."""
@@ -238,31 +237,6 @@ def _base_facts(folder: Objects, key: str) -> RecipeFacts:
     if not isinstance(facts, BaseFacts):
         raise CacheDamaged(f"{folder.where('')} is a column, not a cache; move it away")
     return facts
-
-
-def _within(base: Sequence[int], column: Sequence[int]) -> list[list[int]] | None:
-    """Groups per shard of the base and of a column -> the column's shards within each of the base's, if cut so."""
-    found: list[list[int]] = []
-    sid = 0
-    for left in base:
-        first = sid
-        # An empty shard of the base has one beside it, too.
-        while sid < len(column) and (left > 0 or sid == first):
-            left, sid = left - column[sid], sid + 1
-        if left != 0 or sid == first:
-            return None
-        found.append(list(range(first, sid)))
-    return found if sid == len(column) else None
-
-
-def _refuse_other_rows(where: str, parts: list[ColumnRows], groups: Groups) -> None:
-    """Raises CacheDamaged where a column's rows, of one shard of the base, are not those of its groups."""
-    try:
-        if not np.array_equal(np.concatenate([part.group_id for part in parts]), groups.group_id):
-            raise Invalid("it holds other groups than the base")
-        check_beside(type(parts[0].column).concat([part.column for part in parts]), groups)
-    except Invalid as error:
-        raise CacheDamaged(f"{where} is damaged: {error}; {REPAIR_SHARD}") from None
 
 
 def _manifest(folder: Objects, key: str, facts: RecipeFacts) -> Manifest:

@@ -107,6 +107,8 @@ def test_a_column_that_is_cut_otherwise_than_its_base_is_named(world):
     writer.seal({})
     (problem,) = verify(world.store, world.key).problems
     assert problem.startswith(f"{world.path}/columns/{writer.key}/recipe.json: its shards are not cut from the base's")
+    with pytest.raises(CacheDamaged, match="its shards are not cut from the base's"):
+        open_cache(world.store, world.key, columns=[EVERY_FEATURE])
 
 
 def test_the_column_of_another_base_is_refused_by_name_everywhere(world, tmp_path):

@@ -65,6 +65,22 @@ def cut_shards(
     return found
 
 
+def shards_within(base: Sequence[int], column: Sequence[int]) -> list[list[int]] | None:
+    """Groups per shard of the base and of a column -> the column's shards within each of the base's; None if cut
+    otherwise."""
+    found: list[list[int]] = []
+    sid = 0
+    for left in base:
+        first = sid
+        # An empty shard of the base has one beside it, too.
+        while sid < len(column) and (left > 0 or sid == first):
+            left, sid = left - column[sid], sid + 1
+        if left != 0 or sid == first:
+            return None
+        found.append(list(range(first, sid)))
+    return found if sid == len(column) else None
+
+
 def _cut(max_rows: int, *limits: tuple[I64, int]) -> list[int]:
     """Where each run of rows ends that exceeds neither so many rows nor a limit on a sum; at least one row each."""
     n = len(limits[0][0])
