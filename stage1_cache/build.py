@@ -262,7 +262,7 @@ class _LazyScorer:
 
 def _sample(identity: CacheIdentity) -> TokenGroups:
     """The first groups, in the shuffled order of the shards, that hold enough scored tokens."""
-    order = np.concatenate(identity.plan())
+    order = identity.order
     needed = int(np.searchsorted(np.cumsum(identity.scored_tokens[order]), SELF_CHECK_TOKENS)) + 1
     return token_groups(identity, order[:needed])
 
@@ -281,12 +281,12 @@ def _build(
     try:
         cache = open_cache(store, key)
         held = cache.held_columns(identity.specs)
-        wants = [spec for spec in identity.specs if serving(held, spec) is None]
-        cache.read_columns([spec for spec in identity.specs if spec not in wants])
+        absent = [spec for spec in identity.specs if serving(held, spec) is None]
+        wants = [*absent]
+        cache.read_columns([spec for spec in identity.specs if spec not in absent])
         check_changed(cache)
-        if is_url(store):
-            for want in filter(None, wants):
-                raise lacks(str(store), want)
+        if is_url(store) and absent:
+            raise lacks(str(store), absent[0])
     except CacheMissing as error:
         if is_url(store):
             raise CacheMissing(f"{error}; build it in a folder and move it there with fpo store push") from None
@@ -324,8 +324,8 @@ def _filled(
 ) -> tuple[Filled, Reusable, int]:
     """Fill and seal the base or columns: what was done and copied from, and how many shards were not computed here."""
     identity.check_tokens()
-    key, plan = cache_key(identity.key_recipe), identity.plan()
-    parts = [_part(identity, store, want, plan) for want in wants]
+    key, plan = cache_key(identity.key_recipe), identity.plan
+    parts = [_part(identity, store, want) for want in wants]
     store.note_names(key, inputs(identity))
     reusable = Reusable(store, identity.scorer, wants, apart_from=key)
     facts = [_facts(identity, part, want, lazy, reusable) for want, part in enumerate(parts)]
@@ -336,11 +336,12 @@ def _filled(
     return filled, reusable, sum(part.writer.not_computed_here() for part in parts)
 
 
-def _part(identity: CacheIdentity, store: Store, want: Want, plan: list[np.ndarray]) -> Part:
+def _part(identity: CacheIdentity, store: Store, want: Want) -> Part:
     recipe = identity.key_recipe if want is None else identity.column_recipe(want)
-    order = identity.tokens.group_id[np.concatenate([np.empty(0, np.int64), *plan])]
+    order = identity.tokens.group_id[identity.order]
     shards = recipe_facts(recipe).shard_groups
-    return Part.of(want, CacheWriter(store, recipe, np.split(order, np.cumsum(shards)[:-1]) if shards else []), plan)
+    writer = CacheWriter(store, recipe, np.split(order, np.cumsum(shards)[:-1]) if shards else [])
+    return Part.of(want, writer, identity.plan)
 
 
 def _report(identity: CacheIdentity, store: Path | str, built: Sequence[Want]) -> CacheReport:
@@ -382,7 +383,7 @@ def _rebuild_part(
     identity: CacheIdentity, store: Store, key: str, column: str | None, want: Want, lazy: _LazyScorer
 ) -> int:
     rebuild = Rebuild(store, key, column=column)
-    order = np.concatenate([np.empty(0, np.int64), *identity.plan()])
+    order = identity.order
     bounds = starts_of([entry.n_groups for entry in rebuild.manifest.shards])
     for sid in rebuild.damaged:
         rows = order[bounds[sid] : bounds[sid + 1]]

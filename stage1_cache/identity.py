@@ -54,7 +54,7 @@ from fpo.store import (
     shard_digest,
 )
 from fpo.store.format.arrays import MAX_RAW_BYTES
-from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of, summed_logps
+from fpo.store.format.groups import group_sizes, scored_splits, segment_lengths, segments_of, summed_logps
 from fpo.store.format.ragged import I64, gather, lengths_of, starts_of
 
 # Completions of `top_k: all` are counted at this many features per token where a shard is closed by its size.
@@ -134,7 +134,7 @@ class CacheIdentity:
     def column_recipe(self, spec: Spec) -> dict[str, Any]:
         """The same of a column; reads the data, since what it takes decides how its shards are cut."""
         shards = [int(n) for n in self.remembered["groups"]["shard_groups"]]
-        n_bytes = self._column_bytes(spec)[np.concatenate([np.empty(0, np.int64), *self.plan()])]
+        n_bytes = self._column_bytes(spec)[self.order]
         if spec.get("top_k") != "all" and n_bytes.max(initial=0) > MAX_RAW_BYTES:
             raise RecipeError(
                 f"{column_name(spec)}: the largest group would take {n_bytes.max() / 2**20:,.0f} MiB of it, a shard "
@@ -212,12 +212,17 @@ class CacheIdentity:
                 f"tokens, more than the {limit} positions of {self.recipe.reference.model}; set it to {limit} or less"
             )
 
+    @cached_property
     def plan(self) -> list[np.ndarray]:
         """Which groups (positions in `tokens`) each shard holds; columns decide nothing of it."""
-        prompts, completions = segment_lengths(self.tokens.splits, self.tokens.n_completions)
-        n_tokens = prompts + _summed(completions, self.completion_starts)
-        options = self.recipe.cache
-        return plan_shards(n_tokens, self.tokens.n_completions, seed=options.seed, max_groups=options.shard_pairs)
+        tokens, options = self.tokens, self.recipe.cache
+        n_tokens = group_sizes(tokens.splits, tokens.n_completions)
+        return plan_shards(n_tokens, tokens.n_completions, seed=options.seed, max_groups=options.shard_pairs)
+
+    @property
+    def order(self) -> np.ndarray:
+        """(G,) the groups (positions in `tokens`) in the order of the cache."""
+        return np.concatenate([np.empty(0, np.int64), *self.plan])
 
     def labels(self, rows: np.ndarray) -> Labelled:
         """What the base says of these groups beside log-probs."""
@@ -239,8 +244,7 @@ class CacheIdentity:
     @cached_property
     def scored_splits(self) -> np.ndarray:
         """(K+1,) where the scored tokens of each completion start."""
-        tokens = self.tokens
-        return starts_of(scored_lengths(*segment_lengths(tokens.splits, tokens.n_completions), tokens.n_completions))
+        return scored_splits(self.tokens.splits, self.tokens.n_completions)
 
     @cached_property
     def scored_tokens(self) -> np.ndarray:
@@ -262,10 +266,17 @@ class CacheIdentity:
         return np.asarray(8 * rows * min(spec["top_k"], spec["d_sae"]))
 
     def _groups_digest(self) -> str:
-        parts = (self.labels(rows) for rows in self.plan())
-        return groups_digest(
-            shard_digest(part.group_id, part.n_completions, part.completion_digest, part.score, part.weight)
-            for part in parts
+        return groups_digest(map(self._shard_digest, self.plan))
+
+    def _shard_digest(self, rows: np.ndarray) -> str:
+        tokens = self.tokens
+        completions, _ = gather(self.completion_starts, rows)
+        return shard_digest(
+            tokens.group_id[rows],
+            tokens.n_completions[rows],
+            self.digests[completions],
+            tokens.score[completions],
+            tokens.weight[rows],
         )
 
     def _groups_and_drops(self) -> dict[str, Any]:
@@ -276,7 +287,7 @@ class CacheIdentity:
                 "n_completions": len(self.digests),
                 "score_mask": self.tokens.score_mask is not None,
                 "seed": self.recipe.cache.seed,
-                "shard_groups": [len(rows) for rows in self.plan()],
+                "shard_groups": [len(rows) for rows in self.plan],
             },
             "drops": self.tokens.drops.as_dict(),
         }

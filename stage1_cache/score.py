@@ -37,7 +37,7 @@ from fpo.scoring import (
     pool_top_features,
 )
 from fpo.store import Column, Features, HiddenGram, PromptFeatures, Spec, TokenLogps, TopLogits, Want
-from fpo.store.format.groups import scored_lengths, segment_lengths, segments_of
+from fpo.store.format.groups import group_sizes, scored_splits, segment_lengths, segments_of
 from fpo.store.format.ragged import gather, starts_of
 
 
@@ -188,7 +188,7 @@ def take(groups: TokenGroups, rows: np.ndarray) -> TokenGroups:
     mask = groups.score_mask
     if mask is not None:
         starts = starts_of(groups.n_completions)
-        mask = mask[gather(scored_splits(groups), gather(starts, rows)[0])[0]]
+        mask = mask[gather(scored_splits(groups.splits, groups.n_completions), gather(starts, rows)[0])[0]]
     return TokenGroups(groups.input_ids[tokens], splits, groups.n_completions[rows], mask)
 
 
@@ -197,8 +197,7 @@ def micro_batches(groups: TokenGroups, batch_tokens: int) -> Iterator[np.ndarray
     Rows of a shard in batches of at most `batch_tokens` tokens (at least one group), longest groups first, so that
     groups of a batch are about as long as each other and the largest batch comes first.
     """
-    ends = starts_of(np.asarray(groups.n_completions, dtype=np.int64) + 1)
-    sizes = np.diff(groups.splits.astype(np.int64)[ends])
+    sizes = group_sizes(groups.splits, groups.n_completions)
     batch: list[int] = []
     filled = 0
     for row in np.argsort(-sizes, kind="stable"):
@@ -217,11 +216,10 @@ def cut_long(groups: TokenGroups, batch_tokens: int) -> tuple[TokenGroups, np.nd
     each, so that memory does not go with the number of completions. The groups, and which one each was cut from.
     """
     n_completions = np.asarray(groups.n_completions, dtype=np.int64)
+    if (group_sizes(groups.splits, n_completions) <= batch_tokens).all():
+        return groups, np.arange(len(groups))
     prompts, completions = segment_lengths(groups.splits, n_completions)
     starts = starts_of(n_completions)
-    sizes = prompts + np.diff(starts_of(completions)[starts])
-    if (sizes <= batch_tokens).all():
-        return groups, np.arange(len(groups))
     counts, owners, segments = [], [], []
     for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
         for first, last in _runs(completions[start:end].tolist(), batch_tokens - int(prompts[row])):
@@ -304,8 +302,3 @@ def _in_order(groups: TokenGroups, batches: list[np.ndarray], parts: list[list[C
         column = type(same[0]).concat(same)
         columns.append(column.take(of_groups if column.PER == "group" else of_completions))
     return columns
-
-
-def scored_splits(groups: TokenGroups) -> np.ndarray:
-    """(K+1,) where the scored tokens of each completion start."""
-    return starts_of(scored_lengths(*segment_lengths(groups.splits, groups.n_completions), groups.n_completions))

@@ -16,7 +16,7 @@ from fpo.store import CacheWriter, Store
 from fpo.store.beside import column_recipe
 from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, Spec, TopLogits
 from fpo.store.format.encoding import ColumnRows, Rows
-from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
+from fpo.store.format.groups import Groups, scored_splits, summed_logps
 from fpo.store.format.invariants import Bounds
 from fpo.store.format.key import cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.manifest import recipe_facts
@@ -52,7 +52,7 @@ def make_groups(sizes: Sizes, ids: Any = None, seed: int = 0, score_mask: bool =
     K = int(n_completions.sum())
     splits = starts_of(np.array([n for prompt, rest in sizes for n in (prompt, *rest)], np.int64)).astype(np.uint64)
     input_ids = rng.integers(0, VOCAB, int(splits[-1])).astype(np.uint32)
-    scored = starts_of(scored_lengths(*segment_lengths(splits, n_completions), n_completions))
+    scored = scored_splits(splits, n_completions)
     token_logps = -rng.gamma(1, 2, int(scored[-1])).astype(np.float32)
     mask = rng.integers(0, 2, len(token_logps)).astype(np.uint8) if score_mask else None
     return Groups(

@@ -78,13 +78,12 @@ class Groups:
     @cached_property
     def sizes(self) -> I64:
         """(G,) tokens of every group: its prompt once, and its completions."""
-        ends = self.splits.astype(np.int64)[starts_of(self.n_completions.astype(np.int64) + 1)]
-        return np.asarray(ends[1:] - ends[:-1], dtype=np.int64)
+        return group_sizes(self.splits, self.n_completions)
 
     @cached_property
     def scored_splits(self) -> I64:
         """(K+1,) where each completion starts in `token_logps`."""
-        return starts_of(scored_lengths(*self.lengths, self.n_completions))
+        return scored_splits(self.splits, self.n_completions)
 
     @cached_property
     def counted(self) -> I64:
@@ -166,13 +165,15 @@ def segments_of(n_completions: NDArray[np.integer[Any]], rows: I64) -> I64:
     return gather(starts_of(np.asarray(n_completions, dtype=np.int64) + 1), rows)[0]
 
 
-def scored_lengths(
-    prompts: NDArray[np.integer[Any]], completions: NDArray[np.integer[Any]], n_completions: NDArray[np.integer[Any]]
-) -> I64:
-    """(K,) scored tokens of every completion: those that something precedes."""
-    unscored = np.repeat(np.asarray(prompts) == 0, n_completions)
-    scored: I64 = np.maximum(np.asarray(completions, dtype=np.int64) - unscored, 0)
-    return scored
+def group_sizes(splits: NDArray[np.integer[Any]], n_completions: NDArray[np.integer[Any]]) -> I64:
+    """(G,) tokens of every group: its prompt once, and its completions."""
+    return lengths_of(splits[starts_of(np.asarray(n_completions, dtype=np.int64) + 1)])
+
+
+def scored_splits(splits: NDArray[np.integer[Any]], n_completions: NDArray[np.integer[Any]]) -> I64:
+    """(K+1,) where the scored tokens of every completion start: of those that something precedes."""
+    prompts, completions = segment_lengths(splits, n_completions)
+    return starts_of(np.maximum(completions - np.repeat(prompts == 0, n_completions), 0))
 
 
 def summed_logps(token_logps: F32, scored_splits: I64, score_mask: U8 | None = None) -> F32:

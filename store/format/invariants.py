@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, TopLogits
-from fpo.store.format.groups import Groups, scored_lengths, segment_lengths
+from fpo.store.format.groups import Groups, scored_splits
 from fpo.store.format.key import completion_digests
-from fpo.store.format.ragged import F32, U32, U64, starts_of
+from fpo.store.format.ragged import F32, U32, U64
 
 LOGP_SLACK = 1e-3
 """A log-prob is at most 0; rounding in another kernel's log-sum-exp may leave this much above."""
@@ -90,7 +90,7 @@ def check_groups(groups: Groups, bounds: BaseBounds) -> None:
     _array("input_ids", groups.input_ids, np.uint32, (len(groups.input_ids),))
     _splits("splits", groups.splits, G + K, len(groups.input_ids))
     _below("input_ids", groups.input_ids, bounds.vocab_size, "vocab_size")
-    scored = starts_of(scored_lengths(*segment_lengths(groups.splits, groups.n_completions), groups.n_completions))
+    scored = scored_splits(groups.splits, groups.n_completions)
     _check_mask(groups, int(scored[-1]), bounds)
     made = completion_digests(groups.input_ids, groups.splits, groups.n_completions, groups.score_mask)
     wrong = (made != groups.completion_digest).any(axis=1)

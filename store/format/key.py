@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpo.canonical import canonical_json
-from fpo.store.format.groups import scored_lengths, segment_lengths
-from fpo.store.format.ragged import F32, U8, U32, U64, lengths_of, starts_of
+from fpo.store.format.groups import scored_splits
+from fpo.store.format.ragged import F32, U8, U32, U64, lengths_of
 
 FORMAT_VERSION = 1
 """Of the cache format. Part of every key: a cache of another version is another cache."""
@@ -58,7 +58,7 @@ def _masks(splits: U64, n_completions: NDArray[np.integer[Any]], score_mask: U8 
     """Each completion's part of the mask, empty where all of it counts; [] without a mask."""
     if score_mask is None:
         return []
-    bounds = starts_of(scored_lengths(*segment_lengths(splits, n_completions), n_completions)).tolist()
+    bounds = scored_splits(splits, n_completions).tolist()
     parts = [score_mask[start:end] for start, end in itertools.pairwise(bounds)]
     return [b"" if part.all() else part.tobytes() for part in parts]
 

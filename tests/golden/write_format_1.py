@@ -22,7 +22,7 @@ from fpo.store import CacheWriter, Store, open_cache
 from fpo.store.beside import column_recipe
 from fpo.store.format.columns import Column, Features, HiddenGram, PromptFeatures, Spec, TopLogits
 from fpo.store.format.encoding import ColumnRows
-from fpo.store.format.groups import Groups, scored_lengths, segment_lengths, summed_logps
+from fpo.store.format.groups import Groups, scored_splits, summed_logps
 from fpo.store.format.key import cache_key, completion_digests, groups_digest, shard_digest
 from fpo.store.format.ragged import starts_of
 
@@ -84,7 +84,8 @@ def groups_of(ids: list[int]) -> Groups:
     splits = np.cumsum([0, *map(len, segments)]).astype(np.uint64)
     n_completions = np.array([len(several) for _, _, several in rows], np.uint32)
     input_ids = np.array([token for segment in segments for token in segment], np.uint32)
-    scored = scored_lengths(*segment_lengths(splits, n_completions), n_completions)
+    starts = scored_splits(splits, n_completions)
+    scored = np.diff(starts)
     counts = [said if said is not None else [1] * n for (_, _, said), n in zip(completions, scored, strict=True)]
     mask = np.array([said for several in counts for said in several], np.uint8)
     logps = [-(i + 1 + tokens[0] % 4) / 8 if tokens != [20, 21] else -0.1 for (tokens, _, _), n in
@@ -98,7 +99,7 @@ def groups_of(ids: list[int]) -> Groups:
         splits=splits,
         score=np.array([score for _, score, _ in completions], np.float32),
         weight=np.array([weight for _, weight, _ in rows], np.float32),
-        ref_logps=summed_logps(token_logps, starts_of(scored), mask),
+        ref_logps=summed_logps(token_logps, starts, mask),
         token_logps=token_logps,
         score_mask=mask,
     )
