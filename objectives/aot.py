@@ -7,10 +7,9 @@ from typing import Literal
 from jaxtyping import Float, Int
 from pydantic import PositiveFloat
 from torch import Tensor
-from torch.nn import functional
 
 from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
 
 
 class Aot(Objective):
@@ -49,7 +48,7 @@ def aot(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing
     reference_margins = reference.logps[:, 0] - reference.logps[:, 1]
     u = beta * (own - reference_margins.sort().values[ranks(own)])
     rewards = beta * (policy.logps - reference.logps)
-    return ObjectiveValue(label_smoothing * u - functional.logsigmoid(u), rewards.detach())
+    return ObjectiveValue(smoothed_loss(u, label_smoothing), rewards.detach())
 
 
 def ranks(values: Float[Tensor, " P"]) -> Int[Tensor, " P"]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import PositiveFloat
-from torch.nn import functional
 
 from fpo.objectives.aot import ranks
 from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
 
 
 class AotUnpaired(Objective):
@@ -44,4 +43,4 @@ def aot_unpaired(policy: PairLogps, reference: PairLogps, *, beta: float, label_
     """
     logratios = policy.logps - reference.logps
     u = beta * (logratios[:, 0] - logratios[:, 1].sort().values[ranks(logratios[:, 0])])
-    return ObjectiveValue(label_smoothing * u - functional.logsigmoid(u), (beta * logratios).detach())
+    return ObjectiveValue(smoothed_loss(u, label_smoothing), (beta * logratios).detach())

@@ -7,10 +7,9 @@ from typing import Literal
 from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
-from torch.nn import functional
 
 from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
 from fpo.objectives.sft import sft
 
 
@@ -59,5 +58,5 @@ def cpo(
     """
     rewards = beta * policy.logps
     u = rewards[:, 0] - rewards[:, 1]
-    losses = label_smoothing * u - functional.logsigmoid(u) + sft_weight * sft(policy, lengths).losses
+    losses = smoothed_loss(u, label_smoothing) + sft_weight * sft(policy, lengths).losses
     return ObjectiveValue(losses, rewards.detach())

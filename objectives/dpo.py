@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch.nn import functional
-
 from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
 from fpo.objectives.objective import LabelSmoothing, Needs
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
 
 
 class Dpo(MarginObjective):
@@ -51,5 +49,4 @@ def dpo(
     """
     logratios = policy.logps - reference.logps
     u = beta * divergence.margin(logratios)
-    # -log sigmoid(-u) is u more than -log sigmoid(u).
-    return ObjectiveValue(label_smoothing * u - functional.logsigmoid(u), (beta * logratios).detach())
+    return ObjectiveValue(smoothed_loss(u, label_smoothing), (beta * logratios).detach())

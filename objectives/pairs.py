@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 
 class PairLogps(NamedTuple):
@@ -45,3 +46,14 @@ class ObjectiveValue(NamedTuple):
     losses: Float[Tensor, " P"]
     rewards: Float[Tensor, "P 2"]
     """Implicit reward of chosen and rejected, as TRL reports it; the feature term is not part of it."""
+
+
+def smoothed_loss(u: Float[Tensor, " P"], label_smoothing: float) -> Float[Tensor, " P"]:
+    """
+    What a margin costs where chosen and rejected are the wrong way round with this probability, Eq. 3 of
+    https://ericmitchell.ai/cdpo.pdf:
+
+        loss = -(1 - label_smoothing) * log sigmoid(u) - label_smoothing * log sigmoid(-u)
+    """
+    # -log sigmoid(-u) is u more than -log sigmoid(u).
+    return label_smoothing * u - functional.logsigmoid(u)

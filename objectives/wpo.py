@@ -7,10 +7,9 @@ from typing import Literal
 from jaxtyping import Float
 from pydantic import PositiveFloat
 from torch import Tensor
-from torch.nn import functional
 
 from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
 
 
 class Wpo(Objective):
@@ -66,4 +65,4 @@ def wpo(
         weights = weights.clamp(max=max_weight)
     rewards = beta * (policy.logps - reference.logps)
     u = rewards[:, 0] - rewards[:, 1]
-    return ObjectiveValue(weights * (label_smoothing * u - functional.logsigmoid(u)), rewards.detach())
+    return ObjectiveValue(weights * smoothed_loss(u, label_smoothing), rewards.detach())
