@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +87,9 @@ def test_mixing_and_filtering_cached_datasets_loads_no_model(
     assert counts == {sources[0]: 72, sources[1]: 12}
 
 
-def test_what_is_reused_decides_the_bytes_not_who_resumes(world: TinyWorld, tmp_path: Path) -> None:
-    """A process stopped in the middle of a shard that is half copied: the next one writes what one alone writes."""
-    for name in ("once", "twice"):
-        built(world, tmp_path / name, "train[:30]")
-    once = built(world, tmp_path / "once", "train").cache
+@contextmanager
+def stopped_at_the_second_shard() -> Iterator[None]:
+    """What is built within scores one shard and is interrupted as it begins to score the next."""
     score, calls = score_module.ReferenceScorer.score, []
 
     def stop_at_the_second(*args: object, **kwargs: object) -> list[Column]:
@@ -101,7 +101,16 @@ def test_what_is_reused_decides_the_bytes_not_who_resumes(world: TinyWorld, tmp_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_module.ReferenceScorer, "score", stop_at_the_second)
         with pytest.raises(KeyboardInterrupt):
-            built(world, tmp_path / "twice", "train")
+            yield
+
+
+def test_what_is_reused_decides_the_bytes_not_who_resumes(world: TinyWorld, tmp_path: Path) -> None:
+    """A process stopped in the middle of a shard that is half copied: the next one writes what one alone writes."""
+    for name in ("once", "twice"):
+        built(world, tmp_path / name, "train[:30]")
+    once = built(world, tmp_path / "once", "train").cache
+    with stopped_at_the_second_shard():
+        built(world, tmp_path / "twice", "train")
     twice = built(world, tmp_path / "twice", "train")
     assert twice.cache.digest == once.digest
     assert twice.built_shards < len(once.shard_groups)
@@ -450,18 +459,8 @@ def test_a_column_killed_half_way_is_finished_with_the_same_bytes(world: TinyWor
     """The base is there; the process that adds a column stops at its second shard, the next one goes on."""
     whole_column = built(world, tmp_path / "once", "train").columns[0].key
     built(world, tmp_path / "twice", "train", features=[], objective={"name": "dpo"})
-    score, calls = score_module.ReferenceScorer.score, []
-
-    def stop_at_the_second(*args: object, **kwargs: object) -> list[Column]:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return score(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_module.ReferenceScorer, "score", stop_at_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            built(world, tmp_path / "twice", "train")
+    with stopped_at_the_second_shard():
+        built(world, tmp_path / "twice", "train")
     report = built(world, tmp_path / "twice", "train")
     assert (report.built_shards, report.columns[0].key) == (2, whole_column)
     for once in sorted((tmp_path / "once").glob("*/columns/*/shards/*")):
