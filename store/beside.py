@@ -4,7 +4,6 @@ The columns of a cache: which are there, which of them serves what is asked for,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from fpo.store.format.columns import Column, Spec, column_name, covers, cut
 from fpo.store.format.encoding import ColumnRows
 from fpo.store.format.groups import Groups
 from fpo.store.format.invariants import Invalid, check_beside
-from fpo.store.format.key import FORMAT_VERSION, cache_key
+from fpo.store.format.key import FORMAT_VERSION, cache_key, is_key
 from fpo.store.format.manifest import (
     COLUMNS,
     MANIFEST,
@@ -32,8 +31,6 @@ from fpo.store.objects import Objects, RemoteObjects
 from fpo.store.sealed import Sealed
 from fpo.store.shards import fetch_parsed
 
-_KEY = re.compile(r"[0-9a-f]{64}")
-
 MAX_COLUMNS = 256
 """Of one cache: more are not listed."""
 
@@ -45,7 +42,7 @@ def column_recipe(base: str, spec: Spec, shard_groups: Sequence[int]) -> dict[st
 
 def column_keys(folder: Objects) -> list[str]:
     """The columns beside the cache in `folder`, complete or not, sorted."""
-    return [name for name in folder.names(COLUMNS) if _KEY.fullmatch(name)][:MAX_COLUMNS]
+    return [name for name in folder.names(COLUMNS) if is_key(name)][:MAX_COLUMNS]
 
 
 def column_facts(folder: Objects, base: str, key: str) -> ColumnFacts:

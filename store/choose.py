@@ -4,19 +4,17 @@ Which columns of a cache a command means: all that are complete, none, or those 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
 from fpo.errors import CacheMissing
 from fpo.store.beside import column_keys
+from fpo.store.format.key import is_key
 from fpo.store.format.manifest import COLUMNS, MANIFEST, RECIPE
 from fpo.store.objects import Objects, RemoteObjects
 
 AllOrKeys = Sequence[str] | Literal["all"]
 """Starts of columns' keys; "all" are the complete ones, of which a server without a listing tells none."""
-
-_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 def choose_columns(folder: Objects, columns: AllOrKeys) -> list[str]:
@@ -47,7 +45,7 @@ def _resolve(folder: Objects, keys: list[str], start: str) -> str:
 
 
 def _stands(folder: Objects, key: str) -> str:
-    if _KEY.fullmatch(key) and folder.inside(f"{COLUMNS}/{key}").sizes([RECIPE]):
+    if is_key(key) and folder.inside(f"{COLUMNS}/{key}").sizes([RECIPE]):
         return key
-    what = f"no column {key}" if _KEY.fullmatch(key) else f"{key!r} is no full key, and it has no listing"
+    what = f"no column {key}" if is_key(key) else f"{key!r} is no full key, and it has no listing"
     raise CacheMissing(f"{folder.where('')}: {what}; give the 64 digits of a column that is there")

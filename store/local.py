@@ -14,6 +14,7 @@ from typing import Any
 from fpo.canonical import checked_json, parse_checked_json
 from fpo.errors import CacheError, CacheMissing
 from fpo.store.files import Folder, explained, make_durable_dirs, refuse_links, replace_file
+from fpo.store.format.key import is_key
 from fpo.store.format.manifest import RECIPE
 from fpo.store.summaries import Summary, look
 from fpo.store.upkeep.tags import read_tag, read_tags, refuse_other_tag, write_tag
@@ -26,8 +27,6 @@ USES = f"{STATE}/uses"
 NAMES = f"{STATE}/names"
 """What unfinished caches are made from, in words: no record of theirs may say it yet."""
 _MAX_NAMES_BYTES = 2**16
-
-_KEY = re.compile(r"[0-9a-f]{64}")
 
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)", re.IGNORECASE)
 """Scheme and rest. One slash is what a Path leaves of two."""
@@ -54,11 +53,11 @@ class Store:
     def keys(self) -> list[str]:
         """Of every cache here, complete or not, sorted."""
         names = Folder(self.root).names()
-        return [name for name in names if _KEY.fullmatch(name) and _holds_a_cache(self.folder(name))]
+        return [name for name in names if is_key(name) and _holds_a_cache(self.folder(name))]
 
     def path(self, key: str) -> Path:
         """Where the cache of this full key lies, or would lie."""
-        if not _KEY.fullmatch(key):
+        if not is_key(key):
             raise ValueError(f"a key has 64 hex digits, got {key!r}")
         return self.root / key
 
@@ -105,7 +104,7 @@ class Store:
 
         Raises CacheMissing, which lists what is here, where none or several do.
         """
-        if _KEY.fullmatch(name) and _holds_a_cache(self.folder(name)):
+        if is_key(name) and _holds_a_cache(self.folder(name)):
             return name
         keys = self.keys()
         tagged = read_tag(Folder(self.root), name)

@@ -132,11 +132,6 @@ class Summary:
         return reference_label(self.recipe, self.inputs)
 
     @property
-    def features(self) -> list[str]:
-        """What stands beside the base, one label per column."""
-        return [column.label for column in self.columns]
-
-    @property
     def data(self) -> str:
         """Source and split, where known."""
         return data_label(self.inputs)

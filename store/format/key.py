@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,8 +17,15 @@ from fpo.canonical import canonical_json
 from fpo.store.format.groups import scored_splits
 from fpo.store.format.ragged import F32, U8, U32, U64, lengths_of
 
+_KEY = re.compile(r"[0-9a-f]{64}")
+
 FORMAT_VERSION = 1
 """Of the cache format. Part of every key: a cache of another version is another cache."""
+
+
+def is_key(name: str) -> bool:
+    """Whether this is spelled as a full key: 64 hex digits, lower case."""
+    return _KEY.fullmatch(name) is not None
 
 
 def cache_key(recipe: dict[str, Any]) -> str:

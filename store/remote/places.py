@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fpo.errors import CacheError, CacheMissing
+from fpo.store.format.key import is_key
 from fpo.store.format.manifest import RECIPE
 from fpo.store.local import URL, Store
 from fpo.store.objects import RemoteObjects
@@ -20,8 +20,6 @@ from fpo.store.remote.hub import SCHEME as HUB_SCHEME
 from fpo.store.remote.hub import HubFolder
 from fpo.store.summaries import Summary, look
 from fpo.store.upkeep.tags import carry_tag, read_tag, read_tags, refuse_other_tag
-
-_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 def is_url(store: Store | RemoteStore | Path | str) -> bool:
@@ -64,11 +62,11 @@ class RemoteStore:
 
     def keys(self) -> list[str]:
         """Of every cache here, complete or not, sorted. Raises CacheError where the server has no listing."""
-        return [name for name in self._root.names() if _KEY.fullmatch(name)]
+        return [name for name in self._root.names() if is_key(name)]
 
     def folder(self, key: str) -> RemoteObjects:
         """The objects of the cache of this full key."""
-        if not _KEY.fullmatch(key):
+        if not is_key(key):
             raise ValueError(f"a key has 64 hex digits, got {key!r}")
         return self._root.inside(key)
 
@@ -82,12 +80,10 @@ class RemoteStore:
         tagged = read_tag(self._root, name)
         if tagged is not None:
             return tagged
-        if _KEY.fullmatch(name) and self.folder(name).sizes([RECIPE]):
+        if is_key(name) and self.folder(name).sizes([RECIPE]):
             return name
         if not self._root.listable:
-            what = (
-                f"no cache {name}" if _KEY.fullmatch(name) else f"{name!r} is no full key, and {self.root} no listing"
-            )
+            what = f"no cache {name}" if is_key(name) else f"{name!r} is no full key, and {self.root} no listing"
             raise CacheMissing(f"{what}: give the 64 digits of a cache that lies in {self.root}")
         keys = self.keys()
         found = [key for key in keys if name and key.startswith(name)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Literal
 from fpo.errors import CacheError, CacheInUse
 from fpo.store.beside import column_keys
 from fpo.store.files import TMP, Folder, explained
+from fpo.store.format.key import is_key
 from fpo.store.format.manifest import COLUMNS, MANIFEST, RECIPE, RECORDS
 from fpo.store.local import NAMES, USES, Store
 from fpo.store.summaries import is_begun, look_at_column
@@ -32,7 +32,6 @@ UNFINISHED_DAYS = 14.0
 _DAY = 86400.0
 _TEMPORARY_AGE = 3600.0
 """Seconds. Locks tell which temporary files are dead; this is for file systems whose locks lie."""
-_FULL_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -109,7 +108,7 @@ class _Collector:
     def run(self) -> Collection:
         tags = self.store.tags()
         tagged = set(tags.values())
-        keys = [name for name in self.folder.names() if _FULL_KEY.fullmatch(name)]
+        keys = [name for name in self.folder.names() if is_key(name)]
         for key in keys:
             self._attempt(partial(self._cache, key, tagged))
         self._attempt(self._graves)
@@ -271,7 +270,7 @@ class _Collector:
     def _forget_uses(self) -> None:
         """Notes about caches that are no more."""
         for name in self.folder.names(USES):
-            if _FULL_KEY.fullmatch(name) and not os.path.lexists(self.store.path(name)):
+            if is_key(name) and not os.path.lexists(self.store.path(name)):
                 with contextlib.suppress(CacheInUse), alone(self.store.use_file(name), f"cache {name[:12]}"):
                     # Looked at again: a writer says that it uses a cache before it makes the folder.
                     if not os.path.lexists(self.store.path(name)):
