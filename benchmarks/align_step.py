@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fpo.objectives import PairLogps
+from fpo.objectives import Logps
 from fpo.objectives.dpo import dpo
 from fpo.scoring import Packed, install_scoring, pack, sum_logps
 from fpo.stage1_cache.read import read_groups
@@ -126,7 +126,7 @@ def _packed_loss(policy: PreTrainedModel, ref_logps: torch.Tensor, ids: np.ndarr
     packed = pack(ids, splits, np.full(len(splits) // 3, 2))
     logps = _packed_logps(policy, packed)
     counts = packed.counts.view(-1, 2)
-    sides = (PairLogps(logps, logps / counts), PairLogps(ref_logps, ref_logps / counts))
+    sides = (Logps(logps, logps / counts), Logps(ref_logps, ref_logps / counts))
     return dpo(*sides, beta=0.1).losses.mean()
 
 

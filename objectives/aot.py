@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, smoothed_loss
+from fpo.objectives.objective import LabelSmoothing, Needs, PairObjective
 
 
-class Aot(Objective):
+class Aot(PairObjective):
     """Alignment by optimal transport, paired, https://arxiv.org/abs/2406.05882; sorts the pairs of a forward."""
 
     name: Literal["aot"]
@@ -25,14 +25,14 @@ class Aot(Objective):
     """Probability that chosen and rejected are the wrong way round."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return aot(evidence.policy, evidence.reference, beta=self.beta, label_smoothing=self.label_smoothing)
 
 
-def aot(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float) -> ObjectiveValue:
+def aot(policy: Logps, reference: Logps, *, beta: float, label_smoothing: float) -> ObjectiveValue:
     """
     Alignment by optimal transport, paired, https://arxiv.org/abs/2406.05882: the policy's margins as a distribution
     above the reference's. With the pairs of the batch sorted by either, the k-th of one against the k-th of the other:

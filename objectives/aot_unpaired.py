@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import PositiveFloat
 
 from fpo.objectives.aot import ranks
-from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, smoothed_loss
+from fpo.objectives.objective import LabelSmoothing, Needs, PairObjective
 
 
-class AotUnpaired(Objective):
+class AotUnpaired(PairObjective):
     """Alignment by optimal transport, unpaired, https://arxiv.org/abs/2406.05882; sorts a forward's completions."""
 
     name: Literal["aot_unpaired"]
@@ -24,14 +24,14 @@ class AotUnpaired(Objective):
     """Probability that chosen and rejected are the wrong way round."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return aot_unpaired(evidence.policy, evidence.reference, beta=self.beta, label_smoothing=self.label_smoothing)
 
 
-def aot_unpaired(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float) -> ObjectiveValue:
+def aot_unpaired(policy: Logps, reference: Logps, *, beta: float, label_smoothing: float) -> ObjectiveValue:
     """
     Alignment by optimal transport, unpaired, https://arxiv.org/abs/2406.05882: the chosen completions' logratios as a
     distribution above the rejected ones', whichever pairs they come from:

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import PositiveFloat
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 
 
-class ApoDown(Objective):
+class ApoDown(PairObjective):
     """Anchored preference optimisation for chosen completions worse than the model's, Eq. 8 of https://arxiv.org/abs/2408.06266."""
 
     name: Literal["apo_down"]
@@ -20,14 +20,14 @@ class ApoDown(Objective):
     """Pull towards the reference: scale of each logratio."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return apo_down(evidence.policy, evidence.reference, beta=self.beta)
 
 
-def apo_down(policy: PairLogps, reference: PairLogps, *, beta: float) -> ObjectiveValue:
+def apo_down(policy: Logps, reference: Logps, *, beta: float) -> ObjectiveValue:
     """
     Anchored preference optimisation, Eq. 8 of https://arxiv.org/abs/2408.06266, r = beta * logratio: both completions
     become less likely, the rejected one more so.

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import PositiveFloat
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 
 
-class ApoZero(Objective):
+class ApoZero(PairObjective):
     """Anchored preference optimisation for chosen completions better than the model's, Eq. 7 of https://arxiv.org/abs/2408.06266."""
 
     name: Literal["apo_zero"]
@@ -20,14 +20,14 @@ class ApoZero(Objective):
     """Pull towards the reference: scale of each logratio."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return apo_zero(evidence.policy, evidence.reference, beta=self.beta)
 
 
-def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: float) -> ObjectiveValue:
+def apo_zero(policy: Logps, reference: Logps, *, beta: float) -> ObjectiveValue:
     """
     Anchored preference optimisation, Eq. 7 of https://arxiv.org/abs/2408.06266, r = beta * logratio: chosen completions
     become likelier, rejected ones less likely.

@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import PositiveFloat
 from torch.nn import functional
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 
 
-class BcoPair(Objective):
+class BcoPair(PairObjective):
     """Binary classifier optimisation of pairs, https://arxiv.org/abs/2404.04656, without its running mean, as TRL."""
 
     name: Literal["bco_pair"]
@@ -21,14 +21,14 @@ class BcoPair(Objective):
     """Pull towards the reference: scale of each logratio."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return bco_pair(evidence.policy, evidence.reference, beta=self.beta)
 
 
-def bco_pair(policy: PairLogps, reference: PairLogps, *, beta: float) -> ObjectiveValue:
+def bco_pair(policy: Logps, reference: Logps, *, beta: float) -> ObjectiveValue:
     """
     Binary classifier optimisation, https://arxiv.org/abs/2404.04656, of both completions, r = beta * logratio:
 

@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import PositiveFloat
 from torch.nn import functional
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 
 
-class CalDpo(Objective):
+class CalDpo(PairObjective):
     """Calibrated DPO, https://arxiv.org/abs/2412.14516, as the authors' code has it."""
 
     name: Literal["cal_dpo"]
@@ -21,14 +21,14 @@ class CalDpo(Objective):
     """The logratios are pulled to plus and minus 1 / (2 beta); the authors' configuration for Zephyr has 0.002."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return cal_dpo(evidence.policy, evidence.reference, beta=self.beta)
 
 
-def cal_dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> ObjectiveValue:
+def cal_dpo(policy: Logps, reference: Logps, *, beta: float) -> ObjectiveValue:
     """
     Calibrated DPO, https://arxiv.org/abs/2412.14516, as in scripts/dpo_trainer.py of github.com/tengxiao1/Cal-DPO:
 

@@ -8,12 +8,12 @@ from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, smoothed_loss
+from fpo.objectives.objective import LabelSmoothing, Needs, PairObjective
 from fpo.objectives.sft import sft
 
 
-class Cpo(Objective):
+class Cpo(PairObjective):
     """Contrastive preference optimisation, Eq. 3-5 of https://arxiv.org/abs/2401.08417; uses no reference."""
 
     name: Literal["cpo"]
@@ -29,13 +29,14 @@ class Cpo(Objective):
     """Probability that chosen and rejected are the wrong way round."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=False)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return cpo(
             evidence.policy,
             evidence.lengths,
+            evidence.penalties,
             beta=self.beta,
             sft_weight=self.sft_weight,
             label_smoothing=self.label_smoothing,
@@ -43,8 +44,9 @@ class Cpo(Objective):
 
 
 def cpo(
-    policy: PairLogps,
+    policy: Logps,
     lengths: Float[Tensor, "P 2"],
+    penalties: Float[Tensor, "P 2"] | None = None,
     *,
     beta: float,
     sft_weight: float,
@@ -55,8 +57,10 @@ def cpo(
 
         u    = beta * (logps_chosen - logps_rejected)
         loss = -(1 - label_smoothing) * log sigmoid(u) - label_smoothing * log sigmoid(-u) + sft_weight * sft
+
+    penalties  what a feature term adds to the log-probs of the margin; None adds nothing
     """
-    rewards = beta * policy.logps
+    rewards = beta * (policy.logps if penalties is None else policy.logps + penalties)
     u = rewards[:, 0] - rewards[:, 1]
     losses = smoothed_loss(u, label_smoothing) + sft_weight * sft(policy, lengths).losses
     return ObjectiveValue(losses, rewards.detach())

@@ -8,8 +8,8 @@ from pydantic import PositiveFloat
 from torch.nn import functional
 
 from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
 from fpo.objectives.objective import Needs
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
 
 # exp(80) is finite in float32, and what it is multiplied with is 0 there.
 _LARGEST_EXPONENT = 80.0
@@ -28,7 +28,7 @@ class Discopop(MarginObjective):
     """Temperature of the modulation (TRL's discopop_tau)."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
@@ -36,7 +36,7 @@ class Discopop(MarginObjective):
 
 
 def discopop(
-    policy: PairLogps, reference: PairLogps, *, beta: float, tau: float, divergence: Divergence = REVERSE_KL
+    policy: Logps, reference: Logps, *, beta: float, tau: float, divergence: Divergence = REVERSE_KL
 ) -> ObjectiveValue:
     """
     Log-ratio modulated loss, Eq. 5 of https://arxiv.org/abs/2406.08414:

@@ -11,7 +11,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.objective import Objective
+from fpo.objectives.objective import PairObjective
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
@@ -53,7 +53,7 @@ class Divergence:
 REVERSE_KL = Divergence()
 
 
-class MarginObjective(Objective):
+class MarginObjective(PairObjective):
     """
     What objectives share that see the margin of the two completions' rewards alone. Another divergence leaves a term in
     each reward that depends on the prompt, and only the margin is free of it.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, smoothed_loss
 from fpo.objectives.objective import LabelSmoothing, Needs
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
 
 
 class Dpo(MarginObjective):
@@ -19,7 +19,7 @@ class Dpo(MarginObjective):
     """Probability that chosen and rejected are the wrong way round (conservative DPO)."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
@@ -33,8 +33,8 @@ class Dpo(MarginObjective):
 
 
 def dpo(
-    policy: PairLogps,
-    reference: PairLogps,
+    policy: Logps,
+    reference: Logps,
     *,
     beta: float,
     label_smoothing: float = 0.0,

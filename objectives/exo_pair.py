@@ -9,8 +9,8 @@ from pydantic import Field
 from torch.nn import functional
 
 from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
 from fpo.objectives.objective import Needs
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
 
 
 class ExoPair(MarginObjective):
@@ -23,7 +23,7 @@ class ExoPair(MarginObjective):
     """The paper's epsilon: what the rejected completion keeps of the target; above 0, its logarithm is taken."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
@@ -37,8 +37,8 @@ class ExoPair(MarginObjective):
 
 
 def exo_pair(
-    policy: PairLogps,
-    reference: PairLogps,
+    policy: Logps,
+    reference: Logps,
     *,
     beta: float,
     label_smoothing: float,

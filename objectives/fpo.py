@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 from jaxtyping import Float
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.features import FeatureNeed, FeatureSet
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.features import FeatureTerm
+from fpo.objectives.objective import Needs, Paired
 
 
-class Fpo(Objective):
+class Fpo(FeatureTerm, Paired):
     """Feature-level constrained preference optimisation, Eq. 7-11 of https://arxiv.org/abs/2411.07618."""
 
     name: Literal["fpo"]
@@ -23,26 +23,9 @@ class Fpo(Objective):
     beta: PositiveFloat = 0.1
     """Scale of the whole margin: pull towards the reference, as in DPO."""
 
-    alpha: NonNegativeFloat = 0.5
-    """Weight of the feature term; 0 never loads the SAE."""
-
-    k: PositiveInt = 50
-    """How many features a completion's distance is over; the sum is divided by k."""
-
-    feature_set: FeatureSet = "reference"
-    """Whose top k: the reference's (exact from any cache), both models' as in the paper, or the policy's."""
-
-    length_normalised: bool = True
-    """Margin of mean logratios; false takes the sums of `dpo`, to which `alpha` adds the feature term alone."""
-
-    hookpoint: str | None = None
-    """Which of `features` is constrained; null is the only one there is."""
-
     @property
-    def needs(self) -> Needs:
-        if self.alpha == 0:
-            return Needs(reference=True)
-        return Needs(reference=True, features=FeatureNeed(self.hookpoint, self.k, self.feature_set, "alpha: 0"))
+    def formula_needs(self) -> Needs:
+        return Needs(reference=True, features=self if self.alpha else None, waived_by="alpha: 0")
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return fpo(
@@ -51,18 +34,16 @@ class Fpo(Objective):
             evidence.distances,
             beta=self.beta,
             alpha=self.alpha,
-            length_normalised=self.length_normalised,
         )
 
 
 def fpo(
-    policy: PairLogps,
-    reference: PairLogps,
+    policy: Logps,
+    reference: Logps,
     distances: Float[Tensor, "P 2"] | None,
     *,
     beta: float,
     alpha: float,
-    length_normalised: bool = True,
 ) -> ObjectiveValue:
     """
     Feature-level constrained preference optimisation, Eq. 7-11 of https://arxiv.org/abs/2411.07618:
@@ -71,11 +52,9 @@ def fpo(
         loss = -log sigmoid(u)
 
     distances  D of Eq. 10, see `feature_distance`; None where alpha is 0
-    sg stops the gradient, so only the rejected completion gets one from the feature term. Without `length_normalised`
-    the logratios are sums.
+    sg stops the gradient, so only the rejected completion gets one from the feature term.
     """
-    logratios = policy.mean_logps - reference.mean_logps if length_normalised else policy.logps - reference.logps
-    rewards = beta * logratios
+    rewards = beta * (policy.mean_logps - reference.mean_logps)
     margin = rewards[:, 0] - rewards[:, 1]
     if distances is not None:
         margin = margin - beta * alpha * (distances[:, 1] - distances[:, 0].detach())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
 from fpo.objectives.objective import Needs
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
 
 
 class Hinge(MarginObjective):
@@ -16,16 +16,14 @@ class Hinge(MarginObjective):
     """The objective."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return hinge(evidence.policy, evidence.reference, beta=self.beta, divergence=self.divergence)
 
 
-def hinge(
-    policy: PairLogps, reference: PairLogps, *, beta: float, divergence: Divergence = REVERSE_KL
-) -> ObjectiveValue:
+def hinge(policy: Logps, reference: Logps, *, beta: float, divergence: Divergence = REVERSE_KL) -> ObjectiveValue:
     """
     Hinge loss of SLiC, https://arxiv.org/abs/2305.10425, on the normalised margin of RSO,
     https://arxiv.org/abs/2309.06657:

@@ -9,8 +9,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
 from fpo.objectives.objective import Needs
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
 
 
 class Ipo(MarginObjective):
@@ -26,7 +26,7 @@ class Ipo(MarginObjective):
     """Take the margin per token, as TRL does and the authors did; false takes it of the sums, as the paper writes."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
@@ -40,8 +40,8 @@ class Ipo(MarginObjective):
 
 
 def ipo(
-    policy: PairLogps,
-    reference: PairLogps,
+    policy: Logps,
+    reference: Logps,
     lengths: Float[Tensor, "P 2"] | None,
     *,
     beta: float,

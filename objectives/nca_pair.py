@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import PositiveFloat
 from torch.nn import functional
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 
 
-class NcaPair(Objective):
+class NcaPair(PairObjective):
     """Noise contrastive alignment of pairs, https://arxiv.org/abs/2402.05369."""
 
     name: Literal["nca_pair"]
@@ -21,14 +21,14 @@ class NcaPair(Objective):
     """Pull towards the reference: scale of each logratio."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return nca_pair(evidence.policy, evidence.reference, beta=self.beta)
 
 
-def nca_pair(policy: PairLogps, reference: PairLogps, *, beta: float) -> ObjectiveValue:
+def nca_pair(policy: Logps, reference: Logps, *, beta: float) -> ObjectiveValue:
     """
     Noise contrastive alignment of a pair, https://arxiv.org/abs/2402.05369, r = beta * logratio:
 

@@ -9,11 +9,11 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 
 
-class Odpo(Objective):
+class Odpo(PairObjective):
     """DPO with an offset, https://arxiv.org/abs/2402.10571: the larger the gap of scores, the larger the margin."""
 
     name: Literal["odpo"]
@@ -26,16 +26,14 @@ class Odpo(Objective):
     """Weight of the offset."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True, scores=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return odpo(evidence.policy, evidence.reference, evidence.scores, beta=self.beta, alpha=self.alpha)
 
 
-def odpo(
-    policy: PairLogps, reference: PairLogps, scores: Float[Tensor, "P 2"], *, beta: float, alpha: float
-) -> ObjectiveValue:
+def odpo(policy: Logps, reference: Logps, scores: Float[Tensor, "P 2"], *, beta: float, alpha: float) -> ObjectiveValue:
     """
     DPO with an offset, https://arxiv.org/abs/2402.10571:
 

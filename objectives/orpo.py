@@ -9,12 +9,12 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, Paired
 from fpo.objectives.sft import sft
 
 
-class Orpo(Objective):
+class Orpo(Paired):
     """Odds ratio preference optimisation, Eq. 6-7 of https://arxiv.org/abs/2403.07691; uses no reference."""
 
     name: Literal["orpo"]
@@ -24,14 +24,14 @@ class Orpo(Objective):
     """The paper's lambda: weight of the odds ratio beside the chosen completions' log-likelihood."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=False)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return orpo(evidence.policy, evidence.lengths, beta=self.beta)
 
 
-def orpo(policy: PairLogps, lengths: Float[Tensor, "P 2"], *, beta: float) -> ObjectiveValue:
+def orpo(policy: Logps, lengths: Float[Tensor, "P 2"], *, beta: float) -> ObjectiveValue:
     """
     Odds ratio preference optimisation, Eq. 6-7 of https://arxiv.org/abs/2403.07691, p = exp(mean_logps):
 
@@ -39,6 +39,11 @@ def orpo(policy: PairLogps, lengths: Float[Tensor, "P 2"], *, beta: float) -> Ob
 
     sft is over the completion's tokens; TRL's ORPOTrainer takes the prompt's in.
     """
-    log_odds = policy.mean_logps - (-policy.mean_logps.expm1()).log()
-    ratio = functional.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+    odds = log_odds(policy.mean_logps)
+    ratio = functional.logsigmoid(odds[:, 0] - odds[:, 1])
     return ObjectiveValue(sft(policy, lengths).losses - beta * ratio, (beta * policy.mean_logps).detach())
+
+
+def log_odds(mean_logps: Float[Tensor, "P 2"]) -> Float[Tensor, "P 2"]:
+    """log(p / (1 - p)) at p = exp(mean_logps)."""
+    return mean_logps - (-mean_logps.expm1()).log()

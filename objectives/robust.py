@@ -7,8 +7,8 @@ from typing import Literal
 from torch.nn import functional
 
 from fpo.objectives.divergence import REVERSE_KL, Divergence, MarginObjective
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
 from fpo.objectives.objective import LabelSmoothing, Needs
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
 
 
 class Robust(MarginObjective):
@@ -21,7 +21,7 @@ class Robust(MarginObjective):
     """The paper's epsilon: probability that chosen and rejected are the wrong way round. 0, TRL's default, is `dpo`."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
@@ -35,8 +35,8 @@ class Robust(MarginObjective):
 
 
 def robust(
-    policy: PairLogps,
-    reference: PairLogps,
+    policy: Logps,
+    reference: Logps,
     *,
     beta: float,
     label_smoothing: float,

@@ -7,25 +7,25 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, Paired
 
 
-class Sft(Objective):
+class Sft(Paired):
     """Supervised fine-tuning on the chosen completions; uses no reference."""
 
     name: Literal["sft"]
     """The objective."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=False)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return sft(evidence.policy, evidence.lengths)
 
 
-def sft(policy: PairLogps, lengths: Float[Tensor, "P 2"]) -> ObjectiveValue:
+def sft(policy: Logps, lengths: Float[Tensor, "P 2"]) -> ObjectiveValue:
     """
     Mean negative log-likelihood of the chosen completions' tokens over the pairs of a forward:
 

@@ -9,12 +9,12 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 from fpo.objectives.sft import sft
 
 
-class Simpo(Objective):
+class Simpo(PairObjective):
     """Simple preference optimisation, Eq. 6 of https://arxiv.org/abs/2405.14734; uses no reference."""
 
     name: Literal["simpo"]
@@ -30,22 +30,37 @@ class Simpo(Objective):
     """Weight of the chosen completions' log-likelihood."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=False)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
-        return simpo(evidence.policy, evidence.lengths, beta=self.beta, gamma=self.gamma, sft_weight=self.sft_weight)
+        return simpo(
+            evidence.policy,
+            evidence.lengths,
+            evidence.penalties,
+            beta=self.beta,
+            gamma=self.gamma,
+            sft_weight=self.sft_weight,
+        )
 
 
 def simpo(
-    policy: PairLogps, lengths: Float[Tensor, "P 2"], *, beta: float, gamma: float, sft_weight: float = 0.0
+    policy: Logps,
+    lengths: Float[Tensor, "P 2"],
+    penalties: Float[Tensor, "P 2"] | None = None,
+    *,
+    beta: float,
+    gamma: float,
+    sft_weight: float = 0.0,
 ) -> ObjectiveValue:
     """
     Simple preference optimisation, Eq. 6 of https://arxiv.org/abs/2405.14734, without a reference:
 
         loss = -log sigmoid(beta * (mean_logps_chosen - mean_logps_rejected) - gamma) + sft_weight * sft
+
+    penalties  what a feature term adds to the mean log-probs of the margin; None adds nothing
     """
-    rewards = beta * policy.mean_logps
+    rewards = beta * (policy.mean_logps if penalties is None else policy.mean_logps + penalties)
     losses = -functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - gamma)
     if sft_weight:
         losses = losses + sft_weight * sft(policy, lengths).losses

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import PositiveFloat
 
-from fpo.objectives.objective import Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
 
 
-class SppoHard(Objective):
+class SppoHard(PairObjective):
     """Self-play preference optimisation with win probabilities 1 and 0, Eq. 4.7 of https://arxiv.org/abs/2405.00675."""
 
     name: Literal["sppo_hard"]
@@ -20,14 +20,14 @@ class SppoHard(Objective):
     """The paper's 1 / eta: the logratios are pulled to plus and minus 1 / (2 beta)."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return sppo_hard(evidence.policy, evidence.reference, beta=self.beta)
 
 
-def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: float) -> ObjectiveValue:
+def sppo_hard(policy: Logps, reference: Logps, *, beta: float) -> ObjectiveValue:
     """
     Self-play preference optimisation, Eq. 4.7 of https://arxiv.org/abs/2405.00675, with probability 1 that the chosen
     completion wins:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-_NOT_THERE = "no objective has it"
-
 # Settings of TRL's losses that stand under `training` by mistake.
 SETTINGS = {
     "beta": "it is objective.beta",
+    "desirable_weight": "it is objective.desirable_weight of kto",
+    "undesirable_weight": "it is objective.undesirable_weight of kto",
     "alpha": "it is objective.alpha",
     "gamma": "it is objective.gamma",
     "simpo_gamma": "it is objective.gamma",
@@ -16,11 +16,11 @@ SETTINGS = {
     "f_alpha_divergence_coef": "it is objective.f_alpha_divergence_coef",
     "discopop_tau": "it is objective.tau of discopop",
     "use_weighting": "objective.name: wpo weighs dpo with it",
-    "rpo_alpha": _NOT_THERE,
+    "rpo_alpha": "objective.name: mixture, of dpo and sft, with weights",
     "sft_weight": "it is objective.sft_weight",
-    "ld_alpha": _NOT_THERE,
+    "ld_alpha": "it is objective.ld_alpha of ld_dpo",
     "cpo_alpha": "it is objective.sft_weight",
-    "loss_weights": _NOT_THERE,
+    "loss_weights": "it is objective.weights of mixture",
     "reference_free": "objective.name: simpo uses no reference",
 }
 
@@ -29,8 +29,9 @@ LOSSES = {
     "sigmoid": "it is called dpo here",
     "sigmoid_norm": "it is fpo with alpha: 0",
     "aot_pair": "it is called aot here",
-    **dict.fromkeys(
-        ("bco", "grpo", "kto", "ppo", "rpo", "tdpo", "tr_dpo"),
-        "it is not there yet",
-    ),
+    "rpo": "it is a mixture of dpo and sft",
+    "mpo": "it is a mixture of dpo, bco_pair and sft",
+    "tdpo": "there are tdpo1 and tdpo2",
+    "sdpo": "it is dpo with data.score: assistant and data.turns",
+    **dict.fromkeys(("bco", "grpo", "ppo", "tr_dpo"), "it is not there yet"),
 }

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from fpo.objectives.objective import LabelSmoothing, Needs, Objective
-from fpo.objectives.pairs import Evidence, ObjectiveValue, PairLogps, smoothed_loss
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, smoothed_loss
+from fpo.objectives.objective import LabelSmoothing, Needs, PairObjective
 
 
-class Wpo(Objective):
+class Wpo(PairObjective):
     """Weighted preference optimisation, Eq. 2 of https://arxiv.org/abs/2406.11827: DPO, likely pairs counting more."""
 
     name: Literal["wpo"]
@@ -28,7 +28,7 @@ class Wpo(Objective):
     """The largest weight of a pair, as in the authors' code; null bounds none, as TRL."""
 
     @property
-    def needs(self) -> Needs:
+    def formula_needs(self) -> Needs:
         return Needs(reference=True, typicality=True)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
@@ -44,8 +44,8 @@ class Wpo(Objective):
 
 
 def wpo(
-    policy: PairLogps,
-    reference: PairLogps,
+    policy: Logps,
+    reference: Logps,
     typicality: Float[Tensor, "P 2"],
     *,
     beta: float,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from fpo.nearest import nearest
-from fpo.objectives import DEFAULT_OBJECTIVE, AnyObjective, FeatureNeed
+from fpo.objectives import DEFAULT_OBJECTIVE, AnyObjective, Needs
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, training_arithmetic
 from fpo.recipe.sections import CacheOptions, Data, Feature, Policy, Reference
 from fpo.section import Section
@@ -43,8 +43,17 @@ class Recipe(Section):
         for hookpoint in hookpoints:
             if hookpoints.count(hookpoint) > 1:
                 raise ValueError(f"features: hookpoint {hookpoint} is listed twice")
-        if (need := self.objective.needs.features) is not None:
-            _check_features(need, self.features, self.objective.name)
+        _check_features(self.objective.needs, self.features, self.objective.name)
+        if self.objective.needs.mismatched and not self.cache.mismatched:
+            raise ValueError(
+                f"cache.mismatched: {self.objective.name} takes its reference point from mismatched completions; "
+                "set it to true (a column beside the cache: one pass, the rest stays)"
+            )
+        if self.objective.needs.divergence and not self.cache.top_logits:
+            raise ValueError(
+                f"cache.top_logits: {self.objective.name} takes a KL divergence from the reference's likeliest tokens; "
+                "say how many are kept, such as 64 (a column beside the cache: one pass, the rest stays)"
+            )
         if self.reference.autocast is not None and self.reference.dtype != "float32":
             raise ValueError(
                 f"reference.autocast: {self.reference.autocast} rounds the products of float32 weights; set "
@@ -65,12 +74,13 @@ class Recipe(Section):
         sharded = bool(self.training.get("fsdp") or self.training.get("deepspeed"))
         return training_arithmetic(self.policy.dtype, mixed, sharded)
 
-    def constrained_feature(self) -> int | None:
-        """Index into `features` of the one that the objective constrains; None where it constrains none."""
-        need = self.objective.needs.features
-        if need is None:
-            return None
-        return [feature.hookpoint for feature in self.features].index(need.hookpoint) if need.hookpoint else 0
+    def constrained_features(self) -> tuple[Feature, ...]:
+        """Those of `features` that the objective constrains, in its order; none where it constrains none."""
+        term = self.objective.needs.features
+        if term is None:
+            return ()
+        entries = {feature.hookpoint: feature for feature in self.features}
+        return tuple(entries[hookpoint] for hookpoint in term.hookpoints or entries)
 
 
 def check_arithmetic(recipe: Recipe, training: Arithmetic) -> None:
@@ -91,16 +101,23 @@ def check_arithmetic(recipe: Recipe, training: Arithmetic) -> None:
         )
 
 
-def _check_features(need: FeatureNeed, features: tuple[Feature, ...], objective: str) -> None:
+def _check_features(needs: Needs, features: tuple[Feature, ...], objective: str) -> None:
     """ValueError where `features` do not give what the objective needs."""
-    hookpoints = [feature.hookpoint for feature in features]
-    if not hookpoints:
-        raise ValueError(f"objective.name: {objective} needs an entry in features (or objective.{need.waived_by})")
-    if need.hookpoint is None and len(hookpoints) > 1:
-        raise ValueError(f"objective.hookpoint: say which of {', '.join(hookpoints)} is constrained")
-    if need.hookpoint is not None and need.hookpoint not in hookpoints:
-        near = nearest(need.hookpoint, hookpoints) or ", ".join(hookpoints)
-        raise ValueError(f"objective.hookpoint: {need.hookpoint} is not among features; nearest is {near}")
-    top_k = features[hookpoints.index(need.hookpoint or hookpoints[0])].top_k
-    if top_k != "all" and top_k < need.k:
-        raise ValueError(f"objective.k: {need.k} features are asked for, the cache keeps top_k: {top_k}")
+    term = needs.features
+    if term is None:
+        return
+    entries = {feature.hookpoint: feature for feature in features}
+    where = "objective" if needs.waived_by.startswith("alpha") else "objective.features"
+    if not entries:
+        raise ValueError(f"objective.name: {objective} needs an entry in features (or objective.{needs.waived_by})")
+    if term.hookpoints is None and len(entries) > 1:
+        raise ValueError(f"{where}.hookpoints: say which of {', '.join(entries)} are constrained")
+    for hookpoint in term.hookpoints or entries:
+        if hookpoint not in entries:
+            near = nearest(hookpoint, list(entries)) or ", ".join(entries)
+            raise ValueError(f"{where}.hookpoints: {hookpoint} is not among features; nearest is {near}")
+        top_k = entries[hookpoint].top_k
+        if top_k != "all" and top_k < term.k:
+            raise ValueError(f"{where}.k: {term.k} features are asked for, the cache keeps top_k: {top_k}")
+    if term.hookpoints is not None and len(set(term.hookpoints)) < len(term.hookpoints):
+        raise ValueError(f"{where}.hookpoints: {', '.join(term.hookpoints)}: one of them is named twice")

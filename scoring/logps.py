@@ -4,6 +4,7 @@ measured by the same code. There is never a (batch, length, vocabulary) tensor: 
 a completion's token reach the head.
 
 Dimension key:  N scored completion tokens   D hidden   V vocabulary   M most likely tokens   C completions
+                A tokens asked for beside each target
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class TokenLogps(NamedTuple):
 
     logps: Float[Tensor, " N"]
     """Log-probability of each target given what precedes it, in nats, float32."""
+    asked_logps: Float[Tensor, "N A"]
+    """The same of the tokens that were asked for in the place of each target."""
     top_indices: Int[Tensor, "N M"]
     """The M most likely tokens at each position, most likely first."""
     top_logps: Float[Tensor, "N M"]
@@ -48,6 +51,7 @@ def token_logps(
     targets: Int[Tensor, " N"],
     head: Head,
     *,
+    asked: Int[Tensor, "N A"] | None = None,
     top: int = 0,
     squares: bool = False,
 ) -> TokenLogps:
@@ -56,30 +60,33 @@ def token_logps(
 
     hidden   output of the decoder (after its final norm) at the predicting positions
     head     hidden -> logits over the vocabulary
+    asked    further tokens in the place of each target; None asks for none
     top      how many most likely tokens to report besides; without gradient
     squares  whether to report log_sum_squares, without gradient; costs another float32 copy of the logits
     """
 
-    def score(hidden_chunk: Tensor, target_chunk: Tensor) -> TokenLogps:
+    columns = targets[:, None] if asked is None else torch.cat([targets[:, None], asked], dim=1)
+
+    def score(hidden_chunk: Tensor, column_chunk: Tensor) -> TokenLogps:
         logits = head(hidden_chunk).float()
-        logps: Tensor = _GatheredLogSoftmax.apply(logits, target_chunk)  # type: ignore[no-untyped-call]
+        logps: Tensor = _GatheredLogSoftmax.apply(logits, column_chunk)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             best = logits.topk(top, dim=-1)
             best_logps = best.values - logits.logsumexp(-1, keepdim=True) if top else best.values
             summed = _log_sum_squares(logits) if squares else logits.new_empty(0)
-        return TokenLogps(logps, best.indices, best_logps, summed)
+        return TokenLogps(logps[:, 0], logps[:, 1:], best.indices, best_logps, summed)
 
     vocabulary = _vocabulary(head, hidden)
     total = hidden.shape[0] * vocabulary * 4
     if total <= (LOGITS_BUDGET_BYTES if torch.is_grad_enabled() else CHUNK_BYTES):
-        return score(hidden, targets)
+        return score(hidden, columns)
     rows = max(1, CHUNK_BYTES // (vocabulary * 4))
     chunks = []
-    for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for hidden_chunk, column_chunk in zip(hidden.split(rows), columns.split(rows), strict=True):
         if torch.is_grad_enabled():
-            chunks.append(checkpoint(score, hidden_chunk, target_chunk, use_reentrant=False))
+            chunks.append(checkpoint(score, hidden_chunk, column_chunk, use_reentrant=False))
         else:
-            chunks.append(score(hidden_chunk, target_chunk))
+            chunks.append(score(hidden_chunk, column_chunk))
     return TokenLogps(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
@@ -104,20 +111,20 @@ def _vocabulary(head: Head, hidden: Tensor) -> int:
 
 class _GatheredLogSoftmax(torch.autograd.Function):
     """
-    log_softmax(logits)[targets] without keeping the (N, V) log-softmax: forward keeps logits and one
-    logsumexp per row, backward makes onehot - softmax in a single buffer.
+    log_softmax(logits)[columns], (N, A) of each row, without keeping the (N, V) log-softmax: forward keeps logits and
+    one logsumexp per row, backward makes the sum of onehot - softmax in a single buffer.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        normaliser = logits.logsumexp(-1)
-        ctx.save_for_backward(logits, targets, normaliser)
-        return logits.gather(-1, targets[:, None])[:, 0] - normaliser
+    def forward(ctx: Any, logits: Tensor, columns: Tensor) -> Tensor:
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, columns, normaliser)
+        return logits.gather(-1, columns) - normaliser
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normaliser = ctx.saved_tensors
+        logits, columns, normaliser = ctx.saved_tensors
         grad = grads[0]
-        grad_logits = (logits - normaliser[:, None]).exp_().mul_(-grad[:, None])
-        grad_logits.scatter_add_(1, targets[:, None], grad[:, None])
+        grad_logits = (logits - normaliser).exp_().mul_(-grad.sum(-1, keepdim=True))
+        grad_logits.scatter_add_(1, columns, grad)
         return grad_logits, None

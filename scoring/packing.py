@@ -12,7 +12,7 @@ Groups laid out in rows, in one of two layouts. A group is a prompt with one or 
 Which of them is right for a model, `check.choose_layout` finds out.
 
 Dimension key:  T tokens   S segments (prompts and completions)   G groups   C completions   N scored completion tokens
-                R rows   L row length
+                R rows   L row length   A tokens asked for beside each scored one
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Packed(NamedTuple):
     """Flat positions that predict a prompt's own tokens, group by group; none unless prompts were asked for."""
     prompt_lengths: Int[Tensor, " G"]
     """How many of them each group has; empty unless prompts were asked for."""
+    asked: Int[Tensor, "N A"]
+    """Further tokens whose log-prob is asked for in the place of each scored one; (N, 0) asks for none."""
 
     @property
     def layout(self) -> Layout:
@@ -138,6 +140,7 @@ def pack(
     *,
     score_mask: Integer[np.ndarray, " N"] | None = None,
     prompts: bool = False,
+    asked: Integer[np.ndarray, "N A"] | None = None,
     pad_id: int | None = None,
 ) -> Packed:
     """
@@ -148,6 +151,7 @@ def pack(
     n_completions  (G,)      completions of each group, one or more
     score_mask     (N,)      per scored token, completion by completion: 0 does not count. None: all count
     prompts        whether to ask about the prompts' own tokens, too
+    asked          (N, A)    further tokens to ask about in the place of each scored one; None: none
     pad_id         any token id; no scored token sees padding, and padding is not scored. None takes the batch's
                    first token: the embedding of a padding token may be zero, where a norm's gradient is NaN
     """
@@ -157,9 +161,12 @@ def pack(
     rows = (_share_prompts if layout is Layout.PACKED else _repeat_prompts)(segments, pad_id)
     lengths = segments.scored
     counted, counts = _counted(lengths, score_mask)
-    asked = np.maximum(segments.prompt_sizes - 1, 0) if prompts else np.zeros(0, np.int64)
-    predictors = _runs(rows.origins, asked) if prompts else asked
-    arrays = (*rows[:-1], lengths, counted, counts, predictors, asked)
+    own = np.maximum(segments.prompt_sizes - 1, 0) if prompts else np.zeros(0, np.int64)
+    predictors = _runs(rows.origins, own) if prompts else own
+    further = np.zeros((len(rows.targets), 0), np.int64) if asked is None else np.asarray(asked, dtype=np.int64)
+    if len(further) != len(rows.targets):
+        raise ValueError(f"tokens are asked for at {len(further)} places, the groups have {len(rows.targets)} scored")
+    arrays = (*rows[:-1], lengths, counted, counts, predictors, own, further)
     return Packed(*map(torch.from_numpy, arrays))
 
 

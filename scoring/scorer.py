@@ -5,6 +5,7 @@ One forward pass over packed groups: token log-probs and what the hookpoints giv
 it as they see any forward, and nothing reaches around them to the decoder or the head.
 
 Dimension key:  R rows   L row length   N scored completion tokens   C completions   D hidden   M most likely tokens
+                A tokens asked for beside each scored one
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Scores(NamedTuple):
     """
     log_sum_squares: Float[Tensor, " N"] | None = None
     """Log of the summed squares of all probabilities at each scored token; None where it was not asked for."""
+    asked_logps: Float[Tensor, "N A"] | None = None
+    """Log-probabilities of the tokens that the batch asks for beside each scored one; None: it asks for none."""
 
 
 def install_scoring(
@@ -101,18 +104,19 @@ def install_scoring(
             output = _decoder_output(text_decoder(self), packed, extras)
         hidden = output.last_hidden_state.flatten(0, 1)[packed.predictors]
         head = FamilyHead(self, decoder_path)
-        scored = token_logps(hidden, packed.targets, head, top=top_logits, squares=squares)
+        scored = token_logps(hidden, packed.targets, head, asked=packed.asked, top=top_logits, squares=squares)
         given = [_output(outputs, name).flatten(0, 1) for name in hookpoints]
-        asked = given if len(packed.prompt_lengths) else []
+        of_prompts = given if len(packed.prompt_lengths) else []
         return Scores(
             token_logps=scored.logps,
             top_indices=scored.top_indices,
             top_logps=scored.top_logps,
             residuals=tuple(states[packed.predictors] for states in given),
             router_loss=None if balance is None else balance(output.router_logits, packed.group),
-            prompt_residuals=tuple(states[packed.prompt_predictors] for states in asked),
+            prompt_residuals=tuple(states[packed.prompt_predictors] for states in of_prompts),
             hidden_sums=_sums(hidden, packed) if hidden_sums else None,
             log_sum_squares=scored.log_sum_squares if squares else None,
+            asked_logps=scored.asked_logps if packed.asked.shape[1] else None,
         )
 
     model.forward = types.MethodType(forward, model)

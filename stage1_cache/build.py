@@ -160,9 +160,17 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
         cache = open_cache(store, cache_key(identity.key_recipe))
     except CacheMissing:
         raise CacheMissing(_missing(store, identity)) from None
-    feature = recipe.constrained_feature()
-    cache.read_columns([] if feature is None else [identity.specs[feature]])
+    cache.read_columns(objective_specs(identity))
     return cache
+
+
+def objective_specs(identity: CacheIdentity) -> list[Spec]:
+    """The columns that the recipe's objective reads, its features first and in its order."""
+    recipe = identity.recipe
+    needs = recipe.objective.needs
+    features = [identity.specs[recipe.features.index(feature)] for feature in recipe.constrained_features()]
+    kinds = {"top_logits": needs.divergence, "mismatched": needs.mismatched}
+    return features + [spec for spec in identity.specs if kinds.get(spec["kind"], False)]
 
 
 def _missing(store: Path | str, identity: CacheIdentity) -> str:

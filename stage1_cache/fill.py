@@ -25,6 +25,7 @@ import torch
 from fpo.progress import progress_bar
 from fpo.scoring.hookpoints import canonical_hookpoint
 from fpo.stage1_cache.identity import CacheIdentity
+from fpo.stage1_cache.mismatched import score_mismatched
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.store import (
     CacheWriter,
@@ -37,6 +38,7 @@ from fpo.store import (
     Rows,
     TokenLogps,
     Want,
+    is_mismatched,
     own_share_first,
     rows_per,
     shards_within,
@@ -153,14 +155,14 @@ def fill(
                     if sid not in copies:
                         copies = _gathered(identity, plan, reusable, [*pending[place:], *waiting])
                     copied = copies.pop(sid)
-                    before = filled.scored
+                    before = (filled.scored, filled.tokens)
                     columns = completed(identity, plan[sid], reusable.wants, copied, scorer, partial(advance, claim))
-                    scored = filled.scored - before
+                    scored, ran = filled.scored - before[0], filled.tokens > before[1]
                     progress.update(sizes[sid] - scored)
                     for part, column, own in zip(parts, columns, copied, strict=True):
                         if part in behind:
                             made_of = inputs(identity, part.want)
-                            facts = provenance(made_of, own, len(column), scorer if scored else None)
+                            facts = provenance(made_of, own, len(column), scorer if ran else None)
                             part.write(identity, sid, plan[sid], column, facts)
                             filled.layout = facts.get("layout", filled.layout)
                     filled.shards, filled.reused = filled.shards + 1, filled.reused + sizes[sid] - scored
@@ -220,6 +222,13 @@ def completed(
     What is known of these groups, of every want: what was not copied is scored, in batches that depend on nothing but
     that.
     """
+    apart = [place for place, want in enumerate(wants) if is_mismatched(want)]
+    if apart:
+        rest = [place for place in range(len(wants)) if place not in apart]
+        columns = completed(identity, rows, [wants[p] for p in rest], [copied[p] for p in rest], scorer, advance)
+        found = dict(zip(rest, columns, strict=True))
+        found |= {place: score_mismatched(identity, rows, scorer(), advance) for place in apart}
+        return [found[place] for place in range(len(wants))]
     n_completions = identity.tokens.n_completions[rows]
     starts = starts_of(n_completions)
     totals = [len(rows) if rows_per(want) == "group" else int(starts[-1]) for want in wants]

@@ -101,7 +101,11 @@ class CacheIdentity:
             specs += [{"kind": "prompt_features", **feature} for feature in features]
         if options.top_logits:
             specs.append({"kind": "top_logits", "m": options.top_logits, "vocab_size": self.vocab_size})
-        return [*specs, *([{"kind": "hidden_gram"}] if options.hidden_gram else [])]
+        if options.hidden_gram:
+            specs.append({"kind": "hidden_gram"})
+        if options.mismatched:
+            specs.append({"kind": "mismatched", "vocab_size": self.vocab_size})
+        return specs
 
     @cached_property
     def remembered(self) -> dict[str, Any]:
@@ -258,6 +262,9 @@ class CacheIdentity:
             return np.asarray(8 * spec["m"] * self.scored_tokens)
         if spec["kind"] == "hidden_gram":
             return np.asarray(4 * n * n)
+        if spec["kind"] == "mismatched":
+            firsts = segment_lengths(self.tokens.splits, self.tokens.n_completions)[1][self.completion_starts[:-1]]
+            return np.asarray(5 * np.roll(firsts, 1))
         rows, tokens = n, self.scored_tokens
         if spec["kind"] == "prompt_features":
             rows, tokens = np.ones_like(n), segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]

@@ -68,7 +68,7 @@ def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> A
     output  the run folder; `resume` continues the run that stands there, if there is one
     Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
-    check_groups(cache, scores=recipe.objective.needs.scores)
+    check_groups(cache, recipe.objective)
     args = training_arguments(recipe, output, cache)
     first = args.process_index == 0
     with locked(output) if first else contextlib.nullcontext():
@@ -149,8 +149,7 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
         accumulation=args.gradient_accumulation_steps,
         rank=args.process_index,
         world=args.world_size,
-        scores=recipe.objective.needs.scores,
-        pairing=recipe.objective.pairs,
+        objective=recipe.objective,
     )
     try:
         return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE, request)
@@ -267,7 +266,7 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: 
 
 
 def _scored(model: PreTrainedModel, meter: ObjectiveMeter, *, routers: bool = False) -> PreTrainedModel:
-    hookpoints = () if meter.hookpoint is None else (meter.hookpoint,)
+    hookpoints = tuple(hookpoint.name for hookpoint in meter.hookpoints)
     install_scoring(model, hookpoints, routers=routers, squares=meter.objective.needs.typicality)
     return model
 

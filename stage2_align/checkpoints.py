@@ -21,14 +21,14 @@ from fpo.errors import RunError
 SEAL_FILE = "fpo_checkpoint.json"
 _REMOVED = ".removed-"
 
-Sums = dict[str, float]
+Sums = dict[str, tuple[float, float]]
 
 
 def seal(folder: Path, sums: list[Sums]) -> None:
     """
     Say that the checkpoint is whole.
 
-    sums  of each rank, over the pairs since the last log
+    sums  of each rank since the last log: of every metric its sum, and over how much
     """
     files = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
     temporary = folder / f"{SEAL_FILE}.tmp"
@@ -39,11 +39,14 @@ def seal(folder: Path, sums: list[Sums]) -> None:
 def read_sums(folder: Path, rank: int, world: int) -> Sums:
     """What this rank had summed up; with another number of ranks, the first has it all."""
     every: list[Sums] = _read_seal(folder)["metric_sums"]
-    if len(every) == world:
-        return every[rank]
-    if rank > 0:
-        return {}
-    return {name: sum(sums[name] for sums in every if name in sums) for name in every[0]}
+    own = every[rank : rank + 1] if len(every) == world else every if rank == 0 else []
+    names = dict.fromkeys(name for sums in own for name in sums)
+    return {name: _added([sums[name] for sums in own if name in sums]) for name in names}
+
+
+def _added(sums: list[tuple[float, float]]) -> tuple[float, float]:
+    totals, counts = zip(*sums, strict=True)
+    return sum(totals), sum(counts)
 
 
 def last_checkpoint(run: Path) -> Path | None:

@@ -15,9 +15,10 @@ from fpo.recipe import Recipe, load_recipe
 from fpo.scoring import Packed, mixed_precision
 from fpo.stage2_align.align import policy_layout, policy_model
 from fpo.stage2_align.checkpoints import whole_checkpoint
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
-from fpo.stage2_align.run import RECIPE_FILE, feature_of, read_run
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.run import RECIPE_FILE, columns_of, read_run
 from fpo.stage2_align.stream import PairStream, check_groups
+from fpo.stage2_align.trainer import completed_means
 from fpo.store import Cache, is_url
 
 # What a run was trained with; anything else of its recipe says which held-out pairs, or where things lie now.
@@ -68,17 +69,15 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
     _check_scorer(cache, run, facts)
-    check_groups(cache, scores=recipe.objective.needs.scores)
+    check_groups(cache, recipe.objective)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     say("loading the policy ...")
     model = policy_model(recipe, meter, policy)
     model.to(device)
     size = recipe.training.get("per_device_eval_batch_size", 8)
-    layout, scores = policy_layout(model, cache), recipe.objective.needs.scores
-    stream = PairStream(cache, seed=0, per_device=size, layout=layout, scores=scores, pairing=recipe.objective.pairs)
-    sums: dict[str, float] = {}
-    counted = 0.0
+    stream = PairStream(cache, seed=0, per_device=size, layout=policy_layout(model, cache), objective=recipe.objective)
+    sums: dict[str, tuple[float, float]] = {}
     with (
         torch.inference_mode(),
         progress_bar(cache.n_groups, "pairs", "evaluate") as bar,
@@ -89,11 +88,12 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             with mixed_precision(device, recipe.policy_arithmetic().autocast):
                 scores = model(**{name: on_device[name] for name in Packed._fields})
             metrics = batch_metrics(meter.measure(scores, on_device), on_device)
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-            counted += float(counted_groups(batch).sum())
+            for name, metric in metrics.items():
+                total, count = sums.get(name, (0.0, 0.0))
+                sums[name] = (total + float(metric.total), count + float(metric.n))
             bar.update(len(batch["n_completions"]))
-    metrics_mean = {f"eval_{name}": total / max(counted, 1) for name, total in sorted(sums.items())}
+    means = completed_means({name: total / count for name, (total, count) in sums.items() if count})
+    metrics_mean = {f"eval_{name}": value for name, value in sorted(means.items())}
     broken = next((name for name, value in metrics_mean.items() if not math.isfinite(value)), None)
     if broken is not None:
         raise RunError(f"{policy}: {broken} is {metrics_mean[broken]} on the held-out pairs; the policy is broken")
@@ -112,9 +112,9 @@ def _check_scorer(cache: Cache, run: Path, facts: dict[str, Any]) -> None:
             f"{cache.key[:12]}\n"
             f"  the run's has the weights {facts['reference']['weights'][:12]}, in {facts['reference']['dtype']}"
         )
-    if facts["feature"] != feature_of(cache):
+    theirs, ours = ([column["spec"] for column in columns] for columns in (facts["columns"], columns_of(cache)))
+    if theirs != ours:
         raise RunError(
-            f"{run}: this run was trained against another SAE, hookpoint or top_k than the held-out cache "
-            f"{cache.key[:12]} has\n  the run's: {facts['feature']}\n"
-            f"  the cache's: {feature_of(cache)}"
+            f"{run}: this run was trained against another SAE, hookpoint, top_k or other top logits than the held-out "
+            f"cache {cache.key[:12]} has\n  the run's: {theirs}\n  the cache's: {ours}"
         )

@@ -1,12 +1,13 @@
 """
-From one forward pass over a batch to the loss of each pair: the policy's scores, the cached reference's, and the
-feature distance between them.
+From one forward pass over a batch to the loss of each of an objective's units: the policy's scores, the cached
+reference's, and what else the objective asks for.
 
-Dimension key:  P pairs   C completions (2P, chosen before rejected)   N tokens that count   K columns
+Dimension key:  U units of n completions   C completions   N scored tokens   K columns   F d_sae
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fpo.objectives import Evidence, FeatureNeed, Objective, ObjectiveValue, PairLogps, feature_distance
+from fpo.errors import RecipeError
+from fpo.objectives import (
+    Evidence,
+    FeatureTerm,
+    Logps,
+    Objective,
+    ObjectiveValue,
+    Tokens,
+    feature_distance,
+    token_kl,
+)
 from fpo.recipe import Recipe
 from fpo.scoring import (
     ColumnSet,
@@ -32,7 +43,7 @@ from fpo.scoring import (
 
 
 class Measurement(NamedTuple):
-    """A batch of pairs under an objective."""
+    """A batch under an objective."""
 
     value: ObjectiveValue
     evidence: Evidence
@@ -40,119 +51,227 @@ class Measurement(NamedTuple):
     """Whether the distance asks for reference activations that the cache may not hold."""
 
 
+class Metric(NamedTuple):
+    """A metric over a batch: its sum, and over how much. float32: Apple GPUs have nothing wider."""
+
+    total: Float[Tensor, ""]
+    n: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """Where a feature term looks: the module, the SAE that reads it, and what its features weigh."""
+
+    name: str
+    sae: Sae
+    weights: Float[Tensor, " F"] | None
+    """None: all weigh 1."""
+
+    def to(self, device: torch.device) -> Hookpoint:
+        """The same on `device`."""
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, sae=self.sae.to(device), weights=weights)
+
+
 @dataclass(frozen=True)
 class ObjectiveMeter:
-    """An objective with what it needs to be evaluated: its settings, and the SAE of its feature term."""
+    """An objective with what it needs to be evaluated: its settings, and the SAEs of its feature term."""
 
     objective: Objective
-    sae: Sae | None
-    hookpoint: str | None
+    hookpoints: tuple[Hookpoint, ...]
     incomplete: bool
     """Whether the feature set can hold features whose reference activation a top-k cache lacks."""
 
     @staticmethod
     def of(recipe: Recipe) -> ObjectiveMeter:
-        """The recipe's objective; loads the SAE if there is a feature term."""
-        feature = recipe.constrained_feature()
-        if feature is None:
-            return ObjectiveMeter(recipe.objective, None, None, incomplete=False)
-        entry, need = recipe.features[feature], recipe.objective.needs.features
-        assert need is not None
-        return ObjectiveMeter(
-            recipe.objective,
-            load_sae(entry.sae, entry.hookpoint),
-            entry.hookpoint,
-            incomplete=not need.exact_from(entry.top_k),
-        )
+        """The recipe's objective; loads the SAEs if there is a feature term. Raises RecipeError, and as `load_sae`."""
+        term, entries = recipe.objective.needs.features, recipe.constrained_features()
+        if term is None:
+            return ObjectiveMeter(recipe.objective, (), incomplete=False)
+        hookpoints = []
+        for entry in entries:
+            sae = load_sae(entry.sae, entry.hookpoint)
+            try:
+                weights = term.feature_weights(sae.facts.d_sae)
+            except ValueError as error:
+                raise RecipeError(f"objective: {error} (features.include, exclude and weights)") from None
+            hookpoints.append(Hookpoint(entry.hookpoint, sae, weights))
+        incomplete = not all(term.exact_from(entry.top_k) for entry in entries)
+        return ObjectiveMeter(recipe.objective, tuple(hookpoints), incomplete)
 
     def to(self, device: torch.device) -> ObjectiveMeter:
         """The same on `device`."""
-        return replace(self, sae=None if self.sae is None else self.sae.to(device))
+        return replace(self, hookpoints=tuple(hookpoint.to(device) for hookpoint in self.hookpoints))
 
-    def measure(self, scores: Scores, batch: dict[str, Tensor]) -> Measurement:
+    def measure(
+        self, scores: Scores, batch: dict[str, Tensor], mean: Callable[[Tensor], Tensor] = lambda value: value
+    ) -> Measurement:
         """
         scores  what the policy says about the batch
         batch   from `batch_tensors`, on the policy's device
+        mean    of a number over the processes that share a step
         """
         packed = Packed(*(batch[name] for name in Packed._fields))
-        pairs = batch["pairs"]
-        counts = packed.counts[pairs]
-        logps = sum_logps(scores.token_logps, packed)[pairs]
-        policy = PairLogps(logps, logps / counts)
-        reference = PairLogps(batch["ref_logps"][pairs], batch["ref_logps"][pairs] / counts)
-        distances, need = None, self.objective.needs.features
-        if self.sae is not None:
-            assert need is not None
-            residual = packed.counting(scores.residuals[0])
-            distances = feature_distances(self.sae, need, residual, packed, batch)[pairs]
-        typicality = None
-        if scores.log_sum_squares is not None:
-            apart = scores.token_logps.detach() - scores.log_sum_squares
-            typicality = sum_logps(apart, packed)[pairs] / counts
-        lengths = counts.to(logps.dtype)
-        evidence = Evidence(policy, reference, lengths, distances, batch["score"][pairs], typicality)
-        value = self.objective.value(evidence)
-        # What the data says that a pair counts; 1 where it says nothing.
-        return Measurement(value._replace(losses=value.losses * batch["pair_weight"]), evidence, self.incomplete)
+        units, counts = batch["units"], packed.counts
+        lengths = counts[units]
+        logps = sum_logps(scores.token_logps, packed)
+        policy = Logps(logps[units], logps[units] / lengths)
+        reference = Logps(batch["ref_logps"][units], batch["ref_logps"][units] / lengths)
+        evidence = Evidence(
+            policy,
+            reference,
+            lengths.to(logps.dtype),
+            self._distances(scores, packed, batch),
+            batch["score"][units],
+            typicality=_typicality(scores, packed, units),
+            tokens=_tokens(scores, packed, batch),
+            divergences=_divergences(scores, packed, batch),
+            draws=batch.get("draws"),
+            present=batch.get("present"),
+            desirable=batch.get("desirable"),
+            mismatched=_mismatched(logps, batch, mean),
+        )
+        value = self.objective.total(evidence)
+        # What the data says that a unit counts; 1 where it says nothing.
+        return Measurement(value._replace(losses=value.losses * batch["unit_weight"]), evidence, self.incomplete)
+
+    def _distances(self, scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Float[Tensor, "U n"] | None:
+        """Those of all hookpoints together; None where there is no feature term."""
+        term = self.objective.needs.features
+        if term is None:
+            return None
+        found = [
+            feature_distances(hookpoint, term, packed.counting(residual), packed, cached_features(batch, number), batch)
+            for number, (hookpoint, residual) in enumerate(zip(self.hookpoints, scores.residuals, strict=True))
+        ]
+        return torch.stack(found).sum(0)[batch["units"]]
+
+
+def _typicality(scores: Scores, packed: Packed, units: Tensor) -> Float[Tensor, "U n"] | None:
+    if scores.log_sum_squares is None:
+        return None
+    apart = scores.token_logps.detach() - scores.log_sum_squares
+    return sum_logps(apart, packed)[units] / packed.counts[units]
+
+
+def _tokens(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Tokens | None:
+    if "token_rows" not in batch:
+        return None
+    policy, side = packed.counting(scores.token_logps)[batch["token_rows"]], batch["token_side"]
+    drawn = batch.get("token_draws", torch.zeros_like(batch["ref_token_logps"]))
+    return Tokens(policy, batch["ref_token_logps"], side, batch["token_place"], drawn)
+
+
+def _divergences(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Float[Tensor, "U n"] | None:
+    if scores.asked_logps is None:
+        return None
+    return sum_logps(token_kl(batch["ref_top_logps"], scores.asked_logps), packed)[batch["units"]]
+
+
+def _mismatched(
+    logps: Float[Tensor, " C"], batch: dict[str, Tensor], mean: Callable[[Tensor], Tensor]
+) -> Float[Tensor, ""] | None:
+    """The mean logratio of the mismatched completions of all processes, without gradient."""
+    if "mismatched" not in batch:
+        return None
+    return mean((logps.detach() - batch["ref_logps"])[batch["mismatched"]].mean())
+
+
+def cached_features(batch: dict[str, Tensor], number: int) -> SparseRows:
+    """What the cache says of the hookpoint with this number among the objective's."""
+    return SparseRows(*(batch[f"ref_{name}_{number}"] for name in ("indices", "acts", "counts")))
 
 
 def feature_distances(
-    sae: Sae, need: FeatureNeed, residual: Float[Tensor, "N D"], packed: Packed, batch: dict[str, Tensor]
+    hookpoint: Hookpoint,
+    term: FeatureTerm,
+    residual: Float[Tensor, "N D"],
+    packed: Packed,
+    reference: SparseRows,
+    batch: dict[str, Tensor],
 ) -> Float[Tensor, " C"]:
     """
-    D of every completion of a pair (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective
+    D of every completion of a unit (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective
     needs; 0 of one that is in none.
 
-    Completions that no pair rejects carry no gradient: the chosen side enters the objective detached.
+    Completions that no unit rejects carry no gradient: the chosen side enters the objective detached.
     """
-    reference = SparseRows(batch["ref_indices"], batch["ref_acts"], batch["ref_counts"])
-    columns = _feature_set(sae, need, residual, packed, reference)
+    sae = hookpoint.sae
+    columns = _feature_set(sae, term, residual, packed, reference)
+    weights = columns.valid.float()
+    if hookpoint.weights is not None:
+        weights = weights * hookpoint.weights[columns.columns]
     stored = look_up(reference, columns.columns, sae.facts.d_sae)
     distances = stored.new_zeros(len(stored))
     for side in ("chosen", "rejected"):
         own, tokens = batch[f"{side}_only"], batch[f"{side}_tokens"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and side == "rejected"):
             acts = sae.pooled_columns(residual[tokens], packed.counts[own].tolist(), columns.columns[own])
-            distances = distances.index_copy(0, own, feature_distance(acts, stored[own], columns.valid[own], k=need.k))
+            found = feature_distance(acts, stored[own], weights[own], k=term.k, distance=term.distance)
+            distances = distances.index_copy(0, own, found)
     return distances
 
 
 def _feature_set(
-    sae: Sae, need: FeatureNeed, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
+    sae: Sae, term: FeatureTerm, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
 ) -> ColumnSet:
-    if need.feature_set == "reference":
-        return reference_top(reference, need.k)
-    own = policy_top(sae, residual.detach(), packed.counts, need.k)
-    return own if need.feature_set == "policy" else union(own, reference_top(reference, need.k))
+    if term.feature_set == "reference":
+        return reference_top(reference, term.k)
+    own = policy_top(sae, residual.detach(), packed.counts, term.k)
+    return own if term.feature_set == "policy" else union(own, reference_top(reference, term.k))
 
 
-def counted_groups(batch: dict[str, Tensor]) -> Float[Tensor, " P"]:
-    """What each pair counts in a mean over groups; a repeat, whose `weight` is 0, counts nothing."""
+def counted_groups(batch: dict[str, Tensor]) -> Float[Tensor, " U"]:
+    """What each unit counts in a mean over groups; a repeat, whose `weight` is 0, counts nothing."""
     return batch["share"] * (batch["weight"] > 0)
 
 
-def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[str, Metric]:
     """
-    Sums over the batch's groups of every metric that is logged, each the mean over a group's pairs, under TRL's names
-    where TRL has one. Repeats, whose `weight` is 0, count in none. float32: Apple GPUs have nothing wider, whoever adds
-    batches up does it in float64.
+    Every metric that is logged, under TRL's names where TRL has one: over groups the mean of their pairs, or over a
+    batch's completions. Repeats, whose `weight` is 0, count in none. Whoever adds batches up does it in float64.
     """
-    rewards = measurement.value.rewards
-    policy, distances = measurement.evidence.policy, measurement.evidence.distances
-    metrics = {
-        "loss": measurement.value.losses,
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float(),
-        "logps/chosen": policy.logps[:, 0],
-        "logps/rejected": policy.logps[:, 1],
-    }
-    if distances is not None:
-        metrics["features/distance_chosen"] = distances[:, 0]
-        metrics["features/distance_rejected"] = distances[:, 1]
+    counts = counted_groups(batch)
+    every = {"loss": (measurement.value.losses, counts), **_sides_of(measurement, counts)}
+    if measurement.evidence.mismatched is not None:
+        # What KTO takes as its reference point, by TRL's name.
+        every["kl"] = (measurement.evidence.mismatched.clamp(min=0).expand_as(counts), counts)
     if measurement.incomplete:
         # Reference activations that a top-k cache does not hold count as 0; their squares sum to this.
-        metrics["features/unknown_sq"] = batch["ref_tail_sq"][batch["pairs"]].mean(1)
-    counts = counted_groups(batch)
-    return {name: (values.detach().float() * counts).sum() for name, values in metrics.items()}
+        tails = [batch[name] for name in batch if name.startswith("ref_tail_sq_")]
+        every["features/unknown_sq"] = (torch.stack(tails).sum(0)[batch["units"]].mean(1), counts)
+    return {name: _metric(values, own) for name, (values, own) in every.items()}
+
+
+def _metric(values: Tensor, counts: Tensor) -> Metric:
+    return Metric((values.detach().float() * counts).sum(), counts.sum())
+
+
+def _sides_of(measurement: Measurement, counts: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is said of chosen and rejected completions, and what each value counts."""
+    evidence, rewards = measurement.evidence, measurement.value.rewards
+    said = {"rewards": rewards, "logps": evidence.policy.logps}
+    if evidence.distances is not None:
+        said["features/distance"] = evidence.distances
+    if evidence.divergences is not None:
+        said["kl"] = evidence.divergences
+    if evidence.desirable is not None:
+        labelled = {"chosen": counts * evidence.desirable, "rejected": counts * ~evidence.desirable}
+        return {
+            _side_name(name, side): (values[:, 0], own)
+            for name, values in said.items()
+            for side, own in labelled.items()
+        }
+    others = torch.ones_like(rewards[:, 1:]) if evidence.present is None else evidence.present[:, 1:].float()
+    shares = others / others.sum(1, keepdim=True)
+    better = (rewards[:, :1] > rewards[:, 1:]).float()
+    found = {}
+    for name, values in said.items():
+        found[_side_name(name, "chosen")] = (values[:, 0], counts)
+        found[_side_name(name, "rejected")] = ((values[:, 1:] * shares).sum(1), counts)
+    margins = found["rewards/chosen"][0] - found["rewards/rejected"][0]
+    return found | {"rewards/margins": (margins, counts), "rewards/accuracies": ((better * shares).sum(1), counts)}
+
+
+def _side_name(name: str, side: str) -> str:
+    return f"{name}{'_' if name.startswith('features/') else '/'}{side}"

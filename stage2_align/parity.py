@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fpo.errors import ParityError
 from fpo.recipe import Arithmetic
 from fpo.scoring import LOGPS_TOLERANCE, Packed, Scores, pack
-from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.measure import Hookpoint, ObjectiveMeter
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.trainer import PairTrainer
 from fpo.store import Features, Groups
@@ -69,21 +69,22 @@ def check_parity(
     """
     model.eval()
     pairs = random_pairs(stream, PARITY_PAIRS)
-    apart, features = [], []
+    apart: list[Tensor] = []
+    features: list[list[Tensor]] = [[] for _ in meter.hookpoints]
     for batch in _batches(pairs, stream.per_device):
         here = pack(batch.input_ids, batch.splits, batch.n_completions, stream.layout, score_mask=batch.score_mask)
         packed = Packed(*(tensor.to(device) for tensor in here))
         scores: Scores = model(**packed._asdict())
         ours, stored = scores.token_logps.cpu(), torch.from_numpy(batch.token_logps)
         apart.append(here.counting(ours.double() - stored.double()))
-        if meter.sae is not None:
-            (cached,) = batch.columns
-            assert isinstance(cached, Features)
-            features.append(_feature_distance(meter, scores.residuals[0], packed, cached))
+        cached = [column for column in batch.columns if isinstance(column, Features)]
+        given = zip(meter.hookpoints, scores.residuals, cached, strict=True)
+        for found, (hookpoint, residual, column) in zip(features, given, strict=True):
+            found.append(_feature_distance(hookpoint, residual, packed, column))
     difference = torch.cat(apart)
     _check_logps(difference, pairs, arithmetic, stream.cache.key)
-    if features:
-        _check_features(torch.stack(features).sum(0).tolist(), meter, arithmetic)
+    for hookpoint, found in zip(meter.hookpoints, features, strict=True):
+        _check_features(torch.stack(found).sum(0).tolist(), hookpoint, arithmetic)
     return float(difference.abs().mean())
 
 
@@ -142,10 +143,9 @@ def _tolerance(of: dict[str, float], arithmetic: tuple[Arithmetic, Arithmetic]) 
     return max(of[side.precision] for side in arithmetic)
 
 
-def _feature_distance(meter: ObjectiveMeter, residual: Tensor, packed: Packed, cached: Features) -> Tensor:
+def _feature_distance(hookpoint: Hookpoint, residual: Tensor, packed: Packed, cached: Features) -> Tensor:
     """(2,) sum of |policy - cache| over the cached activations, and sum of those."""
-    assert meter.sae is not None
-    pooled = meter.sae.pooled_mean(packed.counting(residual), packed.counts.tolist())
+    pooled = hookpoint.sae.pooled_mean(packed.counting(residual), packed.counts.tolist())
     counts = torch.from_numpy(np.diff(cached.splits.astype(np.int64)))
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
     stored = torch.from_numpy(cached.acts).double()
@@ -153,13 +153,13 @@ def _feature_distance(meter: ObjectiveMeter, residual: Tensor, packed: Packed, c
     return torch.stack([(ours - stored).abs().sum(), stored.abs().sum()])
 
 
-def _check_features(sums: list[float], meter: ObjectiveMeter, arithmetic: tuple[Arithmetic, Arithmetic]) -> None:
+def _check_features(sums: list[float], hookpoint: Hookpoint, arithmetic: tuple[Arithmetic, Arithmetic]) -> None:
     tolerance = _tolerance(LOGPS_TOLERANCE, arithmetic)
     apart, size = sums
     difference = apart / size if size else 0.0
     if not difference <= tolerance:
         raise ParityError(
-            f"the policy does not reproduce the cached features of {meter.hookpoint}: they differ by "
+            f"the policy does not reproduce the cached features of {hookpoint.name}: they differ by "
             f"{100 * difference:.2g} % on average (at most {100 * tolerance:g} %)\n"
             "  the SAE and the weights are the cache's; is the policy's dtype or attention another?"
         )

@@ -37,7 +37,7 @@ except ImportError:  # Windows: no locks
 RECIPE_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 BASE_FOLDER = "base"
 # Of run.json; a finished run adds what it found.
-_FACTS = {"cache", "manifest_digest", "store", "reference", "feature", "column", "pairs_per_step", "complete"}
+_FACTS = {"cache", "manifest_digest", "store", "reference", "columns", "pairs_per_step", "complete"}
 _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
 # What a run writes, by pattern: in a folder that is no run, these are somebody else's.
 _OURS = (RECIPE_FILE, METRICS_FILE, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors")
@@ -136,11 +136,11 @@ def _reopen(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int) -> 
             f"  the run has {known['cache'][:12]}, manifest {known['manifest_digest'][:12]}\n"
             f"  the recipe asks for {cache.key[:12]}, manifest {cache.digest[:12]}"
         )
-    if (known["feature"], known["column"]) != (feature_of(cache), column_of(cache)):
+    if known["columns"] != columns_of(cache):
         raise RunError(
-            f"{folder}: this run began with other features of cache {cache.key[:12]}\n"
-            f"  the run has {_column_line(known['feature'], known['column'])}\n"
-            f"  the recipe asks for {_column_line(feature_of(cache), column_of(cache))}"
+            f"{folder}: this run began with other columns of cache {cache.key[:12]}\n"
+            f"  the run has {_columns_line(known['columns'])}\n"
+            f"  the recipe asks for {_columns_line(columns_of(cache))}"
         )
     if known["pairs_per_step"] != pairs_per_step:
         raise RunError(
@@ -197,30 +197,26 @@ def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
         "manifest_digest": cache.digest,
         "store": store_of(cache),
         "reference": cache.recipe["scorer"]["reference"],
-        "feature": feature_of(cache),
-        "column": column_of(cache),
+        "columns": columns_of(cache),
         "pairs_per_step": pairs_per_step,
         "versions": {name: version(name) for name in _VERSIONS},
     }
 
 
-def feature_of(cache: Cache) -> dict[str, Any] | None:
-    """The spec of the features that are read beside the base; None where none are."""
-    return cache.columns[0].wanted if cache.columns else None
+def columns_of(cache: Cache) -> list[dict[str, Any]]:
+    """What is read beside the base: each column's key and manifest digest, and the spec that is asked of it."""
+    return [
+        {"key": column.sealed.key, "manifest_digest": column.sealed.digest, "spec": column.wanted}
+        for column in cache.columns
+    ]
 
 
-def column_of(cache: Cache) -> dict[str, str] | None:
-    """Which column they come from, as the cache itself is named by key and digest; None where none are read."""
-    if not cache.columns:
-        return None
-    sealed = cache.columns[0].sealed
-    return {"key": sealed.key, "manifest_digest": sealed.digest}
-
-
-def _column_line(feature: dict[str, Any] | None, column: dict[str, str] | None) -> str:
-    if feature is None or column is None:
-        return "none"
-    return f"{column_name(feature)}: column {column['key'][:12]}, manifest {column['manifest_digest'][:12]}"
+def _columns_line(columns: list[dict[str, Any]]) -> str:
+    said = [
+        f"{column_name(column['spec'])}: column {column['key'][:12]}, manifest {column['manifest_digest'][:12]}"
+        for column in columns
+    ]
+    return "; ".join(said) or "none"
 
 
 def store_of(cache: Cache) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fpo.errors import DataError
-from fpo.objectives import Pairing
+from fpo.objectives import DEFAULT_OBJECTIVE, Objective
 from fpo.scoring import Layout, pack
 from fpo.stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
-from fpo.stage2_align.pairing import Pairs, pairs_of
-from fpo.store import Cache, Features, Groups
+from fpo.stage2_align.units import Units, desirable, draws, unit_tokens, units_of, with_mismatched
+from fpo.store import Cache, Features, Groups, Mismatched, TopLogits
 from fpo.store.format.ragged import gather, starts_of
 
 T = TypeVar("T")
@@ -31,29 +31,29 @@ QUEUE_BATCHES = 64
 Batch = dict[str, Tensor]
 
 
-def check_groups(cache: Cache, *, scores: bool) -> None:
+def check_groups(cache: Cache, objective: Objective) -> None:
     """
     DataError where the cache's counts tell that a group is no pair, or its first shard that groups lack the scores that
     are asked for: no model needs to be loaded to know it.
     """
-    if cache.n_completions < 2 * cache.n_groups:
+    if objective.units != "completions" and cache.n_completions < 2 * cache.n_groups:
         raise _no_pair(f"cache {cache.key[:12]} has {cache.n_completions:,} in {cache.n_groups:,} groups")
-    groups_of(cache, 0, scores=scores)
+    groups_of(cache, 0, objective)
 
 
-def groups_of(cache: Cache, sid: int, *, scores: bool) -> Groups:
+def groups_of(cache: Cache, sid: int, objective: Objective) -> Groups:
     """
-    A shard, whose groups must hold two completions at least.
+    A shard. Its groups must hold two completions at least, where the objective does not take them one by one, and where
+    it asks for scores, these must say that no completion is better than the one before it.
 
-    scores  whether these must say that no completion is better than the one before it
     Raises DataError naming a group that is not as it must be.
     """
     groups = cache.shard(sid)
     single = groups.n_completions < 2
-    if single.any():
+    if single.any() and objective.units != "completions":
         row = int(single.argmax())
         raise _no_pair(f"group {groups.group_id[row]} of cache {cache.key[:12]} has {groups.n_completions[row]}")
-    if scores:
+    if objective.needs.scores:
         better, worse = groups.score[:-1], groups.score[1:]
         inside = np.ones(len(better), dtype=bool)
         inside[groups.completion_starts[1:-1] - 1] = False
@@ -71,41 +71,96 @@ def groups_of(cache: Cache, sid: int, *, scores: bool) -> Groups:
 
 def _no_pair(found: str) -> DataError:
     return DataError(
-        f"an objective compares completions of a prompt, and {found}; name data with two or more completions in every "
-        "row (data.source, data.columns)"
+        f"the objective compares completions of a prompt, and {found}; name data with two or more completions in every "
+        "row (data.source, data.columns), or take an objective of single completions: kto"
     )
 
 
-def batch_tensors(groups: Groups, pairs: Pairs, layout: Layout) -> Batch:
+class Epoch(NamedTuple):
+    """What chance depends on, beside the groups."""
+
+    seed: int
+    number: int
+
+
+def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: Epoch, shares: np.ndarray) -> Batch:
     """
     What a step needs of these groups: the fields of `Packed`, the reference's side under `ref_`, the data's `score`,
-    and of their pairs which completions they are (`pairs`), what part of its group each is (`share`) and what the data
-    says that the group counts (`pair_weight`).
+    and of the objective's units which completions they are (`units`), what part of its group each is (`share`), what it
+    counts in the step (`weight`) and what the data says that the group counts (`unit_weight`). Further what the
+    objective asks for and no other does.
 
-    groups   with the one column of features that the objective reads, or with none
+    groups   with the columns that the objective reads, its features first and in their order
     layout   the one in which the policy is measured rightly
+    shares   (G,) what each group counts in the step
     """
-    packed = pack(groups.input_ids, groups.splits, groups.n_completions, layout, score_mask=groups.score_mask)
-    batch: dict[str, Any] = dict(packed._asdict())
-    batch["n_completions"] = torch.from_numpy(groups.n_completions.astype(np.int64))
-    batch["ref_logps"] = torch.from_numpy(groups.ref_logps)
-    batch["score"] = torch.from_numpy(groups.score)
-    batch["pairs"] = torch.from_numpy(pairs.completions)
-    batch["share"] = torch.from_numpy(pairs.shares(len(groups)))
-    batch["pair_weight"] = torch.from_numpy(groups.weight[pairs.group])
-    for kept in groups.columns:
-        assert isinstance(kept, Features)
-        batch["ref_indices"] = torch.from_numpy(kept.indices.astype(np.int64))
-        batch["ref_acts"] = torch.from_numpy(kept.acts)
-        batch["ref_counts"] = torch.from_numpy(np.diff(kept.splits.astype(np.int64)))
-        batch["ref_tail_sq"] = torch.from_numpy(kept.tail_sq)
-        rejected = np.unique(pairs.completions[:, 1])
-        chosen = np.setdiff1d(pairs.completions[:, 0], rejected)
-        counted = starts_of(groups.counted)
-        for side, completions in (("chosen", chosen), ("rejected", rejected)):
-            batch[f"{side}_only"] = torch.from_numpy(completions)
-            batch[f"{side}_tokens"] = torch.from_numpy(gather(counted, completions)[0])
-    return batch
+    units, needs = units_of(groups, objective.units), objective.needs
+    preferred = desirable(groups) if objective.units == "completions" else None
+    arrays: dict[str, np.ndarray] = {"n_completions": groups.n_completions.astype(np.int64)}
+    mismatched = next((column for column in groups.columns if isinstance(column, Mismatched)), None)
+    if mismatched is not None:
+        # From here on every group has one completion more, its last.
+        groups = with_mismatched(groups, mismatched)
+        units = units._replace(completions=units.completions + units.group[:, None])
+        arrays["mismatched"] = groups.completion_starts[1:] - 1
+    asked = next((column.indices for column in groups.columns if isinstance(column, TopLogits)), None)
+    packed = pack(
+        groups.input_ids, groups.splits, groups.n_completions, layout, score_mask=groups.score_mask, asked=asked
+    )
+    arrays |= {
+        "ref_logps": groups.ref_logps,
+        "score": groups.score,
+        "units": units.completions,
+        "share": units.shares(len(groups)),
+        "unit_weight": groups.weight[units.group],
+    }
+    arrays["weight"] = shares[units.group] * arrays["share"]
+    if preferred is not None:
+        arrays["desirable"] = preferred
+    if objective.units == "groups":
+        arrays["present"] = units.present
+        if not needs.scores:  # a group of two is a pair, whatever its scores
+            pair = np.repeat(groups.n_completions == 2, groups.n_completions)
+            arrays["score"] = np.where(pair, np.float32(np.nan), groups.score)
+    if needs.tokens or needs.draws:
+        tokens = unit_tokens(groups, units)
+        arrays |= {f"token_{name}": array for name, array in tokens._asdict().items()}
+        counted = groups.token_logps if groups.score_mask is None else groups.token_logps[groups.score_mask != 0]
+        arrays["ref_token_logps"] = counted[tokens.rows]
+        if needs.draws:
+            per_unit = groups.counted[units.completions].sum(1)
+            arrays["draws"], arrays["token_draws"] = draws(groups, units, per_unit, epoch.seed, epoch.number)
+    if needs.features is not None:
+        arrays |= _sides(groups, units, preferred)
+    for number, column in enumerate(groups.columns):
+        match column:
+            case Features():
+                arrays[f"ref_indices_{number}"] = column.indices.astype(np.int64)
+                arrays[f"ref_acts_{number}"] = column.acts
+                arrays[f"ref_counts_{number}"] = column.lengths
+                arrays[f"ref_tail_sq_{number}"] = column.tail_sq
+            case TopLogits():
+                arrays["ref_top_logps"] = column.logps
+    return {**packed._asdict(), **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+
+
+def _sides(groups: Groups, units: Units, preferred: np.ndarray | None) -> dict[str, np.ndarray]:
+    """
+    Completions that some unit rejects, whose features get a gradient, and those that are only chosen; and which of the
+    tokens that count are theirs.
+
+    preferred  (U,) of single completions, which are desirable; None of other units
+    """
+    if preferred is None:
+        rejected = np.unique(units.completions[:, 1:][units.present[:, 1:]])
+    else:
+        rejected = units.completions[~preferred, 0]
+    chosen = np.setdiff1d(units.completions[units.present], rejected)
+    counted = starts_of(groups.counted)
+    sides = {"chosen": chosen, "rejected": rejected}
+    return {f"{side}_only": completions for side, completions in sides.items()} | {
+        f"{side}_tokens": gather(counted, completions)[0] for side, completions in sides.items()
+    }
 
 
 class PairStream(IterableDataset[Batch | None]):
@@ -126,22 +181,20 @@ class PairStream(IterableDataset[Batch | None]):
         world: int = 1,
         layout: Layout = Layout.PACKED,
         block_shards: int = BLOCK_SHARDS,
-        scores: bool = False,
-        pairing: Pairing = "best_rest",
+        objective: Objective = DEFAULT_OBJECTIVE,
     ) -> None:
         """
         per_device    pairs per forward of one process
         accumulation  forwards per optimiser step
         layout        the one in which the policy is measured rightly; may be set until the iteration starts
-        scores        whether groups must have them, see `groups_of`
-        pairing       which completions of a group are compared
+        objective     whose units the groups become, and what it asks for is gathered
         """
         self.layout = layout
         self.cache, self.seed, self.block_shards = cache, seed, block_shards
         self.per_device, self.accumulation = per_device, accumulation
         self.rank, self.world = rank, world
         self.epoch, self.skip = 0, 0
-        self.scores, self.pairing = scores, pairing
+        self.objective = objective
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -171,7 +224,8 @@ class PairStream(IterableDataset[Batch | None]):
         skipped, self.skip = self.skip, 0
         yield from (None for _ in range(skipped))
         micro = self._micro_batches(skipped // self.accumulation)
-        tensors = (self._tensors(groups, shares) for groups, shares in micro)
+        epoch = Epoch(self.seed, self.epoch)
+        tensors = (batch_tensors(groups, self.objective, self.layout, epoch, shares) for groups, shares in micro)
         ready = _in_background(tensors, QUEUE_BATCHES)
         for _ in range(skipped % self.accumulation):
             next(ready)
@@ -196,12 +250,6 @@ class PairStream(IterableDataset[Batch | None]):
                 own = len(positions) // self.world
                 mine = slice(self.rank * own, (self.rank + 1) * own)
                 yield pairs.take(positions[mine]), weights[mine]
-
-    def _tensors(self, groups: Groups, shares: np.ndarray) -> Batch:
-        """A forward's groups; `shares` is what each counts in the step, and its pairs share it."""
-        pairs = pairs_of(groups, self.pairing)
-        batch = batch_tensors(groups, pairs, self.layout)
-        return {**batch, "weight": torch.from_numpy(shares[pairs.group]) * batch["share"]}
 
     def _global_batches(self, first_step: int) -> Iterator[Groups]:
         """Pairs of each optimiser step from `first_step` of the epoch on; blocks before it are not decoded."""
@@ -246,7 +294,7 @@ class PairStream(IterableDataset[Batch | None]):
         parts, places = [], []
         for shard in np.unique(shard_of):
             here = np.flatnonzero(shard_of == shard)
-            parts.append(groups_of(self.cache, int(shard), scores=self.scores).take(rows[here] - offsets[shard]))
+            parts.append(groups_of(self.cache, int(shard), self.objective).take(rows[here] - offsets[shard]))
             places.append(here)
         back = np.argsort(np.concatenate(places), kind="stable")
         return Groups.concat(parts).take(back)

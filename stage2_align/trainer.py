@@ -33,7 +33,7 @@ from fpo.scoring import Packed, router_coefficient
 from fpo.stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
 from fpo.stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
 from fpo.stage2_align.finite import FiniteWatch
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
+from fpo.stage2_align.measure import Metric, ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.stream import Batch, PairStream
 
 
@@ -95,17 +95,25 @@ class PairTrainer(Trainer):
     ) -> Any:
         """The pairs' losses by weight: their mean over forwards and processes is the mean over the step's pairs."""
         scores = model(**{name: inputs[name] for name in Packed._fields})
-        measurement = self.meter.measure(scores, inputs)
+        measurement = self.meter.measure(scores, inputs, self._mean)
         weight = inputs["weight"]
-        pairs = counted_groups(inputs).sum()
-        loss, sums = (measurement.value.losses * weight).sum(), batch_metrics(measurement, inputs)
+        loss, metrics = (measurement.value.losses * weight).sum(), batch_metrics(measurement, inputs)
         if scores.router_loss is not None:
             # A mean over the batch's tokens, so it counts as often as the batch has pairs, as in TRL.
             loss = loss + self.router_coefficient * scores.router_loss * weight.sum()
-            sums["aux_loss"] = scores.router_loss.detach() * pairs
-            sums["loss"] = sums["loss"] + self.router_coefficient * sums["aux_loss"]
-        self.sums.add(sums, pairs)
+            groups = counted_groups(inputs).sum()
+            metrics["aux_loss"] = Metric(scores.router_loss.detach() * groups, groups)
+            own = metrics["loss"]
+            metrics["loss"] = own._replace(total=own.total + self.router_coefficient * metrics["aux_loss"].total)
+        self.sums.add(metrics)
         return (loss, measurement) if return_outputs else loss
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Of a number over the processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        mean: Tensor = self.accelerator.reduce(value, reduction="mean")
+        return mean
 
     @property
     def pairs_seen(self) -> int:
@@ -194,22 +202,22 @@ class PairTrainer(Trainer):
 
 class MetricSums(TrainerCallback):
     """
-    Sums over the pairs since the last log. They are saved beside each checkpoint, so that a resumed run logs the same
-    means as one never interrupted, wherever between two logs it was saved.
+    Sums of every metric since the last log, and over how much each is. They are saved beside each checkpoint, so that a
+    resumed run logs the same means as one never interrupted, wherever between two logs it was saved.
     """
 
     # How many batches' sums may wait on the device between two logs.
     WAITING = 256
 
     def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
+        self.totals: dict[str, tuple[float, float]] = {}
         self._names: list[str] = []
         self._waiting: list[Tensor] = []
 
-    def add(self, sums: dict[str, Tensor], pairs: Tensor) -> None:
-        """`sums` over this many more pairs. They stay on their device, so that no step waits for it."""
-        self._names = [*sums, "pairs"]
-        self._waiting.append(torch.stack([*sums.values(), pairs.float()]))
+    def add(self, metrics: dict[str, Metric]) -> None:
+        """Those of one more batch. They stay on their device, so that no step waits for it."""
+        self._names = [*metrics]
+        self._waiting.append(torch.stack([number for metric in metrics.values() for number in metric]).view(-1, 2))
         if len(self._waiting) == MetricSums.WAITING:
             self._fold()
 
@@ -218,12 +226,13 @@ class MetricSums(TrainerCallback):
         Add up what waits, batch after batch in float64 on the host: the same numbers, bit by bit, whenever it is done.
         """
         for row in torch.stack(self._waiting).tolist() if self._waiting else []:
-            for name, value in zip(self._names, row, strict=True):
-                self.totals[name] = self.totals.get(name, 0.0) + value
+            for name, (value, count) in zip(self._names, row, strict=True):
+                total, counted = self.totals.get(name, (0.0, 0.0))
+                self.totals[name] = (total + value, counted + count)
         self._waiting = []
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the pairs of all processes since the last call; nothing where there were none."""
+        """Means over all processes since the last call; nothing where there was nothing to take a mean of."""
         self._fold()
         if not self.totals:
             return {}
@@ -232,12 +241,10 @@ class MetricSums(TrainerCallback):
         if accelerator.num_processes > 1:
             totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
             values = accelerator.reduce(totals, reduction="sum").tolist()
-        means = dict(zip(names, values, strict=True))
-        pairs = means.pop("pairs")
         self.totals = {}
-        return {name: value / pairs for name, value in means.items()}
+        return completed_means({name: total / n for name, (total, n) in zip(names, values, strict=True) if n})
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, tuple[float, float]]:
         """What a checkpoint must keep of them."""
         self._fold()
         return dict(self.totals)
@@ -246,6 +253,14 @@ class MetricSums(TrainerCallback):
         if state.global_step:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.totals = read_sums(checkpoint, args.process_index, args.world_size)
+
+
+def completed_means(means: dict[str, float]) -> dict[str, float]:
+    """With the reward margin of single completions: the difference of two means, of as many as there were of each."""
+    sides = [means.get(f"rewards/{side}") for side in ("chosen", "rejected")]
+    if "rewards/margins" in means or None in sides:
+        return means
+    return {**means, "rewards/margins": sides[0] - sides[1]}  # type: ignore[operator]
 
 
 def _unchanged(batch: Any) -> Any:

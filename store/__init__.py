@@ -22,6 +22,7 @@ from fpo.store.format.columns import (
     Column,
     Features,
     HiddenGram,
+    Mismatched,
     PromptFeatures,
     Spec,
     TopLogits,
@@ -38,7 +39,7 @@ from fpo.store.rebuild import Rebuild, check_changed
 from fpo.store.remote.places import RemoteStore, is_url, open_store
 from fpo.store.remote.streaming import Shelf
 from fpo.store.remote.transfer import Moved, TransferReport, pull, push
-from fpo.store.reuse import Copied, Reusable, TokenLogps, Want, Wanting, rows_per
+from fpo.store.reuse import Copied, Reusable, TokenLogps, Want, Wanting, is_mismatched, rows_per
 from fpo.store.summaries import ColumnSummary, Summary, look_at_columns
 from fpo.store.upkeep.collect import Collection, Garbage, gc
 from fpo.store.upkeep.describe import counted
@@ -70,6 +71,7 @@ __all__ = [
     "HeldColumn",
     "HiddenGram",
     "Manifest",
+    "Mismatched",
     "Moved",
     "Nearest",
     "OpenColumn",
@@ -107,6 +109,7 @@ __all__ = [
     "gc",
     "groups_digest",
     "held_columns",
+    "is_mismatched",
     "is_url",
     "lacks",
     "look_at_columns",

@@ -23,7 +23,7 @@ from fpo.errors import CacheError, CacheMissing
 from fpo.memo import keep, memo_folder
 from fpo.store.beside import HeldColumn, OpenColumn, serving
 from fpo.store.cache import Cache
-from fpo.store.format.columns import KINDS, Column, HiddenGram, Per, Spec
+from fpo.store.format.columns import KINDS, Column, HiddenGram, Mismatched, Per, Spec
 from fpo.store.format.groups import Groups
 from fpo.store.format.manifest import COLUMNS, MANIFEST, MAX_RECIPE_BYTES, RECIPE, parse_recipe
 from fpo.store.format.ragged import F32, I64, U8, U32, U64, starts_of
@@ -51,6 +51,11 @@ class TokenLogps(Column):
 def rows_per(want: Want) -> Per:
     """What a row of this column belongs to."""
     return "completion" if want is None else KINDS[want["kind"]].PER
+
+
+def is_mismatched(want: Want) -> bool:
+    """Whether this is the column whose rows no other cache's completions are: each is of two groups."""
+    return want is not None and KINDS[want["kind"]] is Mismatched
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,8 @@ class Reusable:
     def _find(self, want: int, shard: Wanting) -> _Found:
         """Where each row of a want of a shard stands."""
         heads, known, source, row = self._indexes[want]
+        if is_mismatched(self.wants[want]):  # the completions are other groups', which the digests do not name
+            heads = heads[:0]
         nowhere = np.full(len(shard.digests), -1, dtype=np.int64)
         if len(heads):
             at = np.minimum(np.searchsorted(heads, _heads(shard.digests)), len(heads) - 1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fpo.canonical import checked_json, parse_checked_json
 from fpo.store import CacheWriter, Store
 from fpo.store.beside import column_recipe
-from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, Spec, TopLogits
+from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, Mismatched, Spec, TopLogits
 from fpo.store.format.encoding import ColumnRows, Rows
 from fpo.store.format.groups import Groups, scored_splits, summed_logps
 from fpo.store.format.invariants import Bounds
@@ -38,7 +38,8 @@ EVERY_FEATURE: Spec = FEATURES | {"hookpoint": "model.layers.1", "d_sae": 9, "to
 PROMPT_FEATURES: Spec = FEATURES | {"kind": "prompt_features"}
 TOP_LOGITS: Spec = {"kind": "top_logits", "m": 2, "vocab_size": VOCAB}
 HIDDEN_GRAM: Spec = {"kind": "hidden_gram"}
-SPECS = (FEATURES, EVERY_FEATURE, PROMPT_FEATURES, TOP_LOGITS, HIDDEN_GRAM)
+MISMATCHED: Spec = {"kind": "mismatched", "vocab_size": TOP_LOGITS["vocab_size"]}
+SPECS = (FEATURES, EVERY_FEATURE, PROMPT_FEATURES, TOP_LOGITS, HIDDEN_GRAM, MISMATCHED)
 
 Sizes = Sequence[tuple[int, Sequence[int]]]
 """Tokens of each group's prompt and of its completions."""
@@ -82,6 +83,14 @@ def make_column(spec: Spec, groups: Groups, seed: int = 0) -> Column:
             products = [np.empty(0), *((rows @ rows.T).ravel() for rows in sums)]
             lengths = groups.n_completions.astype(np.int64) ** 2
             return HiddenGram(starts_of(lengths).astype(np.uint64), np.concatenate(products).astype(np.float32))
+        case "mismatched":
+            lengths = rng.integers(0, 5, len(groups))
+            return Mismatched(
+                starts_of(lengths).astype(np.uint64),
+                rng.integers(0, spec["vocab_size"], int(lengths.sum())).astype(np.uint32),
+                rng.integers(0, 2, int(lengths.sum())).astype(np.uint8),
+                -rng.random(len(groups), dtype=np.float32),
+            )
         case kind:
             per_group = KINDS[kind].PER == "group"
             return _features(rng, len(groups) if per_group else len(groups.completion_digest), spec)

@@ -14,10 +14,10 @@ from fpo.objectives import (
     OBJECTIVES,
     Dpo,
     Evidence,
-    FeatureNeed,
+    FeatureTerm,
     Fpo,
+    Logps,
     Needs,
-    PairLogps,
     Simpo,
     feature_distance,
 )
@@ -28,9 +28,9 @@ from fpo.objectives.simpo import simpo
 from fpo.objectives.trl_names import LOSSES
 
 
-def logps(*pairs: tuple[float, float], lengths: tuple[float, float] = (1.0, 1.0)) -> PairLogps:
+def logps(*pairs: tuple[float, float], lengths: tuple[float, float] = (1.0, 1.0)) -> Logps:
     sums = torch.tensor(pairs, dtype=torch.float32).view(-1, 2)
-    return PairLogps(sums, sums / torch.tensor(lengths))
+    return Logps(sums, sums / torch.tensor(lengths))
 
 
 def minus_log_sigmoid(x: float) -> float:
@@ -81,7 +81,7 @@ def test_fpo_gradients_match_the_derivation_and_the_chosen_side_gets_none_from_t
     """
     sums = torch.tensor([[-4.0, -6.0]], requires_grad=True)
     distances = torch.tensor([[0.5, 0.2]], requires_grad=True)
-    value = fpo(PairLogps(sums, sums / 2), logps((-5.0, -5.0), lengths=(2.0, 2.0)), distances, beta=0.3, alpha=0.7)
+    value = fpo(Logps(sums, sums / 2), logps((-5.0, -5.0), lengths=(2.0, 2.0)), distances, beta=0.3, alpha=0.7)
     value.losses.sum().backward()
     u = 0.3 * ((0.5 - (-0.5)) - 0.7 * (0.2 - 0.5))
     slope = 1 / (1 + math.exp(-u)) - 1
@@ -111,9 +111,12 @@ def test_an_objective_is_its_formula_with_its_own_settings() -> None:
 def test_an_objective_says_what_it_asks_of_a_cache() -> None:
     assert Dpo(name="dpo").needs == Needs(reference=True, features=None)
     assert Simpo(name="simpo").needs == Needs(reference=False, features=None)
-    assert Fpo(name="fpo", alpha=0.0).needs == Needs(reference=True, features=None)
-    constrained = Fpo(name="fpo", k=7, feature_set="union", hookpoint="model.layers.3")
-    assert constrained.needs == Needs(reference=True, features=FeatureNeed("model.layers.3", 7, "union", "alpha: 0"))
+    assert Fpo(name="fpo", alpha=0.0).needs == Needs(reference=True, waived_by="alpha: 0")
+    constrained = Fpo(name="fpo", k=7, feature_set="union", hookpoints=["model.layers.3"])
+    assert constrained.needs == Needs(reference=True, features=constrained, waived_by="alpha: 0")
+    term = FeatureTerm(k=7)
+    assert Simpo(name="simpo", features=term).needs == Needs(reference=True, features=term)
+    assert Dpo(name="dpo", features=FeatureTerm(alpha=0.0)).needs == Needs(reference=True)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_an_objective_says_what_it_asks_of_a_cache() -> None:
 def test_the_policys_own_features_are_known_only_where_the_cache_holds_all(
     feature_set: FeatureSet, top_k: int | Literal["all"], exact: bool
 ) -> None:
-    assert FeatureNeed(None, 8, feature_set, "alpha: 0").exact_from(top_k) == exact
+    assert FeatureTerm(k=8, feature_set=feature_set).exact_from(top_k) == exact
 
 
 def test_every_objective_has_its_row_in_the_docs() -> None:
@@ -168,13 +171,13 @@ def test_the_distance_divides_by_k_however_many_features_count() -> None:
     """
     policy = torch.tensor([[1.0, 2.0], [5.0, 9.0]])
     reference = torch.tensor([[3.0, 2.0], [4.0, 0.0]])
-    valid = torch.tensor([[True, True], [True, False]])
+    valid = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     assert feature_distance(policy, reference, valid, k=4).tolist() == [1.0, 0.25]
 
 
 def test_a_feature_that_does_not_count_gets_no_gradient() -> None:
     policy = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    distance: Tensor = feature_distance(policy, torch.zeros(1, 2), torch.tensor([[True, False]]), k=1)
+    distance: Tensor = feature_distance(policy, torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), k=1)
     distance.sum().backward()
     assert policy.grad is not None
     assert policy.grad.tolist() == [[2.0, 0.0]]

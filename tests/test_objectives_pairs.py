@@ -14,16 +14,20 @@ so the margin of logratios is 5, that of mean logratios 3/3 - (-2/2) = 2.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fpo.objectives import (
+    OBJECTIVES,
+    AdaDpo,
     Aot,
     AotUnpaired,
     ApoDown,
     ApoZero,
+    Asft,
     BcoPair,
     CalDpo,
     Cpo,
@@ -31,32 +35,62 @@ from fpo.objectives import (
     Dpo,
     Evidence,
     ExoPair,
-    Fpo,
+    FeatureTerm,
     Hinge,
     Ipo,
+    Logps,
+    Mixture,
     NcaPair,
     Objective,
     Odpo,
     Orpo,
-    PairLogps,
     Robust,
+    SailDp,
     Sft,
     Simpo,
     SppoHard,
+    Tokens,
     Wpo,
 )
+from fpo.objectives.ada_dpo import temperature_ratio
 from fpo.objectives.divergence import Divergence, FDivergence
+from fpo.objectives.objective import PairObjective
 from fpo.objectives.robust import robust
 
 
 def evidence_of(policy: Tensor, reference: Tensor, lengths: Tensor | None = None) -> Evidence:
     lengths = torch.ones_like(policy) if lengths is None else lengths
     return Evidence(
-        PairLogps(policy, policy / lengths),
-        PairLogps(reference, reference / lengths),
+        Logps(policy, policy / lengths),
+        Logps(reference, reference / lengths),
         lengths,
         distances=None,
         scores=torch.full_like(policy, math.nan),
+    )
+
+
+def tokens_evidence(lengths: list[int], seed: int = 0) -> Evidence:
+    """
+    Pairs of these lengths, chosen and rejected in turn, with random token log-probs, divergences and draws: everything
+    that an objective may ask for.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    sides = torch.tensor(lengths)
+    side = torch.repeat_interleave(torch.arange(len(sides)), sides)
+    place = torch.cat([torch.arange(n) for n in lengths])
+    policy, reference = -torch.rand(2, len(side), generator=rng) - 0.1
+    tokens = Tokens(policy, reference, side, place, torch.rand(len(side), generator=rng))
+    counts = sides.view(-1, 2).float()
+    sums = [tokens.sums(logps, counts) for logps in (policy, reference)]
+    return Evidence(
+        *(Logps(logps, logps / counts) for logps in sums),
+        counts,
+        distances=None,
+        scores=torch.tensor([[2.0, 1.0]]).expand(len(counts), 2),
+        typicality=-torch.rand(len(counts), 2, generator=rng),
+        tokens=tokens,
+        divergences=torch.rand(len(counts), 2, generator=rng),
+        draws=torch.rand(len(counts), generator=rng),
     )
 
 
@@ -121,7 +155,7 @@ def test_robust_dpo_matches_hand_calculation() -> None:
 def test_robust_dpo_is_dpo_in_the_mean_over_flipped_labels() -> None:
     """A label that is flipped with probability e: (1 - e) * robust(pair) + e * robust(flipped pair) = dpo(pair)."""
     policy, reference = PAIR.policy, PAIR.reference
-    flipped = [PairLogps(*(value.flip(1) for value in side)) for side in (policy, reference)]
+    flipped = [Logps(*(value.flip(1) for value in side)) for side in (policy, reference)]
     right = robust(policy, reference, beta=0.2, label_smoothing=0.3).losses.item()
     wrong = robust(*flipped, beta=0.2, label_smoothing=0.3).losses.item()
     assert 0.7 * right + 0.3 * wrong == about(minus_log_sigmoid(1))
@@ -284,14 +318,38 @@ def test_simpo_takes_the_likelihood_of_the_chosen_completions_in() -> None:
     assert loss(Simpo(name="simpo", beta=0.5, gamma=0.5, sft_weight=0.3)) == about(minus_log_sigmoid(0.5) + 0.6)
 
 
-def test_fpo_on_sums_is_dpo_with_the_feature_term() -> None:
-    """margin of sums 5; 0.5 * (3 - 1) = 1 of features: 0.2 * (5 - 1) = 0.8"""
-    objective = Fpo(name="fpo", beta=0.2, alpha=0.5, length_normalised=False)
-    value = objective.value(PAIR._replace(distances=torch.tensor([[1.0, 3.0]])))
+def test_a_feature_term_is_taken_from_the_margin_and_the_rewards_know_nothing_of_it() -> None:
+    """
+    0.5 * (D_rejected 3 - D_chosen 1) = 1 less of every margin:
+
+        dpo    0.2 * (5 - 1) = 0.8
+        simpo  2 * (-6 / 3 + 8 / 2 - 1) - 0.5 = 1.5
+        cpo    0.2 * (-6 + 8 - 1) = 0.2, and 2 nats per token of the chosen completion
+    """
+    apart = PAIR._replace(distances=torch.tensor([[1.0, 3.0]]))
+    term = FeatureTerm(alpha=0.5)
+    value = Dpo(name="dpo", beta=0.2, features=term).total(apart)
     assert value.losses.item() == about(minus_log_sigmoid(0.8))
     assert value.rewards.tolist() == [pytest.approx([0.6, -0.4])]
-    bare = Fpo(name="fpo", beta=0.2, alpha=0.0, length_normalised=False)
-    assert loss(bare) == loss(Dpo(name="dpo", beta=0.2))
+    value = Simpo(name="simpo", features=term).total(apart)
+    assert value.losses.item() == about(minus_log_sigmoid(1.5))
+    assert value.rewards.tolist() == [[-4, -8]]
+    assert Cpo(name="cpo", beta=0.2, features=term).total(apart).losses.item() == about(minus_log_sigmoid(0.2) + 2)
+    without = Dpo(name="dpo", beta=0.2, features=FeatureTerm(alpha=0.0))
+    assert without.total(PAIR).losses.item() == about(minus_log_sigmoid(1))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if issubclass(kind, PairObjective)])
+def test_of_a_feature_term_the_rejected_completion_alone_gets_a_gradient(name: str) -> None:
+    """Whatever the objective; a larger distance of the rejected completion costs more."""
+    terms = {"terms": [{"name": "dpo"}, {"name": "simpo"}]} if name == "mixture" else {}
+    objective = OBJECTIVES[name](name=name, features=FeatureTerm(alpha=0.7), **terms)
+    distances = torch.tensor([[0.1, 0.2]], requires_grad=True)
+    objective.total(tokens_evidence([3, 2])._replace(distances=distances)).losses.sum().backward()
+    assert distances.grad is not None
+    assert distances.grad[0, 0] == 0
+    # DiscoPOP is not convex: there a larger distance may cost less.
+    assert distances.grad[0, 1] > 0 or name == "discopop"
 
 
 def test_calibrated_dpo_matches_hand_calculation() -> None:
@@ -335,3 +393,100 @@ def test_wpo_bounds_the_weight_of_a_pair(max_weight: float | None, weight: float
 def test_a_logratio_far_below_zero_leaves_a_finite_margin() -> None:
     """1 - 1/u at u = exp(-200) is beyond float32 on both sides; infinity less infinity would be nan."""
     assert Divergence("forward_kl").margin(torch.tensor([[-200.0, -200.0]])).tolist() == [0.0]
+
+
+def test_asft_matches_hand_calculation() -> None:
+    """
+    mean logps -2 and -4: log odds o = -2 - log(1 - e^-2) and -4 - log(1 - e^-4), at beta 1 so that
+    -log sigmoid(o_chosen) = 2 and -log sigmoid(-o_rejected) = -log(1 - e^-4)
+    """
+    rejected = -math.log(1 - math.exp(-4))
+    assert loss(Asft(name="asft")) == about(2 + 2 + rejected)
+    assert loss(Asft(name="asft", alignment_weight=0.5, sft_weight=0.0)) == about(0.5 * (2 + rejected))
+    odds = [-2 - math.log(1 - math.exp(-2)), -4 - math.log(1 - math.exp(-4))]
+    expected = minus_log_sigmoid(0.3 * odds[0]) + minus_log_sigmoid(-0.3 * odds[1])
+    assert loss(Asft(name="asft", beta=0.3, sft_weight=0.0)) == about(expected)
+
+
+@pytest.mark.parametrize(("rho", "ratio"), [(0.05, 0.649), (0.1, 0.943), (0.2, 1.419)])
+def test_ada_dpo_finds_the_temperature_at_which_its_loss_is_least(rho: float, ratio: float) -> None:
+    """u = 0.2 * 5 = 1, so tau = 1 / ratio; on a fine grid of temperatures no loss is smaller"""
+
+    def at(tau: float) -> float:
+        return tau * minus_log_sigmoid(1 / tau) + (rho - math.log(2)) * tau
+
+    found = loss(AdaDpo(name="ada_dpo", beta=0.2, rho=rho))
+    assert temperature_ratio(rho) == pytest.approx(ratio, abs=5e-4)
+    assert found == about(at(1 / temperature_ratio(rho)))
+    assert found <= min(at(0.1 + 0.001 * step) for step in range(4900)) + 1e-6
+
+
+def test_ada_dpo_keeps_its_temperature_between_the_bounds_and_starts_as_dpo() -> None:
+    """u = 0: tau = tau_min, where tau * log sigmoid(u / tau) has DPO's gradient, whatever tau is."""
+    same = torch.tensor([[-6.0, -8.0]], requires_grad=True)
+    seen = evidence_of(same, same.detach())
+    grads = [
+        torch.autograd.grad(objective.value(seen).losses.sum(), same, retain_graph=True)[0]
+        for objective in (AdaDpo(name="ada_dpo", beta=0.2), Dpo(name="dpo", beta=0.2))
+    ]
+    assert torch.allclose(*grads)
+    capped = loss(AdaDpo(name="ada_dpo", beta=0.2, rho=0.1, tau_max=0.5))
+    assert capped == about(0.5 * minus_log_sigmoid(2) + (0.1 - math.log(2)) * 0.5)
+    # A rho of log 2 or more asks for no other temperature than the smallest.
+    assert loss(AdaDpo(name="ada_dpo", beta=0.2, rho=0.7, tau_min=1.0)) == about(
+        minus_log_sigmoid(1) + 0.7 - math.log(2)
+    )
+    with pytest.raises(ValueError, match=r"tau_min: 2\.0 is more than objective\.tau_max: 1\.0"):
+        AdaDpo(name="ada_dpo", tau_min=2.0, tau_max=1.0)
+
+
+@pytest.mark.parametrize(("draw", "sign", "relabelled"), [(0.0, -1, 1), (0.35, 1, 1), (0.4, 1, 0)])
+def test_sail_relabels_a_share_of_the_pairs_as_the_policy_would(draw: float, sign: int, relabelled: int) -> None:
+    """u = 1; of a share of 0.4, sigmoid(-1) = 0.27 are swapped: draws below 0.4 * 0.27 = 0.108"""
+    objective = SailDp(name="sail_dp", beta=0.2, share=0.4, rho=0.2)
+    found = objective.value(PAIR._replace(draws=torch.tensor([draw]))).losses.item()
+    cost = minus_log_sigmoid(sign * 1.0)
+    assert found == about(cost - relabelled * 0.1 * cost**2)
+
+
+def test_sails_score_function_term_adds_its_gradient_to_both_completions() -> None:
+    """-rho * log sigmoid(u) = 0.2 * 0.3133 = 0.0627 to the gradient in either log-prob"""
+    policy = torch.tensor([[-6.0, -8.0]], requires_grad=True)
+    seen = evidence_of(policy, torch.tensor([[-9.0, -6.0]]))._replace(draws=torch.tensor([0.3]))
+    grads = [
+        torch.autograd.grad(objective.value(seen).losses.sum(), policy, retain_graph=True)[0]
+        for objective in (
+            SailDp(name="sail_dp", beta=0.2, score_function=True),
+            SailDp(name="sail_dp", beta=0.2),
+        )
+    ]
+    assert (grads[0] - grads[1]).flatten().tolist() == pytest.approx([0.2 * minus_log_sigmoid(1)] * 2, rel=1e-5)
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_terms() -> None:
+    """MPO, https://arxiv.org/abs/2411.10442"""
+    terms = [Dpo(name="dpo", beta=0.2), BcoPair(name="bco_pair", beta=0.3), Sft(name="sft")]
+    mixture = Mixture(name="mixture", terms=terms, weights=[0.8, 0.2, 1.0])
+    assert loss(mixture) == about(0.8 * loss(terms[0]) + 0.2 * loss(terms[1]) + loss(terms[2]))
+    assert mixture.value(PAIR).rewards.tolist() == terms[0].value(PAIR).rewards.tolist()
+    assert loss(Mixture(name="mixture", terms=terms)) == about(sum(map(loss, terms)))
+
+
+def test_a_mixture_asks_for_what_any_of_its_terms_asks_for() -> None:
+    needs = Mixture(name="mixture", terms=[{"name": "sft"}, {"name": "tdpo2"}, {"name": "odpo"}]).needs
+    assert (needs.reference, needs.divergence, needs.scores, needs.tokens) == (True, True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"terms": [{"name": "dpo"}], "weights": [1.0, 2.0]}, "2 weights for 1 terms"),
+        ({"terms": [{"name": "sft"}, {"name": "dpo", "pairs": "all"}]}, r"terms\[1\]\.pairs: a mixture's terms share"),
+        ({"terms": [{"name": "fpo"}]}, r"terms\[0\]: fpo brings a feature term of its own"),
+        ({"terms": []}, "at least 1 item"),
+        ({"terms": [{"name": "kto"}]}, "does not match any of the expected tags"),
+    ],
+)
+def test_a_mixture_of_what_does_not_go_together_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Mixture(name="mixture", **fields)

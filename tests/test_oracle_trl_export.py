@@ -16,7 +16,7 @@ from tiny_world import build_tiny_world
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fpo.objectives import PairLogps
+from fpo.objectives import Logps
 from fpo.objectives.dpo import dpo
 from fpo.scoring import install_scoring, pack, sum_logps
 from fpo.stage1_cache import build_caches
@@ -101,7 +101,7 @@ def our_losses(model_folder, cache) -> list[float]:
         logps = sum_logps(scores.token_logps, packed).view(-1, 2)
         counts = packed.counts.view(-1, 2)
         reference = torch.from_numpy(batch.ref_logps).view(-1, 2)
-        value = dpo(PairLogps(logps, logps / counts), PairLogps(reference, reference / counts), beta=BETA)
+        value = dpo(Logps(logps, logps / counts), Logps(reference, reference / counts), beta=BETA)
         value.losses.mean().backward()
         optimiser.step()
         optimiser.zero_grad()

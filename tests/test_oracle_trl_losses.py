@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fpo.objectives import OBJECTIVES, Evidence, Objective, Orpo, PairLogps, Sft
+from fpo.objectives import OBJECTIVES, Evidence, Logps, Objective, Orpo, Sft
 from fpo.objectives.trl_names import LOSSES
 
 pytestmark = [
@@ -148,7 +148,7 @@ class Oracle:
         lengths = self.mask.sum(1).view(2, -1).T.to(self.seen["policy"].dtype)
         tokens = self.seen["policy"].detach().requires_grad_()
         sides = [(seen * self.mask).sum(1).view(2, -1).T for seen in (tokens, self.seen["reference"].detach())]
-        policy, reference = (PairLogps(logps, logps / lengths) for logps in sides)
+        policy, reference = (Logps(logps, logps / lengths) for logps in sides)
         apart = (tokens.detach() - self.log_sum_squares) * self.mask
         typicality = apart.sum(1).view(2, -1).T / lengths
         nothing = torch.full_like(lengths, torch.nan)
@@ -271,7 +271,7 @@ class NoReference:
             sides.append(((tokens * counts).sum(1), counts.sum(1).double()))
         logps, lengths = (torch.stack(values, 1) for values in zip(*sides, strict=True))
         nothing = torch.full_like(lengths, torch.nan)
-        return Evidence(PairLogps(logps, logps / lengths), PairLogps(nothing, nothing), lengths, None, nothing), logits
+        return Evidence(Logps(logps, logps / lengths), Logps(nothing, nothing), lengths, None, nothing), logits
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_a_minimal_recipe_has_the_papers_objective() -> None:
     recipe = validate_recipe(MINIMAL, "test")
     assert recipe.objective == Fpo(name="fpo", beta=0.1, alpha=0.5, k=50, feature_set="reference")
-    assert recipe.constrained_feature() == 0
+    assert recipe.constrained_features() == recipe.features
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
         ("objective.name=fpoo", "objective.name: 'fpoo' is no objective; nearest is fpo"),
         ("objective.feature_set=refrence", "objective.feature_set: 'refrence' is not valid; nearest is reference"),
         ("objective.k=65", "objective.k: 65 features are asked for, the cache keeps top_k: 64"),
-        ("objective.hookpoint=model.layers.2", "model.layers.2 is not among features; nearest is model.layers.3"),
+        ("objective.hookpoints=[model.layers.2]", "model.layers.2 is not among features; nearest is model.layers.3"),
         ("features=[]", "objective.name: fpo needs an entry in features"),
         ("features.0.hook=1", "features[0].hook: no such field; nearest is hookpoint"),
         ("features.0.top_k=al", "features[0].top_k: 'al' is not valid; nearest is all"),
@@ -221,10 +221,11 @@ def test_overrides_replace_values_and_create_sections(tmp_path: Path) -> None:
 
 def test_several_hookpoints_need_a_choice_and_no_hookpoint_twice() -> None:
     two = [MINIMAL["features"][0], {**MINIMAL["features"][0], "hookpoint": "model.layers.5"}]
-    with pytest.raises(RecipeError, match=r"objective\.hookpoint: say which of model\.layers\.3, model\.layers\.5"):
+    with pytest.raises(RecipeError, match=r"objective\.hookpoints: say which of model\.layers\.3, model\.layers\.5"):
         validate_recipe({**MINIMAL, "features": two}, "test")
-    chosen = {"name": "fpo", "hookpoint": "model.layers.5"}
-    assert validate_recipe({**MINIMAL, "features": two, "objective": chosen}, "test").constrained_feature() == 1
+    chosen = {"name": "fpo", "hookpoints": ["model.layers.5"]}
+    [entry] = validate_recipe({**MINIMAL, "features": two, "objective": chosen}, "test").constrained_features()
+    assert entry.hookpoint == "model.layers.5"
     with pytest.raises(RecipeError, match=r"model\.layers\.3 is listed twice"):
         validate_recipe({**MINIMAL, "features": [two[0], two[0]]}, "test")
 
@@ -232,7 +233,7 @@ def test_several_hookpoints_need_a_choice_and_no_hookpoint_twice() -> None:
 def test_an_objective_without_a_feature_term_needs_no_features() -> None:
     bare = {name: section for name, section in MINIMAL.items() if name != "features"}
     for objective in ({"name": "dpo"}, {"name": "simpo"}, {"name": "fpo", "alpha": 0}):
-        assert validate_recipe({**bare, "objective": objective}, "test").constrained_feature() is None
+        assert validate_recipe({**bare, "objective": objective}, "test").constrained_features() == ()
 
 
 MIXED = {"model": "m", "autocast": "bfloat16"}

@@ -9,29 +9,22 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from run_processes import run_process, run_two_processes
 from safetensors.torch import load_file, save_file
 from tiny_world import TinyWorld, build_adapted_world, build_tiny_world
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpo.errors import CacheDamaged, ParityError, RecipeError, RunError
 from fpo.recipe import Recipe
-from fpo.scoring import Packed
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align, evaluate_run
-from fpo.stage2_align.align import load_policy
 from fpo.stage2_align.arguments import training_arguments
 from fpo.stage2_align.callbacks import read_metrics
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.run import METRICS_FILE, read_run
 from fpo.stage2_align.stream import PairStream
-from fpo.stage2_align.trainer import MetricSums
 from fpo.store import Cache
 
 
@@ -144,26 +137,6 @@ def test_a_step_is_the_same_for_any_number_of_processes_and_of_forwards(tmp_path
                 assert other[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), (run, row["step"], name)
         for name, tensor in load_file(tmp_path / run / "model.safetensors").items():
             assert (tensor - expected[name]).abs().max() < 2e-6, (run, name)
-
-
-def test_a_step_computes_nothing_in_float64_which_apple_gpus_do_not_have(world: TinyWorld, tmp_path: Path) -> None:
-    class NoFloat64(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            assert not any(
-                isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)
-            )
-            return result
-
-    recipe = world.recipe()
-    meter = ObjectiveMeter.of(recipe)
-    model = load_policy(recipe, meter, tmp_path)
-    batch = next(iter(PairStream(cached(world, recipe), seed=1, per_device=3)))
-    assert batch is not None
-    sums = MetricSums()
-    with NoFloat64():
-        scores = model(**{name: batch[name] for name in Packed._fields})
-        sums.add(batch_metrics(meter.measure(scores, batch), batch), counted_groups(batch).sum())
 
 
 def test_low_rank_adapters_train_and_evaluate(world: TinyWorld, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.score import ReferenceScorer
 from fpo.stage2_align import align, evaluate_run
 from fpo.stage2_align.callbacks import read_metrics
-from fpo.stage2_align.pairing import pairs_of
 from fpo.stage2_align.run import METRICS_FILE, read_run
+from fpo.stage2_align.units import units_of
 from fpo.store import column_name
 
 # The package exports a function of the module's name.
@@ -56,7 +56,7 @@ def test_an_objective_without_features_trains_from_the_base_that_another_recipe_
         recipe = world.recipe(features=features, objective={"name": name}, training={"max_steps": 2})
         run = tmp_path / name
         assert align(recipe, find_cache(recipe, world.store), run).steps == 2
-        assert (read_run(run)["cache"], read_run(run)["column"]) == (built.key, None)
+        assert (read_run(run)["cache"], read_run(run)["columns"]) == (built.key, [])
         evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), run)
     with pytest.raises(CacheMissing, match=r"has no column of features at model\.layers\.1, top 16.*add it with: fpo"):
         find_cache(world.recipe(), world.store)
@@ -93,7 +93,7 @@ def test_a_run_reads_no_column_but_the_one_of_its_hookpoint(world: TinyWorld, tm
     hookpoints = ["model.layers.0", "model.layers.1"]
     features = [feature(world, hookpoint=hookpoint) for hookpoint in hookpoints]
     recipes = {
-        hookpoint: world.recipe(features=features, objective={"hookpoint": hookpoint}, training={"max_steps": 1})
+        hookpoint: world.recipe(features=features, objective={"hookpoints": [hookpoint]}, training={"max_steps": 1})
         for hookpoint in hookpoints
     }
     [report, _] = build_caches(recipes[hookpoints[0]], world.store)
@@ -103,7 +103,7 @@ def test_a_run_reads_no_column_but_the_one_of_its_hookpoint(world: TinyWorld, tm
     other.write_bytes(content)
     run = tmp_path / "run"
     assert align(recipes[hookpoints[1]], find_cache(recipes[hookpoints[1]], world.store), run).steps == 1
-    assert read_run(run)["column"]["key"] == report.columns[1].key
+    assert read_run(run)["columns"][0]["key"] == report.columns[1].key
     with pytest.raises(CacheDamaged, match=f"{report.columns[0].key}/shards/000000"):
         align(recipes[hookpoints[0]], find_cache(recipes[hookpoints[0]], world.store), tmp_path / "other")
 
@@ -114,7 +114,7 @@ def test_behind_a_url_nothing_is_fetched_but_the_base_and_the_column_that_is_rea
     pytest.importorskip("obstore")
     hookpoints = ["model.layers.0", "model.layers.1"]
     features = [feature(world, hookpoint=hookpoint) for hookpoint in hookpoints]
-    fpo = world.recipe(features=features, objective={"hookpoint": hookpoints[1]}, training={"max_steps": 1})
+    fpo = world.recipe(features=features, objective={"hookpoints": [hookpoints[1]]}, training={"max_steps": 1})
     dpo = world.recipe(features=features, objective={"name": "dpo"}, training={"max_steps": 1})
     [report, _] = build_caches(fpo, world.store)
     read = f"columns/{report.columns[1].key}/"
@@ -217,7 +217,7 @@ def test_completions_of_equal_score_make_no_pair_in_a_list_and_one_in_a_pair(wor
     build_caches(recipe, world.store)
     groups = find_cache(recipe, world.store).shard(0)
     groups = groups.take(groups.group_id.argsort())
-    pairs = pairs_of(groups, "all")
+    pairs = units_of(groups, "all")
     assert pairs.completions.tolist() == [[0, 1], [0, 2], [3, 5], [4, 5], [6, 7]]
     assert pairs.group.tolist() == [0, 0, 1, 1, 2]
     assert pairs.shares(3).tolist() == [0.5, 0.5, 0.5, 0.5, 1]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_world import TinyWorld, build_tiny_world
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fpo.errors import DataError
 from fpo.objectives import OBJECTIVES
@@ -19,9 +21,10 @@ from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align, evaluate_run
 from fpo.stage2_align.align import load_policy
 from fpo.stage2_align.callbacks import read_metrics
-from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
 from fpo.stage2_align.run import METRICS_FILE
 from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.trainer import MetricSums
 
 # The package exports a function of the module's name.
 aligning = importlib.import_module("fpo.stage2_align.align")
@@ -46,6 +49,15 @@ AT_THE_REFERENCE = {
     "discopop": 0.5 * LOG_2 + 0.5,
     "cal_dpo": LOG_2 + (1 / 0.004) ** 2,
     "odpo": math.log(1 + GAP),
+    "tdpo1": LOG_2,
+    "tdpo2": LOG_2,
+    "ld_dpo": LOG_2,
+    "sampo": LOG_2,
+    "ada_dpo": 0.1 * LOG_2 + 0.1 * (0.1 - LOG_2),
+    "mixture": LOG_2 + 1.0,
+    "kto": 0.5,
+    "plackett_luce": LOG_2,
+    "info_nca": LOG_2,
 }
 
 
@@ -59,38 +71,75 @@ def scored_world(root: Path, chosen: float = GAP, rejected: float = 0.0) -> Tiny
     return world
 
 
+EVERYTHING = {"top_logits": 8, "mismatched": True}
+"""What all objectives together ask of a cache beside features."""
+
+
+def settings(name: str) -> dict[str, Any]:
+    """An objective with what it cannot do without."""
+    return {"name": name, **({"terms": [{"name": "dpo"}, {"name": "hinge"}]} if name == "mixture" else {})}
+
+
+class NoFloat64(TorchDispatchMode):
+    """Apple GPUs do not have it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert not any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result))
+        return result
+
+
 def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_reference(tmp_path: Path) -> None:
+    """All from one cache and its columns: the base's key is the same for all of them."""
     world = scored_world(tmp_path / "world")
-    build_caches(world.recipe(), world.store)
-    recipe = world.recipe()
-    model = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path / "run")
+    build_caches(world.recipe(cache=EVERYTHING), world.store)
+    model = load_policy(world.recipe(), ObjectiveMeter.of(world.recipe()), tmp_path / "run")
     install_scoring(model, ("model.layers.1",), squares=True)  # what all objectives together ask for
-    batch: Any = next(iter(PairStream(find_cache(recipe, world.store), seed=0, per_device=8, scores=True)))
-    scores = model(**{name: batch[name] for name in Packed._fields})
-    found = {}
+    found, keys = {}, set()
     for name in OBJECTIVES:
-        losses = ObjectiveMeter.of(world.recipe(objective={"name": name})).measure(scores, batch).value.losses
-        assert losses.shape == (8,)
-        (gradient,) = torch.autograd.grad(losses.mean(), scores.token_logps, retain_graph=True)
+        recipe = world.recipe(objective=settings(name), cache=EVERYTHING)
+        cache = find_cache(recipe, world.store)
+        keys.add(cache.key)
+        batch: Any = next(iter(PairStream(cache, seed=0, per_device=8, objective=recipe.objective)))
+        meter = ObjectiveMeter.of(recipe)
+        with NoFloat64():
+            scores = model(**{name: batch[name] for name in Packed._fields})
+            measurement = meter.measure(scores, batch)
+            MetricSums().add(batch_metrics(measurement, batch))
+        losses = measurement.value.losses
+        assert losses.shape == (16 if name == "kto" else 8,)
+        (gradient,) = torch.autograd.grad(losses.mean(), scores.token_logps)
         assert gradient.isfinite().all()
         assert gradient.norm() > 0
         found[name] = losses.mean().item()
+    assert len(keys) == 1
     assert {name: found[name] for name in AT_THE_REFERENCE} == pytest.approx(AT_THE_REFERENCE, rel=1e-4)
     # Where the policy itself enters: from the cached log-probs, which are its own.
-    logps = batch["ref_logps"].view(-1, 2)
-    means = logps / batch["counts"].view(-1, 2)
-    nll = float(-logps[:, 0].sum() / batch["counts"][::2].sum())
+    plain: Any = next(iter(PairStream(find_cache(world.recipe(), world.store), seed=0, per_device=8)))
+    scores = model(**{name: plain[name] for name in Packed._fields})
+    logps = plain["ref_logps"].view(-1, 2)
+    means = logps / plain["counts"].view(-1, 2)
+    nll = float(-logps[:, 0].sum() / plain["counts"][::2].sum())
     difference = torch.nn.functional.logsigmoid(0.1 * (logps[:, 0] - logps[:, 1]))
-    apart = (scores.token_logps - scores.log_sum_squares).detach().split(batch["lengths"].tolist())
+    apart = (scores.token_logps - scores.log_sum_squares).detach().split(plain["lengths"].tolist())
     weights = torch.stack([tokens.mean() for tokens in apart]).view(-1, 2).sum(1).exp().clamp(max=1)
     odds = means - torch.log(1 - means.exp())
-    assert {name: loss for name, loss in found.items() if name not in AT_THE_REFERENCE} == pytest.approx(
+    simpo = -float(torch.sigmoid(2 * (means[:, 0] - means[:, 1]) - 0.5).log().mean())
+    # Every segment costs log 2; a pair has as many as its shorter completion has tokens.
+    segments = plain["counts"].view(-1, 2).amin(1).float().mean().item()
+    # Drawn with a share of 0.4: each pair relabelled with a label of its own has 0.1 * log(2)^2 less.
+    relabelled = (LOG_2 - found["sail_dp"]) / (0.1 * LOG_2**2)
+    assert relabelled * 8 == pytest.approx(round(relabelled * 8), abs=1e-3)
+    assert {name: loss for name, loss in found.items() if name not in {*AT_THE_REFERENCE, "sail_dp"}} == pytest.approx(
         {
             "sft": nll,
             "cpo": nll - float(difference.mean()),
             "orpo": nll - 0.1 * float(torch.sigmoid(odds[:, 0] - odds[:, 1]).log().mean()),
+            "asft": float(-2 * means[:, 0].mean() - torch.log(1 - means[:, 1].exp()).mean()),
             "wpo": LOG_2 * float(weights.mean()),
-            "simpo": -float(torch.sigmoid(2 * (means[:, 0] - means[:, 1]) - 0.5).log().mean()),
+            "simpo": simpo,
+            "simpo_kl": simpo,
+            "adpo": segments * LOG_2,
         },
         rel=1e-4,
     )

@@ -230,7 +230,7 @@ def test_the_loggers_are_told_the_objective_and_the_saved_model_is_not(world: Ti
     config = json.loads(training_arguments(recipe, tmp_path, cache).to_json_string())
     assert config["objective"] == {
         "name": "fpo", "pairs": "best_rest", "beta": 2.0, "alpha": 3.0, "k": 8, "feature_set": "reference",
-        "length_normalised": True, "hookpoint": None,
+        "hookpoints": None, "distance": "l2", "include": None, "exclude": [], "weights": {},
     }  # fmt: skip
     assert (config["cache_key"], config["learning_rate"]) == (cache.key, 1e-4)
     run(world, recipe, tmp_path / "run")
@@ -282,8 +282,9 @@ def test_an_evaluation_with_another_sae_is_refused(world: TinyWorld, tmp_path: P
     recipe = world.recipe(training={"max_steps": 1})
     run(world, recipe, tmp_path)
     facts = read_run(tmp_path)
-    write_run(tmp_path, {**facts, "feature": {**facts["feature"], "top_k": 3}})
-    with pytest.raises(RunError, match="trained against another SAE, hookpoint or top_k"):
+    [column] = facts["columns"]
+    write_run(tmp_path, {**facts, "columns": [{**column, "spec": {**column["spec"], "top_k": 3}}]})
+    with pytest.raises(RunError, match="trained against another SAE, hookpoint, top_k or other top logits"):
         evaluate_run(recipe, find_cache(recipe, world.store, held_out=True), tmp_path)
 
 
@@ -293,10 +294,10 @@ def test_a_run_goes_on_from_the_column_of_features_that_it_began_with(world: Tin
     stopped_at(world, recipe, tmp_path, 7)
     fewer = [{**world.raw_recipe()["features"][0], "top_k": 8}]
     other = world.recipe(features=fewer, training={"max_steps": 8})
-    with pytest.raises(RunError, match=r"began with other features of cache (?s:.)*top 16: (?s:.)*asks for .*top 8: "):
+    with pytest.raises(RunError, match=r"began with other columns of cache (?s:.)*top 16: (?s:.)*asks for .*top 8: "):
         run(world, other, tmp_path, resume=True)
     facts = read_run(tmp_path)
-    write_run(tmp_path, {**facts, "column": {**facts["column"], "manifest_digest": "0" * 64}})
+    write_run(tmp_path, {**facts, "columns": [{**facts["columns"][0], "manifest_digest": "0" * 64}]})
     with pytest.raises(RunError, match=r"column (\w+), manifest 0{12}\n  the recipe asks for .*column \1, manifest"):
         run(world, recipe, tmp_path, resume=True)
 
@@ -364,5 +365,5 @@ def test_the_recipe_of_a_run_reads_back(world: TinyWorld, tmp_path: Path) -> Non
     run(world, recipe, tmp_path)
     assert (tmp_path / "recipe.yaml").read_text() == dump_recipe(recipe)
     (tmp_path / RUN_FILE).write_text('{"cache": "x"}')
-    with pytest.raises(RunError, match="has no column; another version of fpo wrote it"):
+    with pytest.raises(RunError, match="has no columns; another version of fpo wrote it"):
         read_run(tmp_path)

@@ -146,6 +146,7 @@ def test_columns_are_called_by_what_they_hold():
         "prompt features at model.layers.0, top 4",
         "top 2 logits",
         "hidden gram",
+        "mismatched completions",
     ]
 
 

@@ -14,7 +14,7 @@ from store_cases import digest_of
 from fpo.store import CacheWriter, Store, open_cache
 from fpo.store.beside import column_recipe
 from fpo.store.format.archive import unpack
-from fpo.store.format.columns import Features
+from fpo.store.format.columns import KINDS, Features
 from fpo.store.format.encoding import ColumnRows, schema
 from fpo.store.format.groups import Groups
 from fpo.store.format.invariants import BaseBounds, ColumnBounds
@@ -129,7 +129,7 @@ def test_the_chunks_of_the_page_hold_what_the_code_writes(members):
 
 
 def test_the_tables_of_the_page_name_every_array_with_its_type_and_dimensions():
-    kinds = {"base": BaseBounds(10, True), **{k: ColumnBounds(k) for k in ("features", "top_logits", "hidden_gram")}}
+    kinds = {"base": BaseBounds(10, True), **{kind: ColumnBounds(kind) for kind in KINDS}}
     rows = re.findall(r"^\| `(\w+)`(?: \([\w ]+\))? \| (\w+) \(.*?\) \| ([\w, ]+) \|", PAGE, re.MULTILINE)
     listed = {(name, dtype, dimensions) for name, dtype, dimensions in rows}
     for bounds in kinds.values():

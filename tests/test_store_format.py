@@ -18,6 +18,7 @@ from store_cases import (
     FEATURES,
     HIDDEN_GRAM,
     KEY,
+    MISMATCHED,
     PROMPT_FEATURES,
     SIZES,
     SPECS,
@@ -47,6 +48,7 @@ CASES = {
     "prompt features": (column_rows(PROMPT_FEATURES, GROUPS), column_bounds(PROMPT_FEATURES)),
     "top logits": (column_rows(TOP_LOGITS, GROUPS), column_bounds(TOP_LOGITS)),
     "hidden gram": (column_rows(HIDDEN_GRAM, GROUPS), column_bounds(HIDDEN_GRAM)),
+    "mismatched": (column_rows(MISMATCHED, GROUPS), column_bounds(MISMATCHED)),
 }
 """Name -> rows and the bounds that their recipe promises."""
 SHARDS = {name: encode_shard(rows, KEY, 3, bounds) for name, (rows, bounds) in CASES.items()}

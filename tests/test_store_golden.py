@@ -28,7 +28,7 @@ PARTS = {
     "": (BaseBounds(2**17, True), EXPECTED["shards"]),
     **{f"columns/{column['key']}": (ColumnBounds(column["spec"]["kind"]), column["shards"]) for column in COLUMNS},
 }
-"""Folder within the cache -> what its shards hold: the base and five columns, the first of them cut finer."""
+"""Folder within the cache -> what its shards hold: the base and six columns, the first of them cut finer."""
 
 each_part = pytest.mark.parametrize("part", PARTS, ids=["base", *(spec["kind"] for spec in SPECS)])
 
@@ -60,7 +60,7 @@ def test_the_golden_cache_opens_and_holds_what_was_written(store):
         for name, spec in schema(bounds).items():
             assert_exactly(getattr(cache.shard(sid), name), spec, expected[name], name)
     report = verify(store, KEY)
-    assert (report.problems, report.shards, sorted(report.columns.values())) == ([], 2, [2, 2, 2, 2, 3])
+    assert (report.problems, report.shards, sorted(report.columns.values())) == ([], 2, [2, 2, 2, 2, 2, 3])
 
 
 def test_its_columns_hold_what_was_written_beside_the_base(store):
@@ -121,13 +121,15 @@ def test_the_golden_cache_holds_the_hard_cases():
     assert first["ref_logps"][-1] == 0  # a completion of which nothing counts
     assert np.isnan(second["score"]).all()
     assert set(first["weight"] + second["weight"]) == {0.25, 1, 2}
-    few, every, prompts, _, gram = (column["shards"] for column in COLUMNS)
+    few, every, prompts, _, gram, mismatched = (column["shards"] for column in COLUMNS)
     assert [len(shard["group_id"]) for shard in few] == [1, 2, 2]  # the base has 3 and 2
     assert np.array(few[1]["acts"], np.float32).min() == np.float32(1e-45)  # subnormal
     assert np.max(few[2]["acts"]) > 1e29
     assert 0 in np.diff(every[0]["splits"])  # a completion without features
     assert every[1]["indices"] == prompts[1]["indices"] == []  # an array without a chunk
     assert np.diff(gram[0]["splits"]).tolist() == [9, 4, 4]
+    assert 0 in mismatched[0]["score_mask"]
+    assert mismatched[0]["splits"][1] == 0  # a completion of no tokens
 
 
 def test_digests_of_golden_completions_have_not_changed():

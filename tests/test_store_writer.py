@@ -224,11 +224,15 @@ def test_a_recipe_that_the_store_cannot_use_is_refused(world, change, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "logits"}, "Input should be 'features', 'prompt_features', 'top_logits' or 'hidden_gram'"),
+        (
+            {"kind": "logits"},
+            "Input should be 'features', 'prompt_features', 'top_logits', 'hidden_gram' or 'mismatched'",
+        ),
         ({"kind": "features", "d_sae": 9}, "a column of features needs top_k"),
         ({"kind": "features", "d_sae": 9, "top_k": 0}, "top_k"),
         ({"kind": "prompt_features", "top_k": 4}, "a column of prompt_features needs d_sae"),
         ({"kind": "top_logits", "m": 4}, "a column of top_logits needs vocab_size"),
+        ({"kind": "mismatched"}, "a column of mismatched needs vocab_size"),
         ({}, "kind: Field required"),
     ],
 )

@@ -6,6 +6,7 @@ holds is its *spec*, a JSON object that stands in its recipe.json:
     {"kind": "prompt_features", ...the same}                                                        of each prompt
     {"kind": "top_logits", "m", "vocab_size"}                                                       of each scored token
     {"kind": "hidden_gram"}                                                                         of each group
+    {"kind": "mismatched", "vocab_size"}                                                            of each group
 
 Dimension key:  G groups   K completions   N entries   m top logits
 """
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from fpo.store.format.ragged import F32, U32, Ragged, starts_of
+from fpo.store.format.ragged import F32, U8, U32, Ragged, starts_of
 
 Per = Literal["group", "completion"]
 Spec = dict[str, Any]
@@ -83,11 +84,30 @@ class HiddenGram(Column):
     """(n * n entries per row) row-major; over the tokens that count, at the positions that predict them."""
 
 
+@dataclass(frozen=True, eq=False)
+class Mismatched(Column):
+    """Of each group, another group's completion behind its own prompt, which it does not answer; a row is a group."""
+
+    PER: ClassVar[Per] = "group"
+    ENTRIES = ("input_ids", "score_mask")
+    ROWS = ("ref_logps",)
+
+    input_ids: U32
+    """(N,) the completion's tokens."""
+
+    score_mask: U8
+    """(N,) which of them count: 0 also for the first one behind an empty prompt, which is not scored."""
+
+    ref_logps: F32
+    """(G,) sum of the log-probs of those that count, behind the group's prompt; accumulated in float64, nats."""
+
+
 KINDS: dict[str, type[Column]] = {
     "features": Features,
     "prompt_features": PromptFeatures,
     "top_logits": TopLogits,
     "hidden_gram": HiddenGram,
+    "mismatched": Mismatched,
 }
 
 
@@ -114,6 +134,8 @@ def column_name(spec: Spec) -> str:
             return f"{str(kind).replace('_', ' ')} at {spec.get('hookpoint')}, top {spec.get('top_k')}"
         case "top_logits":
             return f"top {spec.get('m')} logits"
+        case "mismatched":
+            return "mismatched completions"
         case kind:
             return str(kind).replace("_", " ")
 

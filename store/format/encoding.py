@@ -73,6 +73,12 @@ _COLUMNS = {
     "prompt_features": _ROWS | _FEATURES,
     "top_logits": _ROWS | _TOP_LOGITS,
     "hidden_gram": _ROWS | {"products": ArraySpec("float32", ("entry",))},
+    "mismatched": _ROWS
+    | {
+        "input_ids": ArraySpec("uint32", ("entry",)),
+        "score_mask": ArraySpec("uint8", ("entry",)),
+        "ref_logps": ArraySpec("float32", ("row",)),
+    },
 }
 
 

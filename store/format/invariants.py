@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, TopLogits
+from fpo.store.format.columns import KINDS, Column, Features, HiddenGram, Mismatched, TopLogits
 from fpo.store.format.groups import Groups, scored_splits
 from fpo.store.format.key import completion_digests
-from fpo.store.format.ragged import F32, U32, U64
+from fpo.store.format.ragged import F32, U8, U32, U64
 
 LOGP_SLACK = 1e-3
 """A log-prob is at most 0; rounding in another kernel's log-sum-exp may leave this much above."""
@@ -118,6 +118,13 @@ def check_column(column: Column, n_groups: int, n_completions: int, bounds: Colu
     elif isinstance(column, HiddenGram):
         _array("products", column.products, np.float32, (entries,))
         _finite("products", column.products)
+    elif isinstance(column, Mismatched):
+        _array("input_ids", column.input_ids, np.uint32, (entries,))
+        _below("input_ids", column.input_ids, bounds.vocab_size, "vocab_size")
+        _array("score_mask", column.score_mask, np.uint8, (entries,))
+        _check_counts_or_not(column.score_mask)
+        _array("ref_logps", column.ref_logps, np.float32, (rows,))
+        _log_probs("ref_logps", column.ref_logps)
 
 
 def check_beside(column: Column, groups: Groups) -> None:
@@ -139,8 +146,12 @@ def _check_mask(groups: Groups, C: int, bounds: BaseBounds) -> None:
         raise Invalid(f"score_mask {'is missing' if mask is None else 'is there'}, the recipe says {bounds.score_mask}")
     if mask is not None:
         _array("score_mask", mask, np.uint8, (C,))
-        if mask.size and mask.max() > 1:
-            raise Invalid(f"score_mask holds {int(mask.max())}: a token counts (1) or not (0)")
+        _check_counts_or_not(mask)
+
+
+def _check_counts_or_not(mask: U8) -> None:
+    if mask.size and mask.max() > 1:
+        raise Invalid(f"score_mask holds {int(mask.max())}: a token counts (1) or not (0)")
 
 
 def _check_labels(groups: Groups) -> None:

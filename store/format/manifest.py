@@ -151,7 +151,7 @@ class _GroupsFacts(_Open):
 
 
 class _ColumnFacts(_Open):
-    kind: Literal["features", "prompt_features", "top_logits", "hidden_gram"]
+    kind: Literal["features", "prompt_features", "top_logits", "hidden_gram", "mismatched"]
     d_sae: Width | None = None
     top_k: Width | Literal["all"] | None = None
     m: Width | None = None
@@ -159,7 +159,8 @@ class _ColumnFacts(_Open):
 
     @model_validator(mode="after")
     def _says_its_sizes(self) -> _ColumnFacts:
-        needed = {"top_logits": ("m", "vocab_size"), "hidden_gram": ()}.get(self.kind, ("d_sae", "top_k"))
+        sizes = {"top_logits": ("m", "vocab_size"), "hidden_gram": (), "mismatched": ("vocab_size",)}
+        needed = sizes.get(self.kind, ("d_sae", "top_k"))
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise ValueError(f"a column of {self.kind} needs {missing[0]}")

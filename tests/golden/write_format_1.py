@@ -4,8 +4,9 @@ it holds.
 
     python tests/golden/write_format_1.py FOLDER
 
-Ran once, for this format; the committed bytes are never written again. They must open for ever, whatever the writer
-and its libraries become. A change of the format gets a script and a folder of its own.
+Ran for this format; the committed bytes are never written again, a new kind of column stands beside the others. They
+must open for ever, whatever the writer and its libraries become. A change of the format gets a script and a folder of
+its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from fpo.store import CacheWriter, Store, open_cache
 from fpo.store.beside import column_recipe
-from fpo.store.format.columns import Column, Features, HiddenGram, PromptFeatures, Spec, TopLogits
+from fpo.store.format.columns import Column, Features, HiddenGram, Mismatched, PromptFeatures, Spec, TopLogits
 from fpo.store.format.encoding import ColumnRows
 from fpo.store.format.groups import Groups, scored_splits, summed_logps
 from fpo.store.format.key import cache_key, completion_digests, groups_digest, shard_digest
@@ -73,6 +74,7 @@ SPECS: list[Spec] = [
      "pooling": "mean"},
     {"kind": "top_logits", "m": 2, "vocab_size": VOCAB},
     {"kind": "hidden_gram"},
+    {"kind": "mismatched", "vocab_size": VOCAB},
 ]  # fmt: skip
 
 
@@ -118,6 +120,14 @@ def column_of(n: int, ids: list[int]) -> Column:
         products = np.concatenate([(rows @ rows.T).ravel() for rows in sums]).astype(np.float32)
         lengths = groups.n_completions.astype(np.int64) ** 2
         return HiddenGram(starts_of(lengths).astype(np.uint64), products)
+    if n == 5:
+        tokens = [[group % VOCAB, 1, 2][: index % 4] for index, group in enumerate(ids)]
+        return Mismatched(
+            starts_of([len(row) for row in tokens]).astype(np.uint64),
+            np.array([token for row in tokens for token in row], np.uint32),
+            np.array([1 - (place == 1) for row in tokens for place in range(len(row))], np.uint8),
+            np.array([-0.25 * (index % 4) - 0.1 for index in range(len(ids))], np.float32),
+        )
     kept = [entries for group in ids for entries in (FEW, EVERY, OF_PROMPTS)[n][group]]
     lengths = np.array([len(entries) for entries in kept])
     # Where as many are kept as may be, as many again were cut off.

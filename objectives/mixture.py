@@ -1,0 +1,62 @@
+"""A weighted sum of objectives over pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from fpo.objectives.evidence import Evidence, ObjectiveValue
+from fpo.objectives.objective import Needs, PairObjective
+from fpo.objectives.single import AnySingle
+
+_SHARED = ("pairs", "features")
+
+
+class Mixture(PairObjective):
+    """A weighted sum of losses over the same pairs, as TRL's lists of `loss_type` with `loss_weights`."""
+
+    name: Literal["mixture"]
+    """The objective."""
+
+    terms: Annotated[tuple[AnySingle, ...], Field(strict=False, min_length=1)]
+    """The objectives, each with its own settings; `pairs` and `features` are the mixture's."""
+
+    weights: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    """One weight per term, not normalised; none is 1 for each."""
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> Mixture:
+        if self.weights and len(self.weights) != len(self.terms):
+            raise ValueError(
+                f"objective.weights: {len(self.weights)} weights for {len(self.terms)} terms; give one per term"
+            )
+        for place, term in enumerate(self.terms):
+            for field in _SHARED:
+                if field in term.model_fields_set:
+                    raise ValueError(
+                        f"objective.terms[{place}].{field}: a mixture's terms share one; set objective.{field}"
+                    )
+            if term.needs.features is not None:
+                raise ValueError(
+                    f"objective.terms[{place}]: {term.name} brings a feature term of its own; set alpha: 0 there, and "
+                    "objective.features for the mixture"
+                )
+        return self
+
+    @property
+    def formula_needs(self) -> Needs:
+        every = [vars(term.formula_needs) for term in self.terms]
+        asked: dict[str, Any] = {
+            field: any(needs[field] for needs in every) for field, value in every[0].items() if isinstance(value, bool)
+        }
+        return replace(self.terms[0].formula_needs, **asked)
+
+    def value(self, evidence: Evidence) -> ObjectiveValue:
+        """The weighted sum of the terms' losses; the rewards are the first term's."""
+        values = [term.value(evidence) for term in self.terms]
+        weights = self.weights or (1.0,) * len(values)
+        losses = torch.stack([weight * value.losses for weight, value in zip(weights, values, strict=True)]).sum(0)
+        return ObjectiveValue(losses, values[0].rewards)
