@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,9 +20,6 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -31,10 +27,11 @@ from fpo.errors import RunError
 from fpo.interrupts import StopRequest
 from fpo.scoring import Packed, router_coefficient
 from fpo.stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
-from fpo.stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
+from fpo.stage2_align.checkpoints import explained_writes, newest_name, rotate, seal
 from fpo.stage2_align.finite import FiniteWatch
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.stream import Batch, PairStream
+from fpo.stage2_align.sums import MetricSums
 
 
 class PairTrainer(Trainer):
@@ -122,7 +119,7 @@ class PairTrainer(Trainer):
         anything is not finite.
         """
         self.watch.check(self.accelerator, self.state.global_step)
-        row = {**logs, **self.sums.means(self.accelerator)}
+        row = {**logs, **self.sums.means(self.args.world_size, self.accelerator.device)}
         if self._scales_loss() and not math.isfinite(row.get("grad_norm", 0.0)):
             del row["grad_norm"]
         self.watch.check_row(row, self.state.global_step)
@@ -190,62 +187,6 @@ class PairTrainer(Trainer):
             mode = (folder / "training_args.bin").stat().st_mode
             for path in folder.glob("*.safetensors"):
                 path.chmod(mode)
-
-
-class MetricSums(TrainerCallback):
-    """
-    Sums over the pairs since the last log. They are saved beside each checkpoint, so that a resumed run logs the same
-    means as one never interrupted, wherever between two logs it was saved.
-    """
-
-    # How many batches' sums may wait on the device between two logs.
-    WAITING = 256
-
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        self._names: list[str] = []
-        self._waiting: list[Tensor] = []
-
-    def add(self, sums: dict[str, Tensor], pairs: Tensor) -> None:
-        """`sums` over this many more pairs. They stay on their device, so that no step waits for it."""
-        self._names = [*sums, "pairs"]
-        self._waiting.append(torch.stack([*sums.values(), pairs.float()]))
-        if len(self._waiting) == MetricSums.WAITING:
-            self._fold()
-
-    def _fold(self) -> None:
-        """
-        Add up what waits, batch after batch in float64 on the host: the same numbers, bit by bit, whenever it is done.
-        """
-        for row in torch.stack(self._waiting).tolist() if self._waiting else []:
-            for name, value in zip(self._names, row, strict=True):
-                self.totals[name] = self.totals.get(name, 0.0) + value
-        self._waiting = []
-
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the pairs of all processes since the last call; nothing where there were none."""
-        self._fold()
-        if not self.totals:
-            return {}
-        names = sorted(self.totals)
-        values = [self.totals[name] for name in names]
-        if accelerator.num_processes > 1:
-            totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-            values = accelerator.reduce(totals, reduction="sum").tolist()
-        means = dict(zip(names, values, strict=True))
-        pairs = means.pop("pairs")
-        self.totals = {}
-        return {name: value / pairs for name, value in means.items()}
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint must keep of them."""
-        self._fold()
-        return dict(self.totals)
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.totals = read_sums(checkpoint, args.process_index, args.world_size)
 
 
 def _unchanged(batch: Any) -> Any:

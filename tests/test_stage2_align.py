@@ -31,7 +31,7 @@ from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.run import METRICS_FILE, read_run
 from fpo.stage2_align.stream import PairStream
-from fpo.stage2_align.trainer import MetricSums
+from fpo.stage2_align.sums import MetricSums
 from fpo.store import Cache
 
 
