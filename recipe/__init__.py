@@ -10,9 +10,11 @@ field is checked here before a model or data is touched.
     experiment  the whole, what fits          parsing       YAML
     arithmetic  what a forward computes in    explanations  what is wrong, with the nearest valid name
     training    TrainingArguments             page          docs/recipe.md, the schema for editors
+    evaluation  what needs held-out groups
 """
 
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, Dtype, HalfDtype, training_arithmetic
+from fpo.recipe.evaluation import evaluates, goes_by_evaluations, reads_held_out
 from fpo.recipe.experiment import Recipe, check_arithmetic
 from fpo.recipe.loading import dump_recipe, load_recipe, validate_recipe
 from fpo.recipe.page import recipe_schema, reference_page
@@ -35,7 +37,10 @@ __all__ = [
     "Reference",
     "check_arithmetic",
     "dump_recipe",
+    "evaluates",
+    "goes_by_evaluations",
     "load_recipe",
+    "reads_held_out",
     "recipe_schema",
     "reference_page",
     "training_arithmetic",

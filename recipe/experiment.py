@@ -35,7 +35,7 @@ class Recipe(Section):
     """The loss."""
 
     training: dict[str, Any] = {}
-    """`transformers.TrainingArguments` by their own names. Batch sizes count pairs; `learning_rate`: 1e-6 if unset."""
+    """`TrainingArguments`, `EarlyStoppingCallback` by name. Batch sizes count pairs; `learning_rate`: 1e-6 if unset."""
 
     @model_validator(mode="after")
     def _combine(self) -> Recipe:

@@ -121,7 +121,7 @@ class Data(Section):
     """Split to train on; slices such as `train[:90%]` are understood."""
 
     eval_split: str | None = None
-    """Split held out for `fpo evaluate`; it gets a cache of its own. Null evaluates nothing."""
+    """Split held out for evaluation, in training and by `fpo evaluate`; it gets a cache of its own. Null is none."""
 
     tokenizer: Place | None = None
     """Hub id or folder of the tokenizer; null takes the reference's."""

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fpo.interrupts import StopRequest
-from fpo.progress import Progress, progress_bar
+from fpo.progress import Progress, progress_bar, say
 from fpo.stage2_align.checkpoints import explained_writes
 from fpo.stage2_align.run import write_whole
 from fpo.stage2_align.stream import PairStream
@@ -73,13 +73,35 @@ class AlignProgress(TrainerCallback):
             self.bar.set_postfix_str(self.latest, place=f"step {state.global_step:,}/{state.max_steps:,}")
             self.bar.line()
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        if self.bar is not None:
+            names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            shown = {name: metrics.get(f"eval_{logged}") for name, logged in names.items()}
+            said = " ".join(f"{name} {value:.3g}" for name, value in shown.items() if value is not None)
+            say(f"evaluate: step {state.global_step:,}/{state.max_steps:,}, {said}")
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
+def is_evaluation(row: dict[str, float]) -> bool:
+    """Whether a row of metrics is of held-out groups."""
+    return "eval_loss" in row
+
+
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one object per logged step, floats in full; a resumed run continues where its checkpoint was."""
+    """
+    metrics.jsonl: one object per logged step and one per evaluation, floats in full; a resumed run continues where its
+    checkpoint was.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,8 +109,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             # What was logged after the checkpoint, also by an interrupted run as its last word, comes again.
-            logged = {row["step"] for row in state.log_history}
-            kept = [row for row in read_metrics(self.path) if row["step"] in logged]
+            logged = {(row["step"], is_evaluation(row)) for row in state.log_history}
+            kept = [row for row in read_metrics(self.path) if (row["step"], is_evaluation(row)) in logged]
             with explained_writes(self.path, "free some space, then continue with --resume"):
                 write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -100,7 +122,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and "rewards/margins" in logs:
+        if state.is_world_process_zero and logs and ("rewards/margins" in logs or is_evaluation(logs)):
             # The last log also carries Trainer's summary of the whole run: train_runtime and the like.
             shown = {name: value for name, value in logs.items() if not name.startswith(("train_", "total_"))}
             row = {"step": state.global_step, **shown}
@@ -109,6 +131,11 @@ class MetricsFile(TrainerCallback):
                 self.path.open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def last_logged(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The last row that says what the policy was trained on, as far as there is one."""
+    return next((row for row in reversed(rows) if "rewards/margins" in row), {})
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -20,15 +20,18 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainingArguments,
+    TrainerControl,
 )
 
 from fpo.errors import RunError
 from fpo.interrupts import StopRequest
 from fpo.scoring import Packed, router_coefficient
+from fpo.stage2_align.arguments import AlignArguments
+from fpo.stage2_align.best import EarlyStop, Evaluations
 from fpo.stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
-from fpo.stage2_align.checkpoints import explained_writes, newest_name, rotate, seal
+from fpo.stage2_align.checkpoints import explained_writes, newest_name, rotate, seal, whole_checkpoint
 from fpo.stage2_align.finite import FiniteWatch
+from fpo.stage2_align.held_out import held_out_metrics
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.stream import Batch, PairStream
 from fpo.stage2_align.sums import MetricSums
@@ -37,26 +40,33 @@ from fpo.stage2_align.sums import MetricSums
 class PairTrainer(Trainer):
     """Trains a policy on the pairs of a cache under an objective. No reference model is in memory."""
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
-        args: TrainingArguments,
+        args: AlignArguments,
         stream: PairStream,
         meter: ObjectiveMeter,
         tokenizer: PreTrainedTokenizerBase,
         metrics_file: Path,
         request: StopRequest,
+        held_out: PairStream | None = None,
     ) -> None:
         """
-        model    causal LM with scoring installed, or a PEFT model around one
-        request  where a signal asks for the end
+        model     causal LM with scoring installed, or a PEFT model around one
+        request   where a signal asks for the end
+        held_out  what the policy is evaluated on
         """
         super().__init__(
             model=model,
             args=args,
             train_dataset=stream,
+            eval_dataset=held_out,
             processing_class=tokenizer,
         )
+        # Trainer would remove checkpoints as it likes, at the end the newest too.
+        self.keep, args.save_total_limit = args.save_total_limit, None
         self.sums = MetricSums()
         self.position = StreamPosition(stream)
         self.stop = StopAtStepEnd(request)
@@ -69,8 +79,11 @@ class PairTrainer(Trainer):
             MetricsFile(metrics_file),
             self.sums,
             self.stop,
+            Evaluations(stream, self.sums),
         ):
             self.add_callback(callback)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStop(args.early_stopping_patience, args.early_stopping_threshold))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.stream = stream
@@ -125,6 +138,29 @@ class PairTrainer(Trainer):
         self.watch.check_row(row, self.state.global_step)
         super().log(row, start_time)
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """What `fpo evaluate` says of the policy as it is now. Nothing of the training changes by it."""
+        model: nn.Module = self.model_wrapped
+        training = model.training
+        model.eval()
+        metrics = held_out_metrics(model, self.meter, self.eval_dataset, self.args.device)
+        model.train(training)
+        self.watch.check_row(metrics, self.state.global_step)
+        # Not by `log` above: what was trained on since the last row belongs to the next one.
+        super().log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Under `save_strategy: best` the answer says whether to save, and what a signal asks for is saved anyway."""
+        return bool(super()._determine_best_metric(metrics, trial)) or bool(self.stop.signum)
+
+    def _load_best_model(self) -> None:
+        if self.stop.signum:
+            return  # the run goes on from its last step
+        whole_checkpoint(Path(self.args.output_dir), self.state.best_global_step)
+        super()._load_best_model()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         self.watch.note(loss, self.state.global_step + 1)
@@ -141,8 +177,8 @@ class PairTrainer(Trainer):
         return bool(self.accelerator.mixed_precision == "fp16")
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        # Trainer looks whether a run has all its steps after a step, never before the first.
-        if self.state.global_step >= self.state.max_steps:
+        # Trainer looks whether a run has ended after a step, never before the first.
+        if self.control.should_training_stop:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -159,14 +195,11 @@ class PairTrainer(Trainer):
         run = Path(self.args.output_dir)
         folder = run / f"checkpoint-{self.state.global_step}"
         failure: RunError | None = None
-        keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with explained_writes(folder, f"continue with --resume from {newest_name(run) or 'the beginning'}"):
                 super()._save_checkpoint(model, trial)
         except RunError as error:
             failure = error
-        finally:
-            self.args.save_total_limit = keep
         # Also the point where all ranks have written.
         ranks = gather_object([(failure is None, self.sums.state())])
         if not all(written for written, _ in ranks):
@@ -176,7 +209,8 @@ class PairTrainer(Trainer):
             with explained_writes(folder, f"continue with --resume from {newest_name(run) or 'the beginning'}"):
                 seal(folder, [sums for _, sums in ranks])
             with explained_writes(run, f"continue with --resume from {folder.name}"):
-                rotate(run, keep)
+                best = self.state.best_model_checkpoint
+                rotate(run, self.keep, None if best is None else Path(best).name)
         self._saved_step = self.state.global_step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
