@@ -29,7 +29,7 @@ def evaluates(recipe: Recipe) -> bool:
 
 def reads_held_out(recipe: Recipe) -> bool:
     """Whether `fpo align` needs the cache of the held-out groups."""
-    return evaluates(recipe)
+    return evaluates(recipe) or recipe.generate is not None
 
 
 def goes_by_evaluations(training: dict[str, Any]) -> bool:
@@ -38,11 +38,17 @@ def goes_by_evaluations(training: dict[str, Any]) -> bool:
 
 
 def check_evaluation(recipe: Recipe, origin: str) -> None:
-    """RecipeError where a recipe evaluates and has nothing to evaluate on, or goes by evaluations and has none."""
+    """
+    RecipeError where a recipe evaluates or generates and has nothing to do it on, or goes by evaluations and has none.
+    """
     training = recipe.training
-    if recipe.data.eval_split is None and evaluates(recipe):
-        name = "eval_on_start" if training.get("eval_on_start") else "eval_strategy"
-        raise RecipeError(f"{origin}: training.{name}: there are no held-out groups; name a split in data.eval_split")
+    if recipe.data.eval_split is None and reads_held_out(recipe):
+        name = "training.eval_on_start" if training.get("eval_on_start") else "training.eval_strategy"
+        name = name if evaluates(recipe) else "generate"
+        raise RecipeError(f"{origin}: {name}: there are no held-out groups; name a split in data.eval_split")
+    sharding = next((name for name in ("fsdp", "deepspeed") if training.get(name)), None)
+    if recipe.generate is not None and sharding is not None:
+        raise RecipeError(f"{origin}: generate: training.{sharding} leaves no process the whole policy; leave it out")
     if training.get("eval_strategy", "no") != "no":
         return
     # Spelled out, `no` turns off what else the recipe says of evaluations, but for what a run cannot do without them.

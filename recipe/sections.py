@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -220,3 +221,19 @@ class Policy(Section):
 
     same_arithmetic: bool = True
     """Refuse a reference that was computed in another arithmetic than the policy; false goes on regardless."""
+
+
+class Generate(Section):
+    """Samples in training, for people to read: the policy continues held-out prompts; in the run's `samples/`."""
+
+    every: PositiveInt
+    """Steps between two samples."""
+
+    prompts: PositiveInt = 4
+    """The first so many prompts of the held-out cache; one after another, on one process."""
+
+    max_new_tokens: PositiveInt = 128
+    """A completion ends after this many tokens, if not by itself."""
+
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token; above it tokens are drawn, by `training.seed`."""

@@ -24,6 +24,7 @@ from fpo.recipe import (
     Lora,
     Recipe,
     check_arithmetic,
+    evaluates,
     reads_held_out,
     training_arithmetic,
 )
@@ -46,7 +47,17 @@ from fpo.stage2_align.checkpoints import explained_writes
 from fpo.stage2_align.held_out import check_held_out, held_out_stream
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
-from fpo.stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
+from fpo.stage2_align.run import (
+    BASE_FOLDER,
+    METRICS_FILE,
+    SAMPLES_FOLDER,
+    OpenedRun,
+    locked,
+    open_run,
+    read_run,
+    write_run,
+)
+from fpo.stage2_align.samples import Samples
 from fpo.stage2_align.saved import expected_weights, save_policy
 from fpo.stage2_align.stream import PairStream, check_groups
 from fpo.stage2_align.trainer import PairTrainer
@@ -132,8 +143,10 @@ def _train(
     trainer = _trainer(recipe, cache, args, output, request, held_out)
     arithmetic = _launched_arithmetic(recipe, trainer)
     layout = trainer.stream.layout = policy_layout(trainer.model, cache)
-    if held_out is not None:
+    if held_out is not None and trainer.eval_dataset is not None:
         trainer.eval_dataset.layout = policy_layout(trainer.model, held_out)
+    if held_out is not None and recipe.generate is not None:
+        trainer.add_callback(Samples(trainer, held_out, recipe.generate, output / SAMPLES_FOLDER))
     parity = None
     if recipe.policy.model is None and checkpoint is None:
         parity = ParityCheck(trainer, (arithmetic, recipe.reference.arithmetic))
@@ -181,7 +194,7 @@ def _trainer(
         pairing=recipe.objective.pairs,
     )
     evaluated = None
-    if held_out is not None:
+    if held_out is not None and evaluates(recipe):
         evaluated = held_out_stream(recipe, held_out, args.process_index, args.world_size)
     tokenizer = policy_tokenizer(recipe)
     try:
@@ -212,6 +225,8 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
             "or start with torchrun on GPUs and without use_cpu"
         )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and recipe.generate is not None:
+        raise RecipeError("generate: started so, no process holds the whole policy; leave it out")
     arithmetic = training_arithmetic(recipe.policy.dtype, MIXED_PRECISION.get(asked), sharded)
     try:
         check_arithmetic(recipe, arithmetic)

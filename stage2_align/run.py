@@ -1,10 +1,11 @@
 """
 The run folder: what one training result is, on disk. A run is where run.json is; other files may lie beside it.
 
-    recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step
+    recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step and per evaluation
     run.json        keys and manifest digests,   checkpoint-N/   as Trainer writes them, sealed (see checkpoints)
                     library versions, figures    evaluation.json held-out metrics; evaluation-N.json of checkpoint N
-    .lock           held while it trains         and the policy as save_pretrained + tokenizer
+    .lock           held while it trains         samples/        what the policy wrote after step N
+                                                 and the policy as save_pretrained + tokenizer
     base/           the weights below an adapter that was trained on merged ones: adapter_config.json, in the run and
                     in its checkpoints, names them by their absolute path; in a run that was moved, correct it there
 """
@@ -35,13 +36,16 @@ except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]
 
 RECIPE_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
-BASE_FOLDER = "base"
+BASE_FOLDER, SAMPLES_FOLDER = "base", "samples"
 # Of run.json; a finished run adds what it found.
 _FACTS = {"cache", "manifest_digest", "store", "reference", "feature", "column", "pairs_per_step", "complete"}
 _FACTS |= {"held_out"}
 _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
 # What a run writes, by pattern: in a folder that is no run, these are somebody else's.
-_OURS = (RECIPE_FILE, METRICS_FILE, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors")
+_OURS = (
+    *(RECIPE_FILE, METRICS_FILE, SAMPLES_FOLDER, "checkpoint-*"),
+    *("config.json", "adapter_config.json", "*.safetensors"),
+)
 
 
 class OpenedRun(NamedTuple):

@@ -256,7 +256,7 @@ def test_a_signal_saves_what_is_not_the_best_and_the_run_goes_on_from_there(
 
 
 def test_a_learning_rate_that_goes_by_evaluations_falls_and_is_resumed(world: TinyWorld, tmp_path: Path) -> None:
-    """No evaluation gains 10 nats on the first, at step 2: without patience the rate then falls to a tenth each time."""
+    """No evaluation gains 10 nats on the first, at step 2: without patience the rate falls to a tenth each time."""
     asked = {"patience": 0, "threshold": 10.0, "threshold_mode": "abs"}
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": asked}
     recipe = recipe_of(world, **STEPS, **plateau, learning_rate=1e-3, save_strategy="steps", save_steps=4)
