@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from fpo.errors import RecipeError
 from fpo.nearest import nearest
+from fpo.progress import say
 from fpo.recipe import goes_by_evaluations
 from fpo.stage2_align.checkpoints import whole_checkpoint
 from fpo.stage2_align.stream import PairStream
@@ -131,6 +132,20 @@ class EarlyStop(EarlyStoppingCallback):
         self.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        super().on_evaluate(args, state, control, metrics)
+        count = self.early_stopping_patience_counter
+        early = count >= self.early_stopping_patience and state.global_step < state.max_steps
+        if early and state.is_world_process_zero:
+            say(f"evaluate: {count} without a gain; the run stops early, at step {state.global_step:,}")
 
 
 def best_step(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
