@@ -32,7 +32,7 @@ def align_command(
     as_json: AsJson = False,
 ) -> None:
     """Stage 2: train the recipe's policy from its cache. The reference is never run."""
-    from fpo.recipe import load_recipe
+    from fpo.recipe import load_recipe, reads_held_out
 
     loaded = load_recipe(recipe, overrides)
     if is_first_rank():
@@ -44,9 +44,11 @@ def align_command(
     run = Path(os.path.expanduser(output)) if output else Path("runs") / f"{recipe.stem}-{loaded.objective.name}"
     again = f"{command_line('align', recipe, store, overrides)} --output {shlex.quote(str(run))} --resume"
     with interruptible(f"continue with: {again}"):
-        cache = recipe_cache(loaded, recipe, store, overrides)
+        cache, held_out = recipe_cache(loaded, recipe, store, overrides), None
+        if reads_held_out(loaded):
+            held_out = recipe_cache(loaded, recipe, store, overrides, held_out=True)
         try:
-            report = align(loaded, cache, run, resume)
+            report = align(loaded, cache, run, resume, held_out)
         except RunInterrupted as error:
             leave_process_group()
             if is_first_rank():
@@ -63,7 +65,7 @@ def align_command(
             "pairs_per_second": rate,
             "parity": report.parity,
         }
-        print(json.dumps({**facts, "last": report.last}, indent=2))
+        print(json.dumps({**facts, "last": report.last, "best": report.best}, indent=2))
         return
     print(f"run         {report.run}")
     what = groups_word(cache.n_groups, cache.n_completions)
@@ -81,6 +83,9 @@ def align_command(
         f"process{'es' if world > 1 else ''} x {per_device} x {accumulation}), {rate:.1f} {what}/s, "
         f"{report.seconds:.0f} s"
     )
+    if report.best is not None:
+        best = report.best
+        print(f"best        step {best['step']:,}, {best['metric']} {best['value']:.6g}: the policy that was saved")
     for name in sorted(name for name in report.last if "/" in name or name == "loss"):
         print(f"  {name:<28}{report.last[name]:.6g}")
 

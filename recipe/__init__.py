@@ -10,13 +10,15 @@ field is checked here before a model or data is touched.
     experiment  the whole, what fits          parsing       YAML
     arithmetic  what a forward computes in    explanations  what is wrong, with the nearest valid name
     training    TrainingArguments             page          docs/recipe.md, the schema for editors
+    evaluation  what needs held-out groups
 """
 
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, Dtype, HalfDtype, training_arithmetic
+from fpo.recipe.evaluation import evaluates, goes_by_evaluations, reads_held_out
 from fpo.recipe.experiment import Recipe, check_arithmetic
 from fpo.recipe.loading import dump_recipe, load_recipe, validate_recipe
 from fpo.recipe.page import recipe_schema, reference_page
-from fpo.recipe.sections import CacheOptions, Data, Feature, Lora, Policy, Reference
+from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Lora, Policy, Reference
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Data",
     "Dtype",
     "Feature",
+    "Generate",
     "HalfDtype",
     "Lora",
     "Policy",
@@ -35,7 +38,10 @@ __all__ = [
     "Reference",
     "check_arithmetic",
     "dump_recipe",
+    "evaluates",
+    "goes_by_evaluations",
     "load_recipe",
+    "reads_held_out",
     "recipe_schema",
     "reference_page",
     "training_arithmetic",

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from fpo.nearest import nearest
 from fpo.objectives import DEFAULT_OBJECTIVE, AnyObjective, Needs
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, training_arithmetic
-from fpo.recipe.sections import CacheOptions, Data, Feature, Policy, Reference
+from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Policy, Reference
 from fpo.section import Section
 
 
@@ -35,7 +35,10 @@ class Recipe(Section):
     """The loss."""
 
     training: dict[str, Any] = {}
-    """`transformers.TrainingArguments` by their own names. Batch sizes count pairs; `learning_rate`: 1e-6 if unset."""
+    """`TrainingArguments`, `EarlyStoppingCallback` by name. Batch sizes count pairs; `learning_rate`: 1e-6 if unset."""
+
+    generate: Generate | None = None
+    """Samples while the policy trains; null is none. A resumed run may change it."""
 
     @model_validator(mode="after")
     def _combine(self) -> Recipe:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fpo.errors import RecipeError
 from fpo.nearest import nearest
+from fpo.recipe.evaluation import check_evaluation
 from fpo.recipe.experiment import Recipe
 from fpo.recipe.explanations import explanations
 from fpo.recipe.parsing import parse_yaml
@@ -60,6 +61,7 @@ def validate_recipe(raw: dict[str, Any], origin: str) -> Recipe:
     except ValidationError as error:
         raise RecipeError(f"{origin}: " + "\n  ".join(explanations(error, raw))) from None
     check_training(recipe.training, origin)
+    check_evaluation(recipe, origin)
     return recipe
 
 

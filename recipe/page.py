@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from fpo.objectives import OBJECTIVES
 from fpo.recipe.experiment import Recipe
-from fpo.recipe.sections import CacheOptions, Data, Feature, Lora, Policy, Reference
+from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Lora, Policy, Reference
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS, training_fields
 from fpo.section import Section
 
@@ -31,6 +31,7 @@ def reference_page() -> str:
         ("cache", CacheOptions),
         ("policy", Policy),
         ("policy.lora", Lora),
+        ("generate", Generate),
         *((f"objective ({name})", kind) for name, kind in OBJECTIVES.items()),
     ]
     for name, section in sections:

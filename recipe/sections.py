@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -121,7 +122,7 @@ class Data(Section):
     """Split to train on; slices such as `train[:90%]` are understood."""
 
     eval_split: str | None = None
-    """Split held out for `fpo evaluate`; it gets a cache of its own. Null evaluates nothing."""
+    """Split held out for evaluation, in training and by `fpo evaluate`; it gets a cache of its own. Null is none."""
 
     tokenizer: Place | None = None
     """Hub id or folder of the tokenizer; null takes the reference's."""
@@ -223,3 +224,19 @@ class Policy(Section):
 
     same_arithmetic: bool = True
     """Refuse a reference that was computed in another arithmetic than the policy; false goes on regardless."""
+
+
+class Generate(Section):
+    """Samples in training, for people to read: the policy continues held-out prompts; in the run's `samples/`."""
+
+    every: PositiveInt
+    """Steps between two samples."""
+
+    prompts: PositiveInt = 4
+    """The first so many prompts of the held-out cache; one after another, on one process."""
+
+    max_new_tokens: PositiveInt = 128
+    """A completion ends after this many tokens, if not by itself."""
+
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token; above it tokens are drawn, by `training.seed`."""

@@ -13,31 +13,26 @@ from pydantic import TypeAdapter, ValidationError
 from fpo.errors import RecipeError
 from fpo.nearest import nearest
 from fpo.recipe import trl_names
+from fpo.recipe.evaluation import EARLY_STOPPING
 
 _STREAM = "the stream prepares the batches, in threads of its own"
+_NO_PREDICTIONS = "an evaluation adds metrics up and keeps no predictions"
 
 # Trainer arguments that the pipeline sets itself or has no use for, and what to use instead.
 OWNED_ARGUMENTS = {
     "output_dir": "give the run folder with --output",
     "resume_from_checkpoint": "use --resume",
     "do_train": "fpo align trains",
-    "do_eval": "use fpo evaluate",
+    "do_eval": "training.eval_strategy evaluates in training, fpo evaluate afterwards",
     "do_predict": "use fpo evaluate",
-    "eval_strategy": trl_names.NOT_EVALUATED,
-    "eval_on_start": trl_names.NOT_EVALUATED,
-    "eval_steps": trl_names.NOT_EVALUATED,
-    "eval_delay": trl_names.NOT_EVALUATED,
-    "eval_accumulation_steps": trl_names.NOT_EVALUATED,
-    "eval_do_concat_batches": trl_names.NOT_EVALUATED,
-    "eval_use_gather_object": trl_names.NOT_EVALUATED,
-    "prediction_loss_only": trl_names.NOT_EVALUATED,
-    "include_for_metrics": trl_names.NOT_EVALUATED,
-    "batch_eval_metrics": trl_names.NOT_EVALUATED,
-    "bf16_full_eval": trl_names.NOT_EVALUATED,
-    "fp16_full_eval": trl_names.NOT_EVALUATED,
-    "load_best_model_at_end": trl_names.NOT_EVALUATED,
-    "metric_for_best_model": trl_names.NOT_EVALUATED,
-    "greater_is_better": trl_names.NOT_EVALUATED,
+    "eval_accumulation_steps": _NO_PREDICTIONS,
+    "eval_do_concat_batches": _NO_PREDICTIONS,
+    "eval_use_gather_object": _NO_PREDICTIONS,
+    "prediction_loss_only": _NO_PREDICTIONS,
+    "include_for_metrics": "the metrics are the objective's",
+    "batch_eval_metrics": "the metrics are the objective's",
+    "bf16_full_eval": "the policy is evaluated in the arithmetic that it trains in",
+    "fp16_full_eval": "the policy is evaluated in the arithmetic that it trains in",
     "remove_unused_columns": "the cache has no unused columns",
     "ignore_data_skip": "a resumed run continues where it stopped",
     "restore_callback_states_from_checkpoint": "a resumed run continues where it stopped",
@@ -97,8 +92,11 @@ AT_LEAST = {
     "adam_beta1": 0,
     "adam_beta2": 0,
     "save_total_limit": 1,
+    "eval_delay": 0,
+    "early_stopping_patience": 1,
+    "early_stopping_threshold": 0,
 }
-ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "adam_epsilon")
+ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "adam_epsilon")
 
 
 def check_publishing(raw: dict[str, Any], origin: str) -> None:
@@ -135,7 +133,7 @@ def check_training(training: dict[str, Any], origin: str) -> None:
             raise RecipeError(f"{where}: {message}, not {value!r}") from None
         if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
             raise RecipeError(f"{where}: must be at least {AT_LEAST[name]}, not {value!r}")
-        if name in ABOVE_ZERO and value <= 0:
+        if name in ABOVE_ZERO and value is not None and value <= 0:
             raise RecipeError(f"{where}: must be greater than 0, not {value!r}")
         if name == "max_steps" and value < 1 and value != -1:
             raise RecipeError(f"{where}: must be at least 1, not {value!r} (-1: num_train_epochs decides)")
@@ -158,6 +156,7 @@ def _check_choice(name: str, value: Any, where: str) -> None:
         "lr_scheduler_type": SchedulerType,
         "save_strategy": SaveStrategy,
         "logging_strategy": IntervalStrategy,
+        "eval_strategy": IntervalStrategy,
     }
     if name not in choices:
         return
@@ -165,24 +164,19 @@ def _check_choice(name: str, value: Any, where: str) -> None:
     if value not in valid:
         near = nearest(str(value), valid)
         raise RecipeError(f"{where}: {value!r} is not valid; " + (f"nearest is {near}" if near else ", ".join(valid)))
-    if value in ("best", "reduce_lr_on_plateau", "greedy"):
-        raise RecipeError(f"{where}: {value} goes by evaluations; {trl_names.NOT_EVALUATED}")
 
 
 @functools.cache
 def training_fields() -> dict[str, TypeAdapter[Any]]:
-    """Name and type of every argument of transformers.TrainingArguments."""
+    """Name and type of every argument of transformers.TrainingArguments, and of its EarlyStoppingCallback."""
     import dataclasses
     import typing
 
-    from transformers import TrainingArguments
+    from transformers import EarlyStoppingCallback, TrainingArguments
 
-    hints = typing.get_type_hints(TrainingArguments)
-    return {
-        field.name: TypeAdapter(_lenient(hints[field.name]))
-        for field in dataclasses.fields(TrainingArguments)
-        if field.init
-    }
+    hints = typing.get_type_hints(TrainingArguments) | typing.get_type_hints(EarlyStoppingCallback.__init__)
+    names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    return {name: TypeAdapter(_lenient(hints[name])) for name in (*names, *EARLY_STOPPING)}
 
 
 def _lenient(hint: Any) -> Any:

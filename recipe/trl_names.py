@@ -6,7 +6,6 @@ from fpo.objectives.trl_names import SETTINGS
 
 _CUT = "data.max_length cuts prompt and completion together, keeping the start"
 _REFERENCE = "the reference is reference.model; it runs once, in fpo cache"
-NOT_EVALUATED = "nothing is evaluated in training; use fpo evaluate RUN --checkpoint N"
 
 # Arguments of TRL's configs and scripts that stand under `training` by mistake.
 ARGUMENTS = {
@@ -44,10 +43,8 @@ ARGUMENTS = {
     "dataset_num_proc": "the pairs are tokenised once, by fpo cache",
     "use_liger_loss": "the log-probs of the completions are chunked already",
     "use_logits_to_keep": "only completions reach the head",
-    "generate_during_eval": NOT_EVALUATED,
-    "early_stopping_patience": NOT_EVALUATED,
-    "early_stopping_threshold": NOT_EVALUATED,
-    "evaluation_strategy": NOT_EVALUATED,
+    "generate_during_eval": "samples in training are generate: {every: N}",
+    "evaluation_strategy": "it is eval_strategy",
     "warmup_ratio": "it is warmup_steps: below 1 it is a share of the run",
     "group_by_length": "the order of the cache buckets by length already",
     "no_cuda": "it is use_cpu",

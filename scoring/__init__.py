@@ -37,7 +37,7 @@ from fpo.scoring.models import (
 from fpo.scoring.packing import Layout, Packed, pack
 from fpo.scoring.routers import router_coefficient
 from fpo.scoring.sae import Sae, load_sae
-from fpo.scoring.scorer import Scores, install_scoring, mixed_precision
+from fpo.scoring.scorer import Scores, install_scoring, mixed_precision, ordinary_forward
 
 __all__ = [
     "LOGPS_TOLERANCE",
@@ -61,6 +61,7 @@ __all__ = [
     "mixed_precision",
     "model_config",
     "model_folder",
+    "ordinary_forward",
     "pack",
     "policy_top",
     "pool_top_features",

@@ -10,7 +10,9 @@ Dimension key:  R rows   L row length   N scored completion tokens   C completio
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -120,6 +122,16 @@ def install_scoring(
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextlib.contextmanager
+def ordinary_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the causal LM answers ordinary calls, such as those of `generate`: nothing scores, or casts around it."""
+    replaced = model.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        model.forward = replaced
 
 
 def mixed_precision(device: torch.device, autocast: str | None) -> AbstractContextManager[Any]:

@@ -1,9 +1,10 @@
 """
 Cache to policy. Nothing here loads a reference model.
 
-    order    the pairs of each step        measure     scores to losses    trainer  transformers.Trainer on a cache
-    stream   shards to packed batches      evaluation  fpo evaluate        parity   is the policy the reference?
-    align    fpo align                     run         the run folder
+    order    the pairs of each step        measure     scores to losses      trainer  transformers.Trainer on a cache
+    stream   shards to packed batches      held_out    metrics of a policy   parity   is the policy the reference?
+    align    fpo align                     evaluation  fpo evaluate          best     what evaluations decide
+    samples  what the policy writes        sums        metrics added up      run      the run folder
 """
 
 from fpo.stage2_align.align import AlignReport, align

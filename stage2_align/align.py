@@ -13,12 +13,21 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fpo.errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
 from fpo.interrupts import StopRequest
 from fpo.progress import say
-from fpo.recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
+from fpo.recipe import (
+    MIXED_PRECISION,
+    Arithmetic,
+    Lora,
+    Recipe,
+    check_arithmetic,
+    evaluates,
+    reads_held_out,
+    training_arithmetic,
+)
 from fpo.scoring import (
     Layout,
     adapter_folder,
@@ -31,12 +40,24 @@ from fpo.scoring import (
     model_folder,
     tower_modules,
 )
-from fpo.stage2_align.arguments import training_arguments
-from fpo.stage2_align.callbacks import read_metrics
+from fpo.stage2_align.arguments import AlignArguments, training_arguments
+from fpo.stage2_align.best import best_step
+from fpo.stage2_align.callbacks import last_logged, read_metrics
 from fpo.stage2_align.checkpoints import explained_writes
+from fpo.stage2_align.held_out import check_held_out, held_out_stream
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
-from fpo.stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
+from fpo.stage2_align.run import (
+    BASE_FOLDER,
+    METRICS_FILE,
+    SAMPLES_FOLDER,
+    OpenedRun,
+    locked,
+    open_run,
+    read_run,
+    write_run,
+)
+from fpo.stage2_align.samples import Samples
 from fpo.stage2_align.saved import expected_weights, save_policy
 from fpo.stage2_align.stream import PairStream, check_groups
 from fpo.stage2_align.trainer import PairTrainer
@@ -59,24 +80,32 @@ class AlignReport:
     """Mean |difference| of token log-probs to the cache before the first step; None where it was not checked."""
     last: dict[str, float]
     """The last logged metrics."""
+    best: dict[str, Any] | None = None
+    """Step, metric and value of the evaluation whose policy was saved; None where it is the last step's."""
 
 
-def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> AlignReport:
+def align(
+    recipe: Recipe, cache: Cache, output: Path, resume: bool = False, held_out: Cache | None = None
+) -> AlignReport:
     """
     Train the recipe's policy from a complete cache, opened with the column that the objective reads.
 
-    output  the run folder; `resume` continues the run that stands there, if there is one
+    output    the run folder; `resume` continues the run that stands there, if there is one
+    held_out  the cache of the held-out groups, where the recipe reads them (`reads_held_out`)
     Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
     check_groups(cache, recipe.objective)
     args = training_arguments(recipe, output, cache)
+    assert (held_out is not None) == reads_held_out(recipe), "the held-out groups' cache, where the recipe reads it"
     first = args.process_index == 0
     with locked(output) if first else contextlib.nullcontext():
         per_step = (args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
-        opened = _together(first, lambda: open_run(output, recipe, cache, math.prod(per_step), resume))
+        opened = _together(first, lambda: open_run(output, recipe, cache, math.prod(per_step), resume, held_out))
         if opened.finished:
             return _finished(output, per_step)
-        return _train(recipe, cache, args, output, opened.checkpoint, per_step)
+        if held_out is not None:
+            check_held_out(recipe, held_out, output, read_run(output))
+        return _train(recipe, cache, held_out, args, output, opened.checkpoint, per_step)
 
 
 def _together(first: bool, opening: Callable[[], OpenedRun]) -> OpenedRun:
@@ -98,7 +127,8 @@ def _together(first: bool, opening: Callable[[], OpenedRun]) -> OpenedRun:
 def _train(
     recipe: Recipe,
     cache: Cache,
-    args: TrainingArguments,
+    held_out: Cache | None,
+    args: AlignArguments,
     output: Path,
     checkpoint: Path | None,
     per_step: tuple[int, int, int],
@@ -110,9 +140,13 @@ def _train(
     if args.process_index == 0:
         say("loading the policy ...")
     request = StopRequest()
-    trainer = _trainer(recipe, cache, args, output, request)
+    trainer = _trainer(recipe, cache, args, output, request, held_out)
     arithmetic = _launched_arithmetic(recipe, trainer)
     layout = trainer.stream.layout = policy_layout(trainer.model, cache)
+    if held_out is not None and trainer.eval_dataset is not None:
+        trainer.eval_dataset.layout = policy_layout(trainer.model, held_out)
+    if held_out is not None and recipe.generate is not None:
+        trainer.add_callback(Samples(trainer, held_out, recipe.generate, output / SAMPLES_FOLDER))
     parity = None
     if recipe.policy.model is None and checkpoint is None:
         parity = ParityCheck(trainer, (arithmetic, recipe.reference.arithmetic))
@@ -129,15 +163,22 @@ def _train(
     difference = None if parity is None else parity.difference
     with explained_writes(output, "free some space, then run it again with --resume: no step is lost"):
         save_policy(trainer, output, expected)
-        last: dict[str, float] = next(
-            (row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {}
-        )
+        best = best_step(args, trainer.state)
         if trainer.is_world_process_zero():
-            write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": difference})
-    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, last)
+            found = {"steps": steps, "stopped_early": steps < trainer.state.max_steps, "parity": difference}
+            write_run(output, {**read_run(output), "complete": True, **found, "best": best})
+    last = last_logged(trainer.state.log_history)
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, last, best)
 
 
-def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path, request: StopRequest) -> PairTrainer:
+def _trainer(
+    recipe: Recipe,
+    cache: Cache,
+    args: AlignArguments,
+    output: Path,
+    request: StopRequest,
+    held_out: Cache | None = None,
+) -> PairTrainer:
     """Everything loaded. Raises RecipeError for arguments that transformers or a missing package refuses."""
     set_seed(args.seed)
     meter = ObjectiveMeter.of(recipe)
@@ -151,8 +192,12 @@ def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path
         world=args.world_size,
         objective=recipe.objective,
     )
+    evaluated = None
+    if held_out is not None and evaluates(recipe):
+        evaluated = held_out_stream(recipe, held_out, args.process_index, args.world_size)
+    tokenizer = policy_tokenizer(recipe)
     try:
-        return PairTrainer(model, args, stream, meter, policy_tokenizer(recipe), output / METRICS_FILE, request)
+        return PairTrainer(model, args, stream, meter, tokenizer, output / METRICS_FILE, request, evaluated)
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
     except Exception as error:
@@ -179,6 +224,8 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
             "or start with torchrun on GPUs and without use_cpu"
         )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and recipe.generate is not None:
+        raise RecipeError("generate: started so, no process holds the whole policy; leave it out")
     arithmetic = training_arithmetic(recipe.policy.dtype, MIXED_PRECISION.get(asked), sharded)
     try:
         check_arithmetic(recipe, arithmetic)
@@ -189,8 +236,8 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
 
 def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     """The report of a run that was complete already."""
-    facts, metrics = read_run(output), read_metrics(output / METRICS_FILE)
-    return AlignReport(output, facts["steps"], 0, 0.0, per_step, None, facts["parity"], metrics[-1] if metrics else {})
+    facts, last = read_run(output), last_logged(read_metrics(output / METRICS_FILE))
+    return AlignReport(output, facts["steps"], 0, 0.0, per_step, None, facts["parity"], last, facts["best"])
 
 
 def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = True) -> PreTrainedModel:

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from fpo.errors import RecipeError
-from fpo.recipe import PUBLISHING_ARGUMENTS, Recipe
+from fpo.recipe import PUBLISHING_ARGUMENTS, Recipe, goes_by_evaluations
+from fpo.stage2_align.best import check_best
 from fpo.store import Cache
 
 # Where TrainingArguments' own default would surprise; as in TRL's DPOConfig.
@@ -77,21 +78,30 @@ FREE_ARGUMENTS = frozenset(
     }
 )
 
+# Free as well where neither the learning rate nor the choice of a policy goes by evaluations.
+_EVALUATION_ARGUMENTS = frozenset({"eval_strategy", "eval_steps", "eval_delay", "eval_on_start"})
+
 # Learning rates that do not depend on how long the run is, as long as the warm-up is counted in steps.
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
+@dataclasses.dataclass(repr=False, eq=False)
 class AlignArguments(TrainingArguments):
-    """TrainingArguments that also tell the loggers (wandb, tensorboard, ...) of the experiment, so that runs differ."""
+    """
+    TrainingArguments with those of EarlyStoppingCallback, that also tell the loggers (wandb, tensorboard, ...) of the
+    experiment, so that runs differ.
+    """
 
-    experiment: dict[str, Any]
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    experiment: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What Trainer's loggers take as the config: the arguments, and the recipe's sections beside them."""
         return {**super().to_dict(), **self.experiment}
 
 
-def training_arguments(recipe: Recipe, output: Path, cache: Cache | None = None) -> TrainingArguments:
+def training_arguments(recipe: Recipe, output: Path, cache: Cache | None = None) -> AlignArguments:
     """
     TrainingArguments of a recipe.
 
@@ -101,6 +111,7 @@ def training_arguments(recipe: Recipe, output: Path, cache: Cache | None = None)
     given = {_NEW_NAMES.get(name, name): value for name, value in {**DEFAULTS, **recipe.training}.items()}
     if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise RecipeError("training.deepspeed: the package is not installed: pip install deepspeed")
+    check_best(resolved(recipe.training))
     try:
         # Where a loss is not a number the run stops; the filter would wait for the device at every forward.
         args = AlignArguments(output_dir=str(output), **given, disable_tqdm=True, logging_nan_inf_filter=False)
@@ -171,8 +182,9 @@ def _check_parts(args: TrainingArguments, given: set[str]) -> None:
     if args.optim_target_modules:
         raise RecipeError(f"training.optim_target_modules: the optimizer {args.optim.value} has none")
     schedule = args.lr_scheduler_type.value
-    if schedule == "constant" and args.warmup_steps:
-        raise RecipeError("training.warmup_steps: lr_scheduler_type constant has none; take constant_with_warmup")
+    if schedule in ("constant", "reduce_lr_on_plateau", "greedy") and args.warmup_steps:
+        instead = "; take constant_with_warmup" if schedule == "constant" else ""
+        raise RecipeError(f"training.warmup_steps: lr_scheduler_type {schedule} has none{instead}")
     if schedule.startswith("constant") and args.lr_scheduler_kwargs:
         raise RecipeError(f"training.lr_scheduler_kwargs: lr_scheduler_type {schedule} takes none")
     try:
@@ -196,12 +208,17 @@ def resolved(training: dict[str, Any]) -> dict[str, Any]:
     """Every argument with the value that it has in a run, defaults included."""
     given = {**DEFAULTS, **training}
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainingArguments):
+    for field in dataclasses.fields(AlignArguments):
         if field.init:
             factory = field.default_factory
             default = field.default if factory is dataclasses.MISSING else factory()
             values[field.name] = given.get(field.name, default)
     return values
+
+
+def free_arguments(training: dict[str, Any]) -> frozenset[str]:
+    """The arguments that a resumed run may change."""
+    return FREE_ARGUMENTS if goes_by_evaluations(training) else FREE_ARGUMENTS | _EVALUATION_ARGUMENTS
 
 
 def total_steps(training: dict[str, Any], pairs: int, pairs_per_step: int) -> int:

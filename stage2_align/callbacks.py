@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fpo.interrupts import StopRequest
-from fpo.progress import Progress, progress_bar
+from fpo.progress import Progress, progress_bar, say
 from fpo.stage2_align.checkpoints import explained_writes
 from fpo.stage2_align.run import write_whole
 from fpo.stage2_align.stream import PairStream
@@ -68,18 +68,45 @@ class AlignProgress(TrainerCallback):
         **_: Any,
     ) -> None:
         # The summary at the end (train_runtime and the like) is no step.
-        if self.bar is not None and logs and "rewards/margins" in logs and "train_runtime" not in logs:
-            self.latest = f"loss {logs['loss']:.3g} margin {logs['rewards/margins']:.3g}"
+        if self.bar is not None and logs and "loss" in logs and "train_runtime" not in logs:
+            self.latest = _in_short(logs, ("loss", "rewards/margins"))
             self.bar.set_postfix_str(self.latest, place=f"step {state.global_step:,}/{state.max_steps:,}")
             self.bar.line()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        if self.bar is not None:
+            own = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+            said = _in_short(own, ("loss", "rewards/margins", "rewards/accuracies"))
+            say(f"evaluate: step {state.global_step:,}/{state.max_steps:,}, {said}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
+def _in_short(metrics: dict[str, float], names: tuple[str, ...]) -> str:
+    """loss 0.693 margin 0.1, of those that are there"""
+    short = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+    return " ".join(f"{short[name]} {metrics[name]:.3g}" for name in names if name in metrics)
+
+
+def is_evaluation(row: dict[str, float]) -> bool:
+    """Whether a row of metrics is of held-out groups."""
+    return "eval_loss" in row
+
+
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one object per logged step, floats in full; a resumed run continues where its checkpoint was."""
+    """
+    metrics.jsonl: one object per logged step and one per evaluation, floats in full; a resumed run continues where its
+    checkpoint was.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,8 +114,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             # What was logged after the checkpoint, also by an interrupted run as its last word, comes again.
-            logged = {row["step"] for row in state.log_history}
-            kept = [row for row in read_metrics(self.path) if row["step"] in logged]
+            logged = {(row["step"], is_evaluation(row)) for row in state.log_history}
+            kept = [row for row in read_metrics(self.path) if (row["step"], is_evaluation(row)) in logged]
             with explained_writes(self.path, "free some space, then continue with --resume"):
                 write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -100,7 +127,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and "rewards/margins" in logs:
+        if state.is_world_process_zero and logs and ("loss" in logs or is_evaluation(logs)):
             # The last log also carries Trainer's summary of the whole run: train_runtime and the like.
             shown = {name: value for name, value in logs.items() if not name.startswith(("train_", "total_"))}
             row = {"step": state.global_step, **shown}
@@ -109,6 +136,11 @@ class MetricsFile(TrainerCallback):
                 self.path.open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def last_logged(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The last row that says what the policy was trained on, as far as there is one."""
+    return next((row for row in reversed(rows) if "loss" in row), {})
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -89,12 +89,16 @@ def whole_checkpoint(run: Path, step: int) -> Path:
     return folder
 
 
-def rotate(run: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints; None or 0 keeps all."""
+def rotate(run: Path, keep: int | None, best: str | None = None) -> None:
+    """
+    Remove the oldest checkpoints until `keep` are left, but neither the newest nor the one named `best`; None or 0
+    keeps all.
+    """
     if not keep or keep < 0:
         return
     sealed = [folder for _, folder in sorted(_checkpoints(run)) if (folder / SEAL_FILE).is_file()]
-    for folder in sealed[:-keep]:
+    others = [folder for folder in sealed[:-1] if folder.name != best]
+    for folder in others[: max(len(sealed) - keep, 0)]:
         doomed = folder.with_name(f"{_REMOVED}{folder.name}")
         folder.rename(doomed)
         shutil.rmtree(doomed)

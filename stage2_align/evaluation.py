@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fpo.errors import RecipeError, RunError
 from fpo.progress import progress_bar, say
 from fpo.recipe import Recipe, load_recipe
-from fpo.scoring import Packed, mixed_precision
+from fpo.scoring import Scores, mixed_precision
 from fpo.stage2_align.align import policy_layout, policy_model
 from fpo.stage2_align.checkpoints import whole_checkpoint
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
-from fpo.stage2_align.run import RECIPE_FILE, columns_of, read_run
-from fpo.stage2_align.stream import PairStream, check_groups
-from fpo.stage2_align.trainer import completed_means
+from fpo.stage2_align.held_out import check_held_out, held_out_metrics, held_out_stream
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.run import RECIPE_FILE, read_run
 from fpo.store import Cache, is_url
 
 # What a run was trained with; anything else of its recipe says which held-out pairs, or where things lie now.
@@ -68,53 +66,27 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
             f"{run}: this run is not finished; continue it with fpo align {run / RECIPE_FILE} --output {run} "
             "--resume, or evaluate a checkpoint of it with --checkpoint N"
         )
-    _check_scorer(cache, run, facts)
-    check_groups(cache, recipe.objective)
+    check_held_out(recipe, cache, run, facts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = ObjectiveMeter.of(recipe).to(device)
     say("loading the policy ...")
     model = policy_model(recipe, meter, policy)
     model.to(device)
-    size = recipe.training.get("per_device_eval_batch_size", 8)
-    stream = PairStream(cache, seed=0, per_device=size, layout=policy_layout(model, cache), objective=recipe.objective)
-    sums: dict[str, tuple[float, float]] = {}
-    with (
-        torch.inference_mode(),
-        progress_bar(cache.n_groups, "pairs", "evaluate") as bar,
-    ):
-        for batch in stream:
-            assert batch is not None
-            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            with mixed_precision(device, recipe.policy_arithmetic().autocast):
-                scores = model(**{name: on_device[name] for name in Packed._fields})
-            metrics = batch_metrics(meter.measure(scores, on_device), on_device)
-            for name, metric in metrics.items():
-                total, count = sums.get(name, (0.0, 0.0))
-                sums[name] = (total + float(metric.total), count + float(metric.n))
-            bar.update(len(batch["n_completions"]))
-    means = completed_means({name: total / count for name, (total, count) in sums.items() if count})
-    metrics_mean = {f"eval_{name}": value for name, value in sorted(means.items())}
-    broken = next((name for name, value in metrics_mean.items() if not math.isfinite(value)), None)
+    stream = held_out_stream(recipe, cache)
+    stream.layout = policy_layout(model, cache)
+
+    def score(**packed: torch.Tensor) -> Scores:
+        with mixed_precision(device, recipe.policy_arithmetic().autocast):
+            scores: Scores = model(**packed)
+        return scores
+
+    with progress_bar(cache.n_groups, "pairs", "evaluate") as bar:
+        metrics = held_out_metrics(score, meter, stream, device, bar.update)
+    broken = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
     if broken is not None:
-        raise RunError(f"{policy}: {broken} is {metrics_mean[broken]} on the held-out pairs; the policy is broken")
+        raise RunError(f"{policy}: {broken} is {metrics[broken]} on the held-out pairs; the policy is broken")
     try:
-        file.write_text(json.dumps(metrics_mean, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"{file}: cannot be written ({error.strerror})") from None
-    return metrics_mean
-
-
-def _check_scorer(cache: Cache, run: Path, facts: dict[str, Any]) -> None:
-    """RunError where the held-out cache was scored by another reference, or the objective reads another SAE."""
-    if facts["reference"] != cache.recipe["scorer"]["reference"]:
-        raise RunError(
-            f"{run}: this run was trained against another reference than the one that scored the held-out cache "
-            f"{cache.key[:12]}\n"
-            f"  the run's has the weights {facts['reference']['weights'][:12]}, in {facts['reference']['dtype']}"
-        )
-    theirs, ours = ([column["spec"] for column in columns] for columns in (facts["columns"], columns_of(cache)))
-    if theirs != ours:
-        raise RunError(
-            f"{run}: this run was trained against another SAE, hookpoint, top_k or other top logits than the held-out "
-            f"cache {cache.key[:12]} has\n  the run's: {theirs}\n  the cache's: {ours}"
-        )
+    return metrics

@@ -7,11 +7,11 @@ Dimension key:  U units of n completions   C completions   N scored tokens   K c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -103,13 +103,11 @@ class ObjectiveMeter:
         """The same on `device`."""
         return replace(self, hookpoints=tuple(hookpoint.to(device) for hookpoint in self.hookpoints))
 
-    def measure(
-        self, scores: Scores, batch: dict[str, Tensor], mean: Callable[[Tensor], Tensor] = lambda value: value
-    ) -> Measurement:
+    def measure(self, scores: Scores, batch: dict[str, Tensor], world: int = 1) -> Measurement:
         """
         scores  what the policy says about the batch
         batch   from `batch_tensors`, on the policy's device
-        mean    of a number over the processes that share a step
+        world   processes that share a step, all of which measure now
         """
         packed = Packed(*(batch[name] for name in Packed._fields))
         units, counts = batch["units"], packed.counts
@@ -129,7 +127,7 @@ class ObjectiveMeter:
             draws=batch.get("draws"),
             present=batch.get("present"),
             desirable=batch.get("desirable"),
-            mismatched=_mismatched(logps, batch, mean),
+            mismatched=_mismatched(logps, batch, world),
         )
         value = self.objective.total(evidence)
         # What the data says that a unit counts; 1 where it says nothing.
@@ -168,13 +166,12 @@ def _divergences(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Fl
     return sum_logps(token_kl(batch["ref_top_logps"], scores.asked_logps), packed)[batch["units"]]
 
 
-def _mismatched(
-    logps: Float[Tensor, " C"], batch: dict[str, Tensor], mean: Callable[[Tensor], Tensor]
-) -> Float[Tensor, ""] | None:
+def _mismatched(logps: Float[Tensor, " C"], batch: dict[str, Tensor], world: int) -> Float[Tensor, ""] | None:
     """The mean logratio of the mismatched completions of all processes, without gradient."""
     if "mismatched" not in batch:
         return None
-    return mean((logps.detach() - batch["ref_logps"])[batch["mismatched"]].mean())
+    own = (logps.detach() - batch["ref_logps"])[batch["mismatched"]].mean()
+    return own if world == 1 else reduce(own, reduction="mean")
 
 
 def cached_features(batch: dict[str, Tensor], number: int) -> SparseRows:

@@ -1,10 +1,11 @@
 """
 The run folder: what one training result is, on disk. A run is where run.json is; other files may lie beside it.
 
-    recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step
+    recipe.yaml     the resolved recipe          metrics.jsonl   one object per logged step and per evaluation
     run.json        keys and manifest digests,   checkpoint-N/   as Trainer writes them, sealed (see checkpoints)
                     library versions, figures    evaluation.json held-out metrics; evaluation-N.json of checkpoint N
-    .lock           held while it trains         and the policy as save_pretrained + tokenizer
+    .lock           held while it trains         samples/        what the policy wrote after step N
+                                                 and the policy as save_pretrained + tokenizer
     base/           the weights below an adapter that was trained on merged ones: adapter_config.json, in the run and
                     in its checkpoints, names them by their absolute path; in a run that was moved, correct it there
 """
@@ -25,7 +26,7 @@ import yaml
 
 from fpo.errors import RunError
 from fpo.recipe import Recipe, dump_recipe, validate_recipe
-from fpo.stage2_align.arguments import FREE_ARGUMENTS, rate_depends_on_length, resolved, total_steps
+from fpo.stage2_align.arguments import free_arguments, rate_depends_on_length, resolved, total_steps
 from fpo.stage2_align.checkpoints import last_checkpoint
 from fpo.store import Cache, column_name, is_url
 
@@ -35,12 +36,15 @@ except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]
 
 RECIPE_FILE, RUN_FILE, METRICS_FILE, LOCK_FILE = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
-BASE_FOLDER = "base"
+BASE_FOLDER, SAMPLES_FOLDER = "base", "samples"
 # Of run.json; a finished run adds what it found.
-_FACTS = {"cache", "manifest_digest", "store", "reference", "columns", "pairs_per_step", "complete"}
+_FACTS = {"cache", "manifest_digest", "store", "reference", "columns", "held_out", "pairs_per_step", "complete"}
 _VERSIONS = ("fpo", "torch", "transformers", "accelerate", "zarr", "numpy")
 # What a run writes, by pattern: in a folder that is no run, these are somebody else's.
-_OURS = (RECIPE_FILE, METRICS_FILE, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors")
+_OURS = (
+    *(RECIPE_FILE, METRICS_FILE, SAMPLES_FOLDER, "checkpoint-*"),
+    *("config.json", "adapter_config.json", "*.safetensors"),
+)
 
 
 class OpenedRun(NamedTuple):
@@ -91,22 +95,25 @@ def _lock(descriptor: int, folder: Path) -> None:
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
-def open_run(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int, resume: bool) -> OpenedRun:
+def open_run(
+    folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int, resume: bool, held_out: Cache | None = None
+) -> OpenedRun:
     """
     Prepare a locked run folder: a new run, or with `resume` one that was begun by the same experiment, if there is
     one. A run where nothing was trained yet counts as new.
 
     Raises RunError.
     """
+    facts = identity(cache, pairs_per_step, held_out)
     begun = (folder / RUN_FILE).is_file()
     if not begun:
         _check_free(folder)
     if begun and resume and _has_trained(folder):
-        return _reopen(folder, recipe, cache, pairs_per_step)
+        return _reopen(folder, recipe, cache, facts)
     if begun and _has_trained(folder):
         raise RunError(f"{folder}: this run exists; continue it with --resume, or give another --output")
     # run.json goes first: from then on recipe.yaml is ours to replace.
-    _record(folder, recipe, {**identity(cache, pairs_per_step), "complete": False})
+    _record(folder, recipe, {**facts, "complete": False})
     return OpenedRun(None, finished=False)
 
 
@@ -127,20 +134,31 @@ def _has_trained(folder: Path) -> bool:
     return logged or any(folder.glob("checkpoint-*")) or bool(read_run(folder)["complete"])
 
 
-def _reopen(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int) -> OpenedRun:
-    """A run that is to go on: by the same experiment, maybe for longer. Raises RunError."""
+def _reopen(folder: Path, recipe: Recipe, cache: Cache, now: dict[str, Any]) -> OpenedRun:
+    """
+    A run that is to go on: by the same experiment, maybe for longer. Raises RunError.
+
+    now  what run.json would say of a run that began now
+    """
     known, before = read_run(folder), read_recipe(folder)
+    pairs_per_step = now["pairs_per_step"]
     if known["manifest_digest"] != cache.digest:
         raise RunError(
             f"{folder}: this run began from another cache\n"
-            f"  the run has {known['cache'][:12]}, manifest {known['manifest_digest'][:12]}\n"
-            f"  the recipe asks for {cache.key[:12]}, manifest {cache.digest[:12]}"
+            f"  the run has {_cache_line(known)}\n"
+            f"  the recipe asks for {_cache_line(now)}"
         )
     if known["columns"] != columns_of(cache):
         raise RunError(
             f"{folder}: this run began with other columns of cache {cache.key[:12]}\n"
             f"  the run has {_columns_line(known['columns'])}\n"
             f"  the recipe asks for {_columns_line(columns_of(cache))}"
+        )
+    if known["held_out"] and now["held_out"] and known["held_out"] != now["held_out"]:
+        raise RunError(
+            f"{folder}: this run began with other held-out groups; keep data.eval_split, or give another --output\n"
+            f"  the run has {_cache_line(known['held_out'])}\n"
+            f"  the recipe asks for {_cache_line(now['held_out'])}"
         )
     if known["pairs_per_step"] != pairs_per_step:
         raise RunError(
@@ -163,9 +181,10 @@ def _reopen(folder: Path, recipe: Recipe, cache: Cache, pairs_per_step: int) -> 
     done = known["steps"] if known["complete"] else int(checkpoint.name.split("-")[1]) if checkpoint else 0
     if wanted < done:
         raise RunError(f"{folder}: this run has taken {done} steps already, the recipe says {wanted}")
-    finished = bool(known["complete"]) and wanted == done
+    finished = bool(known["complete"]) and (wanted == done or known["stopped_early"])
     if not finished:
-        _record(folder, recipe, {**known, "store": store_of(cache), "complete": False})
+        held_out = now["held_out"] or known["held_out"]
+        _record(folder, recipe, {**known, "store": now["store"], "held_out": held_out, "complete": False})
     return OpenedRun(checkpoint, finished)
 
 
@@ -178,7 +197,8 @@ def changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
 
     def held(recipe: Recipe) -> dict[str, Any]:
         sections = recipe.model_dump(mode="json", include={"objective", "policy"})
-        arguments = {n: v for n, v in resolved(recipe.training).items() if n not in FREE_ARGUMENTS}
+        free = free_arguments(recipe.training)
+        arguments = {n: v for n, v in resolved(recipe.training).items() if n not in free}
         return flat({**sections, "training": arguments}, "")
 
     def flat(value: Any, prefix: str) -> dict[str, Any]:
@@ -190,7 +210,7 @@ def changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
     return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
-def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
+def identity(cache: Cache, pairs_per_step: int, held_out: Cache | None) -> dict[str, Any]:
     """What run.json says from the beginning."""
     return {
         "cache": cache.key,
@@ -198,6 +218,7 @@ def identity(cache: Cache, pairs_per_step: int) -> dict[str, Any]:
         "store": store_of(cache),
         "reference": cache.recipe["scorer"]["reference"],
         "columns": columns_of(cache),
+        "held_out": None if held_out is None else {"cache": held_out.key, "manifest_digest": held_out.digest},
         "pairs_per_step": pairs_per_step,
         "versions": {name: version(name) for name in _VERSIONS},
     }
@@ -209,6 +230,10 @@ def columns_of(cache: Cache) -> list[dict[str, Any]]:
         {"key": column.sealed.key, "manifest_digest": column.sealed.digest, "spec": column.wanted}
         for column in cache.columns
     ]
+
+
+def _cache_line(named: dict[str, str]) -> str:
+    return f"{named['cache'][:12]}, manifest {named['manifest_digest'][:12]}"
 
 
 def _columns_line(columns: list[dict[str, Any]]) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,45 +20,53 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from fpo.errors import RunError
 from fpo.interrupts import StopRequest
 from fpo.scoring import Packed, router_coefficient
+from fpo.stage2_align.arguments import AlignArguments
+from fpo.stage2_align.best import EarlyStop, Evaluations
 from fpo.stage2_align.callbacks import AlignProgress, MetricsFile, StepCounts, StopAtStepEnd, StreamPosition
-from fpo.stage2_align.checkpoints import explained_writes, newest_name, read_sums, rotate, seal
+from fpo.stage2_align.checkpoints import explained_writes, newest_name, rotate, seal, whole_checkpoint
 from fpo.stage2_align.finite import FiniteWatch
+from fpo.stage2_align.held_out import held_out_metrics
 from fpo.stage2_align.measure import Metric, ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.stream import Batch, PairStream
+from fpo.stage2_align.sums import MetricSums
 
 
 class PairTrainer(Trainer):
     """Trains a policy on the pairs of a cache under an objective. No reference model is in memory."""
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
-        args: TrainingArguments,
+        args: AlignArguments,
         stream: PairStream,
         meter: ObjectiveMeter,
         tokenizer: PreTrainedTokenizerBase,
         metrics_file: Path,
         request: StopRequest,
+        held_out: PairStream | None = None,
     ) -> None:
         """
-        model    causal LM with scoring installed, or a PEFT model around one
-        request  where a signal asks for the end
+        model     causal LM with scoring installed, or a PEFT model around one
+        request   where a signal asks for the end
+        held_out  what the policy is evaluated on
         """
         super().__init__(
             model=model,
             args=args,
             train_dataset=stream,
+            eval_dataset=held_out,
             processing_class=tokenizer,
         )
+        # Trainer would remove checkpoints as it likes, at the end the newest too.
+        self.keep, args.save_total_limit = args.save_total_limit, None
         self.sums = MetricSums()
         self.position = StreamPosition(stream)
         self.stop = StopAtStepEnd(request)
@@ -72,8 +79,11 @@ class PairTrainer(Trainer):
             MetricsFile(metrics_file),
             self.sums,
             self.stop,
+            Evaluations(stream, self.sums),
         ):
             self.add_callback(callback)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStop(args.early_stopping_patience, args.early_stopping_threshold))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.stream = stream
@@ -95,7 +105,7 @@ class PairTrainer(Trainer):
     ) -> Any:
         """The pairs' losses by weight: their mean over forwards and processes is the mean over the step's pairs."""
         scores = model(**{name: inputs[name] for name in Packed._fields})
-        measurement = self.meter.measure(scores, inputs, self._mean)
+        measurement = self.meter.measure(scores, inputs, self.args.world_size)
         weight = inputs["weight"]
         loss, metrics = (measurement.value.losses * weight).sum(), batch_metrics(measurement, inputs)
         if scores.router_loss is not None:
@@ -107,13 +117,6 @@ class PairTrainer(Trainer):
             metrics["loss"] = own._replace(total=own.total + self.router_coefficient * metrics["aux_loss"].total)
         self.sums.add(metrics)
         return (loss, measurement) if return_outputs else loss
-
-    def _mean(self, value: Tensor) -> Tensor:
-        """Of a number over the processes."""
-        if self.accelerator.num_processes == 1:
-            return value
-        mean: Tensor = self.accelerator.reduce(value, reduction="mean")
-        return mean
 
     @property
     def pairs_seen(self) -> int:
@@ -130,11 +133,34 @@ class PairTrainer(Trainer):
         anything is not finite.
         """
         self.watch.check(self.accelerator, self.state.global_step)
-        row = {**logs, **self.sums.means(self.accelerator)}
+        row = {**logs, **self.sums.means(self.args.world_size, self.accelerator.device)}
         if self._scales_loss() and not math.isfinite(row.get("grad_norm", 0.0)):
             del row["grad_norm"]
         self.watch.check_row(row, self.state.global_step)
         super().log(row, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """What `fpo evaluate` says of the policy as it is now. Nothing of the training changes by it."""
+        model: nn.Module = self.model_wrapped
+        training = model.training
+        model.eval()
+        metrics = held_out_metrics(model, self.meter, self.eval_dataset, self.args.device)
+        model.train(training)
+        self.watch.check_row(metrics, self.state.global_step)
+        # Not by `log` above: what was trained on since the last row belongs to the next one.
+        super().log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Under `save_strategy: best` the answer says whether to save, and what a signal asks for is saved anyway."""
+        return bool(super()._determine_best_metric(metrics, trial)) or bool(self.stop.signum)
+
+    def _load_best_model(self) -> None:
+        if self.stop.signum:
+            return  # the run goes on from its last step
+        whole_checkpoint(Path(self.args.output_dir), self.state.best_global_step)
+        super()._load_best_model()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -152,8 +178,8 @@ class PairTrainer(Trainer):
         return bool(self.accelerator.mixed_precision == "fp16")
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        # Trainer looks whether a run has all its steps after a step, never before the first.
-        if self.state.global_step >= self.state.max_steps:
+        # Trainer looks whether a run has ended after a step, never before the first.
+        if self.control.should_training_stop:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -170,14 +196,11 @@ class PairTrainer(Trainer):
         run = Path(self.args.output_dir)
         folder = run / f"checkpoint-{self.state.global_step}"
         failure: RunError | None = None
-        keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with explained_writes(folder, f"continue with --resume from {newest_name(run) or 'the beginning'}"):
                 super()._save_checkpoint(model, trial)
         except RunError as error:
             failure = error
-        finally:
-            self.args.save_total_limit = keep
         # Also the point where all ranks have written.
         ranks = gather_object([(failure is None, self.sums.state())])
         if not all(written for written, _ in ranks):
@@ -187,7 +210,8 @@ class PairTrainer(Trainer):
             with explained_writes(folder, f"continue with --resume from {newest_name(run) or 'the beginning'}"):
                 seal(folder, [sums for _, sums in ranks])
             with explained_writes(run, f"continue with --resume from {folder.name}"):
-                rotate(run, keep)
+                best = self.state.best_model_checkpoint
+                rotate(run, self.keep, None if best is None else Path(best).name)
         self._saved_step = self.state.global_step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -198,69 +222,6 @@ class PairTrainer(Trainer):
             mode = (folder / "training_args.bin").stat().st_mode
             for path in folder.glob("*.safetensors"):
                 path.chmod(mode)
-
-
-class MetricSums(TrainerCallback):
-    """
-    Sums of every metric since the last log, and over how much each is. They are saved beside each checkpoint, so that a
-    resumed run logs the same means as one never interrupted, wherever between two logs it was saved.
-    """
-
-    # How many batches' sums may wait on the device between two logs.
-    WAITING = 256
-
-    def __init__(self) -> None:
-        self.totals: dict[str, tuple[float, float]] = {}
-        self._names: list[str] = []
-        self._waiting: list[Tensor] = []
-
-    def add(self, metrics: dict[str, Metric]) -> None:
-        """Those of one more batch. They stay on their device, so that no step waits for it."""
-        self._names = [*metrics]
-        self._waiting.append(torch.stack([number for metric in metrics.values() for number in metric]).view(-1, 2))
-        if len(self._waiting) == MetricSums.WAITING:
-            self._fold()
-
-    def _fold(self) -> None:
-        """
-        Add up what waits, batch after batch in float64 on the host: the same numbers, bit by bit, whenever it is done.
-        """
-        for row in torch.stack(self._waiting).tolist() if self._waiting else []:
-            for name, (value, count) in zip(self._names, row, strict=True):
-                total, counted = self.totals.get(name, (0.0, 0.0))
-                self.totals[name] = (total + value, counted + count)
-        self._waiting = []
-
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all processes since the last call; nothing where there was nothing to take a mean of."""
-        self._fold()
-        if not self.totals:
-            return {}
-        names = sorted(self.totals)
-        values = [self.totals[name] for name in names]
-        if accelerator.num_processes > 1:
-            totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-            values = accelerator.reduce(totals, reduction="sum").tolist()
-        self.totals = {}
-        return completed_means({name: total / n for name, (total, n) in zip(names, values, strict=True) if n})
-
-    def state(self) -> dict[str, tuple[float, float]]:
-        """What a checkpoint must keep of them."""
-        self._fold()
-        return dict(self.totals)
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.totals = read_sums(checkpoint, args.process_index, args.world_size)
-
-
-def completed_means(means: dict[str, float]) -> dict[str, float]:
-    """With the reward margin of single completions: the difference of two means, of as many as there were of each."""
-    sides = [means.get(f"rewards/{side}") for side in ("chosen", "rejected")]
-    if "rewards/margins" in means or None in sides:
-        return means
-    return {**means, "rewards/margins": sides[0] - sides[1]}  # type: ignore[operator]
 
 
 def _unchanged(batch: Any) -> Any:

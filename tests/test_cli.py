@@ -78,7 +78,7 @@ def test_a_run_folder_may_lie_in_the_home(world: TinyWorld, monkeypatch: pytest.
 
     asked: list[Path] = []
 
-    def align(recipe: object, cache: object, output: Path, resume: bool) -> None:
+    def align(recipe: object, cache: object, output: Path, *_: object) -> None:
         asked.append(output)
         raise RunError("enough")
 

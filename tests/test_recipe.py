@@ -89,18 +89,36 @@ def test_a_minimal_recipe_has_the_papers_objective() -> None:
         ("reference.autocast=bf16", "reference.autocast: 'bf16' is not valid; nearest is bfloat16"),
         ("training.beta=0.1", "training.beta: no argument of TrainingArguments; it is objective.beta"),
         ("training.loss_type=ipo", "training.loss_type: no argument of TrainingArguments; it is objective.name"),
-        ("training.early_stopping_patience=2", "nothing is evaluated in training; use fpo evaluate RUN --checkpoint N"),
+        (
+            "training.early_stopping_patience=2",
+            "early_stopping_patience: 2 goes by evaluations, and there are none",
+        ),
+        ("training.early_stopping_patience=0", "training.early_stopping_patience: must be at least 1, not 0"),
+        ("training.early_stopping_patiense=1", "nearest is early_stopping_patience"),
         ("training.warmup_ratio=0.1", "it is warmup_steps: below 1 it is a share of the run"),
-        ("training.eval_steps=5", "training.eval_steps: not set here; nothing is evaluated in training"),
-        ("training.greater_is_better=true", "training.greater_is_better: not set here; nothing is evaluated"),
+        (
+            "training.eval_steps=5",
+            "eval_steps: 5 goes by evaluations, and there are none; set training.eval_s",
+        ),
+        ("training.eval_steps=0", "training.eval_steps: must be greater than 0, not 0"),
+        ("training.greater_is_better=true", "training.greater_is_better: True goes by evaluations, and there are none"),
+        ("training.eval_strategy=stepps", "training.eval_strategy: 'stepps' is not valid; nearest is steps"),
+        ("training.eval_strategy=steps", "training.eval_strategy: there are no held-out groups; name a split in data."),
+        ("training.eval_on_start=true", "training.eval_on_start: there are no held-out groups; name a split in data."),
+        (
+            "training.evaluation_strategy=steps",
+            "no argument of TrainingArguments; it is eval_strategy",
+        ),
+        ("training.eval_accumulation_steps=2", "an evaluation adds metrics up and keeps no predictions"),
+        ("training.bf16_full_eval=true", "the policy is evaluated in the arithmetic that it trains in"),
         ("training.learning_rate=-1", "training.learning_rate: must be at least 0, not -1"),
         ("training.max_steps=-5", "training.max_steps: must be at least 1, not -5"),
         ("training.max_steps=0", "training.max_steps: must be at least 1, not 0"),
         ("training.num_train_epochs=0", "training.num_train_epochs: must be greater than 0, not 0"),
         ("training.optim=adamw_torhc", "training.optim: 'adamw_torhc' is not valid; nearest is adamw_torch"),
         ("training.lr_scheduler_type=cosin", "training.lr_scheduler_type: 'cosin' is not valid; nearest is cosine"),
-        ("training.lr_scheduler_type=reduce_lr_on_plateau", "reduce_lr_on_plateau goes by evaluations; nothing is"),
-        ("training.save_strategy=best", "training.save_strategy: best goes by evaluations"),
+        ("training.lr_scheduler_type=reduce_lr_on_plateau", "reduce_lr_on_plateau goes by evaluations, and there are"),
+        ("training.save_strategy=best", "training.save_strategy: best goes by evaluations, and there are none"),
         ("objective.name=grpo", "objective.name: grpo: it is not there yet; valid are dpo, simpo, fpo"),
         ("objective.name=sigmoid", "objective.name: sigmoid: it is called dpo here"),
         ("objective={name: dpo, alpha: 1}", "objective.alpha: dpo has no such field, fpo has; another objective is"),
@@ -151,7 +169,9 @@ def test_every_argument_of_transformers_is_ours_or_does_something() -> None:
     assert set(PUBLISHING_ARGUMENTS) <= known
     assert not set(trl_names.ARGUMENTS) & known
     evaluation = {name for name in known if name.startswith("eval_") or "best" in name}
-    assert evaluation <= set(OWNED_ARGUMENTS)
+    works = {"eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end"}
+    assert evaluation - set(OWNED_ARGUMENTS) == works | {"metric_for_best_model"}
+    assert {"early_stopping_patience", "early_stopping_threshold"} <= known
 
 
 def test_a_missing_section_is_named() -> None:

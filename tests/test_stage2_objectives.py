@@ -24,7 +24,7 @@ from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
 from fpo.stage2_align.run import METRICS_FILE
 from fpo.stage2_align.stream import PairStream
-from fpo.stage2_align.trainer import MetricSums
+from fpo.stage2_align.sums import MetricSums
 
 # The package exports a function of the module's name.
 aligning = importlib.import_module("fpo.stage2_align.align")
