@@ -222,3 +222,6 @@ def test_fsdp_with_sharded_checkpoints_ends_with_whole_weights(tmp_path: Path) -
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() < 2e-6, name
+    opened, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
+    assert not any(loading.values())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in opened.state_dict().items())
