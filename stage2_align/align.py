@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import shutil
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fpo.errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
 from fpo.interrupts import StopRequest
@@ -329,9 +331,19 @@ def policy_layout(model: nn.Module, cache: Cache) -> Layout:
     pairs = Groups.concat(few)
     pairs = pairs.take(extremes(pairs.splits, pairs.n_completions))
     peft_base: Any = getattr(model, "get_base_model", None)
-    return choose_layout(
-        model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits, pairs.n_completions
-    )
+    with _whole(model):
+        return choose_layout(
+            model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits, pairs.n_completions
+        )
+
+
+def _whole(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Where a model that is not in training yet can compute: DeepSpeed's ZeRO-3 cuts its parameters up as they load."""
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    deepspeed: Any = importlib.import_module("deepspeed")
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(model.parameters()))
+    return gathered
 
 
 def policy_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -214,11 +214,41 @@ def test_fsdp_with_sharded_checkpoints_ends_with_whole_weights(tmp_path: Path) -
     run_two_processes(two, world.store, run, program=program, **sharded)
     assert (run / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
     assert not (run / "checkpoint-1" / "model.safetensors").exists()
-    assert read_run(run)["complete"]
     expected = load_file(tmp_path / "one" / "model.safetensors")
     before = load_file(world.root / "model" / "model.safetensors")
     assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
+    assert_holds(run, expected)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_ends_with_whole_weights(stage: int, tmp_path: Path) -> None:
+    """ZeRO in two gloo processes, where the package is there; held to one process without it."""
+    pytest.importorskip("deepspeed")
+    world = build_tiny_world(tmp_path / "world", 16, 2)
+    sgd = {"optim": "sgd", "learning_rate": 3e-2, "save_steps": 1, "num_train_epochs": 1, "max_grad_norm": 0.0}
+    one = world.recipe(training={**sgd, "per_device_train_batch_size": 8})
+    build_caches(one, world.store)
+    align(one, find_cache(one, world.store), tmp_path / "one")
+    zero = {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+        "gradient_clipping": "auto",
+    }
+    two = world.recipe_file(training={**sgd, "per_device_train_batch_size": 4, "deepspeed": zero})
+    program = [sys.executable, str(Path(__file__).with_name("deepspeed_on_cpu.py"))]
+    run_two_processes(two, world.store, tmp_path / "two", program=program)
+    assert_holds(tmp_path / "two", load_file(tmp_path / "one" / "model.safetensors"))
+
+
+def assert_holds(run: Path, expected: dict[str, Tensor]) -> None:
+    """A run has these weights, but for rounding, and they open."""
+    assert read_run(run)["complete"]
     found = load_file(run / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() < 2e-6, name
+    opened, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
+    assert not any(loading.values())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in opened.state_dict().items())
