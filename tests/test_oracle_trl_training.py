@@ -34,6 +34,7 @@ from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.run import METRICS_FILE
 from fpo.stage2_align.stream import PairStream
+from fpo.store import Groups, Mismatched
 
 pytestmark = [
     pytest.mark.oracle,
@@ -109,6 +110,10 @@ def divergence(name: str, loss_type: str, kind: str, *, rate: float = 0.1, **set
 TWICE = {"desirable_weight": 2.0, "undesirable_weight": 2.0}
 """Completions that stand alone are twice as many as pairs, and TRL's mean is over them."""
 
+UNEQUAL = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+MPO: dict[str, Any] = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+"""https://arxiv.org/abs/2411.10442"""
+
 # A rate is such that the losses move and none runs away: the gradients' norms are from 0.1 to 400.
 CASES = [
     case("dpo", {}),
@@ -142,6 +147,10 @@ CASES = [
     case("sft", {"loss_type": "sft"}, rate=0.03),
     # TRL bounds no weight.
     case("wpo", {"use_weighting": True}, max_weight=None, rate=1.0),
+    case("ld_dpo", {"ld_alpha": 0.3}, ld_alpha=0.3),
+    case("mixture", MPO, terms=[{"name": name} for name in ("dpo", "bco_pair", "sft")], weights=MPO["loss_weights"]),
+    case("kto", {"loss_type": "kto"}, trainer="kto", rate=0.3),
+    case("kto", {"loss_type": "kto", "beta": 0.5, **UNEQUAL}, trainer="kto", beta=0.5, **UNEQUAL),
     case("cpo", {}, trainer="cpo", rate=0.02),
     case("cpo", {"label_smoothing": 0.2, "cpo_alpha": 0.3}, trainer="cpo", label_smoothing=0.2, sft_weight=0.3),
     # TRL's defaults of SimPO are those of CPO; ours are the paper's.
@@ -181,20 +190,24 @@ class Experiment:
         self.keys: dict[str, str] = {}
         self.rows: dict[str, list[dict[str, Any]]] = {}
         """The data in the order of our steps."""
+        self.mismatched: dict[str, list[list[int]]] = {}
+        """The tokens of the completion that stands behind each of their prompts without answering it."""
         for data, rows in {"texts": texts(), "conversations": conversations(), "promptless": promptless()}.items():
             (root / data).mkdir()
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (root / data / "train.jsonl").write_text(lines, encoding="utf-8")
             (built,) = build_caches(self.recipe(CASES[0].values[0]._replace(data=data)), self.world.store)
-            steps = PairStream(built.cache, seed=SEED, per_device=BATCH)._micro_batches(0)
+            steps = [groups for groups, _ in PairStream(built.cache, seed=SEED, per_device=BATCH)._micro_batches(0)]
             self.keys[data] = built.cache.key
-            self.rows[data] = [rows[int(group)] for groups, _ in steps for group in groups.group_id]
+            self.rows[data] = [rows[int(group)] for groups in steps for group in groups.group_id]
+            self.mismatched[data] = [tokens for groups in steps for tokens in mismatched_tokens(groups)]
 
     def recipe(self, case: Case) -> Recipe:
         raw = self.world.raw_recipe(
             reference={"model": str(self.world.root / "reference")},
             features=[],
             data={"source": str(self.world.root / case.data), "eval_split": None, "chat_template": TEMPLATE},
+            cache={"mismatched": True},
             policy={} if case.start == "reference" else {"model": str(self.world.root / case.start)},
         )
         training = {**SHARED, "learning_rate": case.rate}
@@ -213,7 +226,9 @@ class Experiment:
         recipe = self.recipe(case)
         meter = ObjectiveMeter.of(recipe)
         model, losses = load_policy(recipe, meter, run), []
-        for batch in PairStream(find_cache(recipe, self.world.store), seed=SEED, per_device=BATCH):
+        for batch in PairStream(
+            find_cache(recipe, self.world.store), seed=SEED, per_device=BATCH, objective=recipe.objective
+        ):
             assert batch is not None
             with torch.no_grad():
                 scores = model(**{name: batch[name] for name in Packed._fields})
@@ -245,13 +260,19 @@ class Experiment:
         )
         tokenizer = AutoTokenizer.from_pretrained(self.world.root / "reference")
         tokenizer.chat_template = TEMPLATE
-        return getattr(module, f"{name}Trainer")(
+        trainer = getattr(module, f"{name}Trainer")(
             model=self.load(case.start),
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             **({"ref_model": self.load("reference")} if case.trainer in WITH_REFERENCE else {}),
         )
+        if case.theirs.get("loss_type") == "kto":
+            # Which completions stand behind which prompts is TRL's to choose batch by batch, and the cache's once.
+            twice = [tokens for tokens in self.mismatched[case.data] for _ in ("chosen", "rejected")]
+            kept = trainer.train_dataset.remove_columns("KL_completion_ids")
+            trainer.train_dataset = kept.add_column("KL_completion_ids", twice)
+        return trainer
 
     def load(self, name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.world.root / name)
@@ -299,6 +320,13 @@ def conversations() -> list[dict[str, Any]]:
     ]
 
 
+def mismatched_tokens(groups: Groups) -> list[list[int]]:
+    """Of each group, as its column has them."""
+    (column,) = groups.columns
+    assert isinstance(column, Mismatched)
+    return [row.tolist() for row in np.split(column.input_ids, column.splits[1:-1].astype(int))]
+
+
 def promptless() -> list[dict[str, Any]]:
     """The same completions of nothing but the token that begins a text."""
     return [{**row, "prompt": "", "chosen": row["chosen"][1:], "rejected": row["rejected"][1:]} for row in texts()]
@@ -327,7 +355,8 @@ class Figures:
     def add(self, case: Case, losses: float, grad_norm: float) -> None:
         """The largest difference of a loss, and that of the first gradient norm."""
         loss_type = case.theirs.get("loss_type", "sigmoid" if case.trainer in ("dpo", "cpo") else "")
-        extras = [name for name in ("use_weighting", "f_divergence_type") if name in case.theirs]
+        loss_type = " + ".join(loss_type) if isinstance(loss_type, list) else loss_type
+        extras = [name for name in ("use_weighting", "f_divergence_type", "ld_alpha") if name in case.theirs]
         theirs = " ".join(filter(None, [f"{case.trainer.upper()}Trainer", loss_type, *extras]))
         known = self.largest.get((theirs, case.objective["name"]), (0.0, 0.0))
         self.largest[theirs, case.objective["name"]] = max(known[0], losses), max(known[1], grad_norm)
@@ -365,10 +394,11 @@ def test_every_loss_type_of_trl_that_is_here_is_trained_with() -> None:
     loss_types = set(re.findall(r"'(\w+)'", fields["loss_type"].metadata["help"]))
     assert len(loss_types) == 15
     cases = [case.values[0] for case in CASES]
-    assert loss_types == {case.theirs.get("loss_type", "sigmoid") for case in cases if case.trainer == "dpo"}
+    alone = [case for case in cases if "loss_weights" not in case.theirs]
+    assert loss_types == {case.theirs.get("loss_type", "sigmoid") for case in alone if case.trainer == "dpo"}
     # CPOTrainer's hinge, ipo and alphapo do without a reference, which ours do not.
     others = {(case.trainer, case.theirs.get("loss_type", "")) for case in cases if case.trainer != "dpo"}
-    assert others == {("cpo", ""), ("cpo", "simpo"), ("orpo", ""), ("kto", "apo_zero_unpaired")}
+    assert others == {("cpo", ""), ("cpo", "simpo"), ("orpo", ""), ("kto", "kto"), ("kto", "apo_zero_unpaired")}
 
 
 @pytest.mark.parametrize("case", CASES)
