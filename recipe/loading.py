@@ -12,7 +12,7 @@ from fpo.errors import RecipeError
 from fpo.nearest import nearest
 from fpo.recipe.experiment import Recipe
 from fpo.recipe.explanations import explanations
-from fpo.recipe.parsing import parse_yaml
+from fpo.recipe.parsing import parse_yaml, split_values
 from fpo.recipe.training import PUBLISHING_ARGUMENTS, check_publishing, check_training
 
 
@@ -21,7 +21,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Read, override and validate a recipe.
 
     path       the YAML file
-    overrides  `section.field=value` strings, the value in YAML
+    overrides  `section.field=value` strings, the value in YAML; several are for `load_variants`
     Raises RecipeError naming the field, the value and the nearest valid name.
     """
     if not path.is_file():
@@ -74,6 +74,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {override}: write it as section.field=value")
+    if len(split_values(value)) > 1:
+        raise RecipeError(
+            f"--set {override}: several values are a sweep, which fpo align alone trains; a text that holds a comma "
+            f"goes in quotes: --set '{path}=\"{value}\"'"
+        )
     target: Any = raw
     *parents, last = path.split(".")
     for name in parents:

@@ -1,4 +1,4 @@
-"""YAML as recipes have it."""
+"""YAML as recipes have it, and lists of values as `--set` has them."""
 
 from __future__ import annotations
 
@@ -58,3 +58,19 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise RecipeError(f"{origin}: line {line}: the character {chr(error.character)!r} is not allowed") from None
     except RecursionError:
         raise RecipeError(f"{origin}: it is nested too deeply for a recipe") from None
+
+
+# Quotes count where a scalar begins, as in YAML: the apostrophe of `it's` is a letter.
+_PIECE = re.compile(r"""(?<![^\s,\[{:])(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*')|.""", re.DOTALL)
+
+
+def split_values(text: str) -> list[str]:
+    """The values between the commas that stand outside brackets and quotes."""
+    values, depth = [""], 0
+    for piece in _PIECE.findall(text):
+        depth = max(depth + (piece in "[{") - (piece in "]}"), 0)
+        if piece == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += piece
+    return [value.strip() for value in values] if len(values) > 1 else [text]

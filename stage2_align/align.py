@@ -51,14 +51,22 @@ class AlignReport:
     steps: int
     pairs: int
     seconds: float
+    """Of training, of the start that took the last step."""
     per_step: tuple[int, int, int]
     """Processes, pairs per forward, forwards per step."""
     layout: str | None
     """How pairs were laid out for the policy; None where nothing was trained."""
     parity: float | None
     """Mean |difference| of token log-probs to the cache before the first step; None where it was not checked."""
+    first: dict[str, float]
+    """The first logged metrics."""
     last: dict[str, float]
-    """The last logged metrics."""
+    """The last logged ones."""
+
+    @property
+    def rate(self) -> float:
+        """Pairs per second."""
+        return self.pairs / self.seconds if self.seconds else 0.0
 
 
 def align(recipe: Recipe, cache: Cache, output: Path, resume: bool = False) -> AlignReport:
@@ -129,12 +137,12 @@ def _train(
     difference = None if parity is None else parity.difference
     with explained_writes(output, "free some space, then run it again with --resume: no step is lost"):
         save_policy(trainer, output, expected)
-        last: dict[str, float] = next(
-            (row for row in reversed(trainer.state.log_history) if "rewards/margins" in row), {}
-        )
         if trainer.is_world_process_zero():
-            write_run(output, {**read_run(output), "complete": True, "steps": steps, "parity": difference})
-    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, last)
+            found = {"steps": steps, "parity": difference, "seconds": seconds}
+            write_run(output, {**read_run(output), "complete": True, **found})
+    logged = [row for row in trainer.state.log_history if "rewards/margins" in row]
+    first, last = _ends(logged)
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, first, last)
 
 
 def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path, request: StopRequest) -> PairTrainer:
@@ -190,7 +198,13 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
 def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     """The report of a run that was complete already."""
     facts, metrics = read_run(output), read_metrics(output / METRICS_FILE)
-    return AlignReport(output, facts["steps"], 0, 0.0, per_step, None, facts["parity"], metrics[-1] if metrics else {})
+    seconds = facts.get("seconds", 0.0)
+    return AlignReport(output, facts["steps"], 0, seconds, per_step, None, facts["parity"], *_ends(metrics))
+
+
+def _ends(metrics: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last row; empty where there are none."""
+    return (metrics[0], metrics[-1]) if metrics else ({}, {})
 
 
 def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = True) -> PreTrainedModel:

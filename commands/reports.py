@@ -1,0 +1,52 @@
+"""What runs are reported as: for people in lines and a table, for scripts in JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fpo.commands.wording import groups_word
+
+if TYPE_CHECKING:
+    from fpo.stage2_align import AlignReport
+    from fpo.store import Cache
+
+
+def cache_lines(cache: Cache) -> list[str]:
+    what = groups_word(cache.n_groups, cache.n_completions)
+    return [f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_groups:,} {what}"]
+
+
+def column_lines(cache: Cache) -> list[str]:
+    """The columns that are read beside it."""
+    from fpo.store import column_name
+
+    return [
+        f"column      {column.sealed.key[:12]} (manifest {column.sealed.digest[:12]}), {column_name(column.wanted)}"
+        for column in cache.columns
+    ]
+
+
+def align_facts(report: AlignReport) -> dict[str, Any]:
+    return {
+        "run": str(report.run),
+        "steps": report.steps,
+        "pairs_per_second": report.rate,
+        "parity": report.parity,
+        "last": report.last,
+    }
+
+
+def print_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as what stands in them: numbers to the right, the rest to the left."""
+    columns = list(zip(names, *rows, strict=True))
+    cells = [_aligned(column) for column in columns]
+    for row in zip(*cells, strict=True):
+        print("  ".join(row).rstrip())
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    numbers = all(re.match(r"[-+.]?\d|-$", cell) for cell in column[1:])
+    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in column]
