@@ -55,13 +55,14 @@ def align_sweep(
     folder = output or Path("runs") / f"{recipe.stem}-sweep"
     check_sweep([variant.recipe for variant in variants], folder)
     again = f"{command_line('align', recipe, store, overrides)} --output {shlex.quote(str(folder))}"
-    outcomes, columns = [], {}
+    outcomes: list[_Outcome] = []
+    columns: list[str] = []
     with interruptible(f"continue with: {again}"):
         cache = sweep_cache(variants, recipe, store)
         for number, variant in enumerate(variants, 1):
             say(f"run {number} of {len(variants)}: {_said(variant)}")
             outcomes.append(_outcome(variant, cache, folder / variant.name, again))
-            columns |= dict.fromkeys(column_lines(cache))
+            columns += [line for line in column_lines(cache) if line not in columns]
     if as_json:
         print(json.dumps([_facts(outcome) for outcome in outcomes], indent=2))
     else:
