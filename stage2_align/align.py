@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from fpo.errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
 from fpo.interrupts import StopRequest
+from fpo.nearest import nearest
 from fpo.progress import say
 from fpo.recipe import MIXED_PRECISION, Arithmetic, Lora, Recipe, check_arithmetic, training_arithmetic
 from fpo.scoring import (
@@ -29,6 +30,7 @@ from fpo.scoring import (
     load_model,
     load_tokenizer,
     model_folder,
+    silence_dropout,
     tower_modules,
 )
 from fpo.stage2_align.arguments import training_arguments
@@ -255,6 +257,7 @@ def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrained
     else:
         base = _start(recipe)[1]
     model: Any = _peft().PeftModel.from_pretrained(_scored(load_model(base, dtype), meter), run)
+    silence_dropout(model)  # the adapter's own: the layout is chosen by forwards in training mode too
     return model
 
 
@@ -327,14 +330,18 @@ def _with_adapter(model: PreTrainedModel, lora: Lora, base: str, revision: str |
     base, revision  what adapter_config.json names as the weights below: a folder, or a hub id and its commit
     """
     peft = _peft()
-    targets = lora.target_modules
+    _check_saved_modules(model, lora.modules_to_save)
     try:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.r,
             lora_alpha=lora.alpha,
-            lora_dropout=0.0,
-            target_modules=targets,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            # In the adapter's branch alone, which is zero until the first step: the policy is the reference still.
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save or None,
             exclude_modules=tower_modules(model) or None,
         )
         adapted = peft.get_peft_model(model, config)
@@ -342,6 +349,22 @@ def _with_adapter(model: PreTrainedModel, lora: Lora, base: str, revision: str |
         raise RecipeError(f"policy.lora.target_modules: {str(error).strip().splitlines()[0]}") from None
     config.base_model_name_or_path, config.revision = base, revision
     return adapted
+
+
+def _check_saved_modules(model: PreTrainedModel, names: list[str]) -> None:
+    """RecipeError for a name that no module ends in, or whose module shares a weight, which PEFT would part in two."""
+    paths = [path for path, _ in model.named_modules()]
+    for name in names:
+        saved = [path for path in paths if path.endswith(name)]
+        if not saved:
+            near = nearest(name, {path.rpartition(".")[2] for path in paths})
+            hint = f"; nearest is {near}" if near else ""
+            raise RecipeError(f"policy.lora.modules_to_save: no module is called {name}{hint}")
+        inside = {id(weight) for path in saved for weight in model.get_submodule(path).parameters()}
+        for owner, weight in model.named_parameters(remove_duplicate=False):
+            if id(weight) in inside and not any(owner.startswith(f"{path}.") for path in saved):
+                other = owner.rpartition(".")[0]
+                raise RecipeError(f"policy.lora.modules_to_save: {name} shares its weights with {other}; leave it out")
 
 
 def _peft() -> Any:

@@ -47,7 +47,7 @@ def trained(recipe: Recipe, cache: Cache, run: Path, monkeypatch: pytest.MonkeyP
 
     def score_and_save(trainer: PairTrainer, *rest: Any) -> None:
         with torch.no_grad():
-            found.append(trainer.model(**Packed(*packed)._asdict()).token_logps)
+            found.append(trainer.model.eval()(**Packed(*packed)._asdict()).token_logps)
         save(trainer, *rest)
 
     monkeypatch.setattr(aligning, "save_policy", score_and_save)
