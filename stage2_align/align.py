@@ -250,15 +250,24 @@ def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrained
     dtype = recipe.policy_arithmetic().dtype
     if not (run / "adapter_config.json").is_file():
         return _scored(load_model(model_folder(str(run)), dtype), meter)
-    if recipe.reference.adapter and recipe.policy.model is None:
-        base = (run.parent if run.name.startswith("checkpoint-") else run) / BASE_FOLDER
-        if not (base / "config.json").is_file():
-            raise RunError(f"{run}: its adapter was trained on the weights in {base}, which are not there")
-    else:
-        base = _start(recipe)[1]
-    model: Any = _peft().PeftModel.from_pretrained(_scored(load_model(base, dtype), meter), run)
+    model: Any = adapter_model(_scored(load_model(adapter_base(recipe, run), dtype), meter), run)
     silence_dropout(model)  # the adapter's own: the layout is chosen by forwards in training mode too
     return model
+
+
+def adapter_base(recipe: Recipe, run: Path) -> Path:
+    """The folder of the weights that the adapter in a run or one of its checkpoints was trained on."""
+    if not recipe.reference.adapter or recipe.policy.model is not None:
+        return _start(recipe)[1]
+    base = (run.parent if run.name.startswith("checkpoint-") else run) / BASE_FOLDER
+    if not (base / "config.json").is_file():
+        raise RunError(f"{run}: its adapter was trained on the weights in {base}, which are not there")
+    return base
+
+
+def adapter_model(base: PreTrainedModel, run: Path) -> Any:
+    """The adapter in a run or one of its checkpoints around the weights below it."""
+    return _peft().PeftModel.from_pretrained(base, run)
 
 
 def _start(recipe: Recipe) -> tuple[str, Path]:
