@@ -13,7 +13,7 @@ import typer
 from fpo.commands.caches import recipe_cache
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson, Overrides, RecipePath, StoreOption, command_line
-from fpo.commands.reports import align_facts, cache_lines, column_lines
+from fpo.commands.reports import align_facts, cache_lines, column_lines, cost_lines
 from fpo.commands.sweep import align_sweep
 from fpo.commands.wording import groups_word
 from fpo.errors import RunInterrupted
@@ -79,6 +79,8 @@ def align_command(
         f"process{'es' if world > 1 else ''} x {per_device} x {accumulation}), {report.rate:.1f} {what}/s, "
         f"{report.seconds:.0f} s"
     )
+    for line in [] if report.cost is None else cost_lines(report.cost):
+        print(line)
     for name in sorted(name for name in report.last if "/" in name or name == "loss"):
         print(f"  {name:<28}{report.last[name]:.6g}")
 

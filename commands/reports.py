@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fpo.commands.wording import groups_word
+from fpo.commands.wording import groups_word, size
 
 if TYPE_CHECKING:
-    from fpo.stage2_align import AlignReport
+    from fpo.stage2_align import AlignReport, Cost
     from fpo.store import Cache
 
 
@@ -34,8 +34,27 @@ def align_facts(report: AlignReport) -> dict[str, Any]:
         "steps": report.steps,
         "pairs_per_second": report.rate,
         "parity": report.parity,
+        "seconds": report.seconds,
+        "cost": None if report.cost is None else report.cost._asdict(),
         "last": report.last,
     }
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    """Memory and compute, each beside what a reference in memory would have added."""
+    memory = "not told by this system" if cost.peak_bytes is None else f"{size(cost.peak_bytes)} at the peak"
+    compute = f"{cost.tokens:,} tokens forward and backward"
+    if cost.peak_bytes is not None:
+        memory += f" ({cost.peak_of})"
+    if cost.reference_bytes is not None and cost.reference_share is not None:
+        weights = f"{size(cost.reference_bytes)} of weights"
+        added = weights if cost.reference_bytes else "nothing: it is the policy with its adapter off"
+        memory += f"; a reference in memory would add {added}"
+        share = f"+{100 * cost.reference_share:.0f} % of the matrix products"
+        compute += f"; a reference would add a forward of them, {share}"
+    elif not cost.needs_reference:
+        compute += "; the objective needs no reference"
+    return [f"memory      {memory}", f"compute     {compute}"]
 
 
 def print_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -36,6 +36,7 @@ from fpo.scoring import (
 from fpo.stage2_align.arguments import training_arguments
 from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.checkpoints import explained_writes
+from fpo.stage2_align.cost import Cost, cost_of, count_weights, forget_peak
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
 from fpo.stage2_align.run import BASE_FOLDER, METRICS_FILE, OpenedRun, locked, open_run, read_run, write_run
@@ -64,6 +65,8 @@ class AlignReport:
     """The first logged metrics."""
     last: dict[str, float]
     """The last logged ones."""
+    cost: Cost | None
+    """None of a run that an earlier version finished."""
 
     @property
     def rate(self) -> float:
@@ -127,7 +130,8 @@ def _train(
     if recipe.policy.model is None and checkpoint is None:
         parity = ParityCheck(trainer, (arithmetic, recipe.reference.arithmetic))
 
-    expected = expected_weights(trainer.model)
+    expected, weights = expected_weights(trainer.model), count_weights(trainer.model)
+    forget_peak(args.device)
     started = time.monotonic()
     with request:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -136,15 +140,15 @@ def _train(
     if trainer.stop.signum:
         raise RunInterrupted(f"interrupted after step {steps} of {trainer.state.max_steps}", trainer.stop.signum)
     trainer.check_finite()
+    cost = cost_of(recipe, weights, trainer)
     difference = None if parity is None else parity.difference
     with explained_writes(output, "free some space, then run it again with --resume: no step is lost"):
         save_policy(trainer, output, expected)
         if trainer.is_world_process_zero():
-            found = {"steps": steps, "parity": difference, "seconds": seconds}
+            found = {"steps": steps, "parity": difference, "seconds": seconds, "cost": cost._asdict()}
             write_run(output, {**read_run(output), "complete": True, **found})
     logged = [row for row in trainer.state.log_history if "rewards/margins" in row]
-    first, last = _ends(logged)
-    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, first, last)
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, *_ends(logged), cost)
 
 
 def _trainer(recipe: Recipe, cache: Cache, args: TrainingArguments, output: Path, request: StopRequest) -> PairTrainer:
@@ -200,8 +204,9 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
 def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     """The report of a run that was complete already."""
     facts, metrics = read_run(output), read_metrics(output / METRICS_FILE)
+    cost = Cost(**facts["cost"]) if "cost" in facts else None
     seconds = facts.get("seconds", 0.0)
-    return AlignReport(output, facts["steps"], 0, seconds, per_step, None, facts["parity"], *_ends(metrics))
+    return AlignReport(output, facts["steps"], 0, seconds, per_step, None, facts["parity"], *_ends(metrics), cost)
 
 
 def _ends(metrics: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

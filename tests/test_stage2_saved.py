@@ -215,6 +215,9 @@ def test_fsdp_with_sharded_checkpoints_ends_with_whole_weights(tmp_path: Path) -
     assert (run / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
     assert not (run / "checkpoint-1" / "model.safetensors").exists()
     assert read_run(run)["complete"]
+    costs = [read_run(tmp_path / name)["cost"] for name in ("one", "two")]
+    assert [cost["tokens"] for cost in costs] == [costs[0]["tokens"]] * 2
+    assert [cost["reference_bytes"] for cost in costs] == [costs[0]["reference_bytes"]] * 2
     expected = load_file(tmp_path / "one" / "model.safetensors")
     before = load_file(world.root / "model" / "model.safetensors")
     assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
