@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ import typer
 from fpo.commands.caches import recipe_cache
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson, Overrides, RecipePath, StoreOption, command_line
+from fpo.commands.reports import align_facts, cache_lines, column_lines, cost_lines
+from fpo.commands.sweep import align_sweep
 from fpo.commands.wording import groups_word
 from fpo.errors import RunInterrupted
 from fpo.interrupts import exit_code, interruptible
@@ -25,23 +26,30 @@ def align_command(
     store: StoreOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Run folder; else runs/<recipe>-<objective>.", metavar="RUN"),
+        typer.Option("--output", help="Run folder; else runs/<recipe>-<objective>, or -sweep.", metavar="RUN"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output, if it was begun.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Stage 2: train the recipe's policy from its cache. The reference is never run."""
-    from fpo.recipe import load_recipe, reads_held_out
+    """
+    Stage 2: train the recipe's policy from its cache. The reference is never run. `--set objective.alpha=0.1,0.5,1`
+    trains a run for each value, in a folder of its own below RUN, and skips those that are finished.
+    """
+    from fpo.recipe import load_variants, reads_held_out
 
-    loaded = load_recipe(recipe, overrides)
+    variants = load_variants(recipe, overrides)
+    loaded = variants[0].recipe
     if is_first_rank():
         say("opening the cache ...")
     quiet_libraries()
+    output = None if output is None else output.expanduser()
+    if len(variants) > 1:
+        align_sweep(recipe, store, output, overrides, variants, as_json)
+        return
     from fpo.stage2_align import align
-    from fpo.store import column_name
 
-    run = Path(os.path.expanduser(output)) if output else Path("runs") / f"{recipe.stem}-{loaded.objective.name}"
+    run = output or Path("runs") / f"{recipe.stem}-{loaded.objective.name}"
     again = f"{command_line('align', recipe, store, overrides)} --output {shlex.quote(str(run))} --resume"
     with interruptible(f"continue with: {again}"):
         cache, held_out = recipe_cache(loaded, recipe, store, overrides), None
@@ -57,35 +65,27 @@ def align_command(
     leave_process_group()
     if not is_first_rank():
         return
-    rate = report.pairs / report.seconds if report.seconds else 0.0
     if as_json:
-        facts = {
-            "run": str(report.run),
-            "steps": report.steps,
-            "pairs_per_second": rate,
-            "parity": report.parity,
-        }
-        print(json.dumps({**facts, "last": report.last, "best": report.best}, indent=2))
+        print(json.dumps(align_facts(report), indent=2))
         return
     print(f"run         {report.run}")
-    what = groups_word(cache.n_groups, cache.n_completions)
-    print(f"cache       {cache.key[:12]} (manifest {cache.digest[:12]}), {cache.n_groups:,} {what}")
-    for column in cache.columns:
-        sealed = column.sealed
-        print(f"column      {sealed.key[:12]} (manifest {sealed.digest[:12]}), {column_name(column.wanted)}")
+    print("\n".join([*cache_lines(cache), *column_lines(cache)]))
     if report.layout is not None:
         print(f"layout      {report.layout}")
     if report.parity is not None:
         print(f"parity      {report.parity:.2g} nats per token between the policy and the cached reference")
     world, per_device, accumulation = report.per_step
+    what = groups_word(cache.n_groups, cache.n_completions)
     print(
         f"trained     {report.steps:,} steps of {world * per_device * accumulation} {what} ({world} "
-        f"process{'es' if world > 1 else ''} x {per_device} x {accumulation}), {rate:.1f} {what}/s, "
+        f"process{'es' if world > 1 else ''} x {per_device} x {accumulation}), {report.rate:.1f} {what}/s, "
         f"{report.seconds:.0f} s"
     )
     if report.best is not None:
         best = report.best
         print(f"best        step {best['step']:,}, {best['metric']} {best['value']:.6g}: the policy that was saved")
+    for line in [] if report.cost is None else cost_lines(report.cost):
+        print(line)
     for name in sorted(name for name in report.last if "/" in name or name == "loss"):
         print(f"  {name:<28}{report.last[name]:.6g}")
 

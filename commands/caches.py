@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from fpo.commands.options import command_line
 from fpo.errors import CacheIncomplete, CacheMissing, FpoError
 
 if TYPE_CHECKING:
-    from fpo.recipe import Recipe
+    from fpo.recipe import Recipe, Variant
     from fpo.store import Cache
 
 
@@ -38,8 +40,26 @@ def recipe_cache(
     """The recipe's cache; where it is missing, how to build it."""
     from fpo.stage1_cache import find_cache
 
-    try:
+    with _how_to_build(path, store, overrides):
         return find_cache(recipe, store_root(store or recipe.cache.store), held_out=held_out)
+
+
+def sweep_cache(variants: Sequence[Variant], path: Path, store: str | None, *, held_out: bool = False) -> Cache:
+    """The one cache of a sweep, which has the columns of all its recipes."""
+    from fpo.stage1_cache import read_beside
+
+    cache = recipe_cache(variants[0].recipe, path, store, variants[0].overrides, held_out=held_out)
+    for variant in variants[1:]:
+        with _how_to_build(path, store, variant.overrides):
+            read_beside(cache, variant.recipe)
+    return cache
+
+
+@contextmanager
+def _how_to_build(path: Path, store: str | None, overrides: list[str] | None) -> Iterator[None]:
+    """Adds the command that builds what is missing."""
+    try:
+        yield
     except (CacheMissing, CacheIncomplete) as error:
         command, said = command_line("cache", path, store, overrides), str(error)
         if "fpo cache RECIPE" in said:  # the store's own advice, with the recipe's name in it

@@ -7,10 +7,10 @@ is: the docstring under a field is its documentation (`docs/recipe.md` is printe
 field is checked here before a model or data is touched.
 
     sections    its parts                     loading       from the file, with overrides; and back
-    experiment  the whole, what fits          parsing       YAML
-    arithmetic  what a forward computes in    explanations  what is wrong, with the nearest valid name
-    training    TrainingArguments             page          docs/recipe.md, the schema for editors
-    evaluation  what needs held-out groups
+    experiment  the whole, what fits          sweep         several values for a field: several recipes
+    arithmetic  what a forward computes in    parsing       YAML
+    training    TrainingArguments             explanations  what is wrong, with the nearest valid name
+    evaluation  what needs held-out groups    page          docs/recipe.md, the schema for editors
 """
 
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, Dtype, HalfDtype, training_arithmetic
@@ -19,6 +19,7 @@ from fpo.recipe.experiment import Recipe, check_arithmetic
 from fpo.recipe.loading import dump_recipe, load_recipe, validate_recipe
 from fpo.recipe.page import recipe_schema, reference_page
 from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Lora, Policy, Reference
+from fpo.recipe.sweep import Variant, load_variants
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS
 
 __all__ = [
@@ -36,11 +37,13 @@ __all__ = [
     "Policy",
     "Recipe",
     "Reference",
+    "Variant",
     "check_arithmetic",
     "dump_recipe",
     "evaluates",
     "goes_by_evaluations",
     "load_recipe",
+    "load_variants",
     "reads_held_out",
     "recipe_schema",
     "reference_page",

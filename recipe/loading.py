@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fpo.errors import RecipeError
@@ -13,7 +12,7 @@ from fpo.nearest import nearest
 from fpo.recipe.evaluation import check_evaluation
 from fpo.recipe.experiment import Recipe
 from fpo.recipe.explanations import explanations
-from fpo.recipe.parsing import parse_yaml
+from fpo.recipe.parsing import parse_yaml, split_values, write_yaml
 from fpo.recipe.training import PUBLISHING_ARGUMENTS, check_publishing, check_training
 
 
@@ -22,7 +21,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Read, override and validate a recipe.
 
     path       the YAML file
-    overrides  `section.field=value` strings, the value in YAML
+    overrides  `section.field=value` strings, the value in YAML; several are for `load_variants`
     Raises RecipeError naming the field, the value and the nearest valid name.
     """
     if not path.is_file():
@@ -69,13 +68,18 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every field, defaults included, but for what a file may not hold."""
     raw = recipe.model_dump(mode="json")
     raw["training"] = {name: value for name, value in raw["training"].items() if name not in PUBLISHING_ARGUMENTS}
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    return write_yaml(raw, allow_unicode=True)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {override}: write it as section.field=value")
+    if len(split_values(value)) > 1:
+        raise RecipeError(
+            f"--set {override}: several values are a sweep, which fpo align alone trains; a text that holds a comma "
+            f"goes in quotes: --set '{path}=\"{value}\"'"
+        )
     target: Any = raw
     *parents, last = path.split(".")
     for name in parents:

@@ -16,6 +16,10 @@ _PAGE = (
     "Paths are relative to the folder in which a command is given, not to the recipe. `--set` overrides a field for",
     "one command, with its value in YAML: `--set objective.alpha=1`, `--set features.0.top_k=all`. An objective of",
     "another name has other fields, so it is set as a whole: `--set 'objective={name: dpo, beta: 0.1}'`.",
+    "",
+    "Under `fpo align`, commas separate values, and each trains a run of its own: `--set objective.alpha=0.1,0.5,1`,",
+    "`--set 'objective={name: dpo},{name: simpo}'` ([runs.md](runs.md)). Inside brackets and quotes they do not, so a",
+    "text that holds a comma goes in quotes: `--set 'data.source=\"a,b.jsonl\"'`.",
 )
 
 

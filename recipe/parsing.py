@@ -1,4 +1,4 @@
-"""YAML as recipes have it."""
+"""YAML as recipes have it, and lists of values as `--set` has them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,20 @@ class _Loader(yaml.SafeLoader):
             ) from None
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would not read as text: a commit may be called 12e4567."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+
+
+def write_yaml(value: Any, **how: Any) -> str:
+    """What `parse_yaml` reads as this value; `how` as PyYAML takes it."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, **how)
+    return text
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -58,3 +69,19 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise RecipeError(f"{origin}: line {line}: the character {chr(error.character)!r} is not allowed") from None
     except RecursionError:
         raise RecipeError(f"{origin}: it is nested too deeply for a recipe") from None
+
+
+# Quotes count where a scalar begins, as in YAML: the apostrophe of `it's` is a letter.
+_PIECE = re.compile(r"""(?<![^\s,\[{:])(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*')|.""", re.DOTALL)
+
+
+def split_values(text: str) -> list[str]:
+    """The values between the commas that stand outside brackets and quotes."""
+    values, depth = [""], 0
+    for piece in _PIECE.findall(text):
+        depth = max(depth + (piece in "[{") - (piece in "]}"), 0)
+        if piece == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += piece
+    return [value.strip() for value in values] if len(values) > 1 else [text]

@@ -201,10 +201,25 @@ class Lora(Section):
     """Rank."""
 
     alpha: PositiveFloat = 32
-    """Scale; the update is multiplied by alpha / r."""
+    """Scale; the update is multiplied by alpha / r, with `rslora` by alpha / sqrt(r)."""
+
+    rslora: bool = False
+    """Rank-stabilised LoRA, https://arxiv.org/abs/2312.03732: the rank does not shrink the update."""
+
+    dora: bool = False
+    """Also train a magnitude per row of an adapted weight, https://arxiv.org/abs/2402.09353; a step costs more."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """
+    Chance that an adapter's input is dropped, in training alone. Its noise stands in the logratios of a step, so how a
+    step is cut into forwards and processes then moves its numbers; resumed still equals uninterrupted.
+    """
 
     target_modules: str | list[str] = "all-linear"
     """Names of the modules that get an adapter, as PEFT understands them."""
+
+    modules_to_save: list[str] = []
+    """Names of modules that are trained whole and saved beside the adapter: `[lm_head]`; none with shared weights."""
 
 
 class Policy(Section):

@@ -11,6 +11,7 @@ What a model says about a group. One package, because reference and policy must 
 
 from fpo.scoring.check import choose_layout, extremes
 from fpo.scoring.configs import model_config, positions, significant_config
+from fpo.scoring.families import silence_dropout
 from fpo.scoring.features import (
     ColumnSet,
     PooledFeatures,
@@ -69,6 +70,7 @@ __all__ = [
     "reference_top",
     "router_coefficient",
     "significant_config",
+    "silence_dropout",
     "sparse_rows",
     "sum_logps",
     "template_text",

@@ -78,6 +78,15 @@ class Packed(NamedTuple):
         return Layout.PACKED if self.branch.shape == self.input_ids.shape else Layout.ROWS
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens that are no padding, as they are computed: to be asked before the batch is on a device."""
+        if self.layout is Layout.PACKED:
+            return int((self.group >= 0).sum())
+        # A row ends with the token that its completion's last predictor predicts.
+        last = self.predictors[self.lengths.cumsum(0)[self.lengths > 0] - 1] % self.input_ids.shape[1]
+        return int((last + 2).sum())
+
+    @property
     def completion(self) -> Int[Tensor, " N"]:
         """Which completion each scored token belongs to."""
         return torch.repeat_interleave(

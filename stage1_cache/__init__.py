@@ -7,7 +7,7 @@ Pairs to cache.
     drops           what was left out, and why     recompute random pairs, scored again
 """
 
-from fpo.stage1_cache.build import CacheReport, build_caches, find_cache
+from fpo.stage1_cache.build import CacheReport, build_caches, find_cache, read_beside
 from fpo.stage1_cache.recompute import RecomputeReport, recompute
 
-__all__ = ["CacheReport", "RecomputeReport", "build_caches", "find_cache", "recompute"]
+__all__ = ["CacheReport", "RecomputeReport", "build_caches", "find_cache", "read_beside", "recompute"]

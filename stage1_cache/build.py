@@ -160,8 +160,16 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
         cache = open_cache(store, cache_key(identity.key_recipe))
     except CacheMissing:
         raise CacheMissing(_missing(store, identity)) from None
-    cache.read_columns(objective_specs(identity))
+    read_beside(cache, recipe)
     return cache
+
+
+def read_beside(cache: Cache, recipe: Recipe) -> None:
+    """
+    Read beside the recipe's cache the columns that its objective reads, and no others. Raises CacheMissing for one that
+    is not there.
+    """
+    cache.read_columns(objective_specs(CacheIdentity(recipe, recipe.data.split)))
 
 
 def objective_specs(identity: CacheIdentity) -> list[Spec]:

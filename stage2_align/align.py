@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fpo.errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
 from fpo.interrupts import StopRequest
+from fpo.nearest import nearest
 from fpo.progress import say
 from fpo.recipe import (
     MIXED_PRECISION,
@@ -40,12 +41,14 @@ from fpo.scoring import (
     load_model,
     load_tokenizer,
     model_folder,
+    silence_dropout,
     tower_modules,
 )
 from fpo.stage2_align.arguments import AlignArguments, training_arguments
 from fpo.stage2_align.best import best_step
-from fpo.stage2_align.callbacks import last_logged, read_metrics
+from fpo.stage2_align.callbacks import ends, read_metrics
 from fpo.stage2_align.checkpoints import explained_writes
+from fpo.stage2_align.cost import Cost, cost_of, count_weights, forget_peak
 from fpo.stage2_align.held_out import check_held_out, held_out_stream
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
@@ -74,16 +77,26 @@ class AlignReport:
     steps: int
     pairs: int
     seconds: float
+    """Of training, of the start that took the last step."""
     per_step: tuple[int, int, int]
     """Processes, pairs per forward, forwards per step."""
     layout: str | None
     """How pairs were laid out for the policy; None where nothing was trained."""
     parity: float | None
     """Mean |difference| of token log-probs to the cache before the first step; None where it was not checked."""
+    first: dict[str, float]
+    """The first logged metrics."""
     last: dict[str, float]
-    """The last logged metrics."""
+    """The last logged ones."""
+    cost: Cost | None
+    """None of a run that an earlier version finished."""
     best: dict[str, Any] | None = None
     """Step, metric and value of the evaluation whose policy was saved; None where it is the last step's."""
+
+    @property
+    def rate(self) -> float:
+        """Pairs per second."""
+        return self.pairs / self.seconds if self.seconds else 0.0
 
 
 def align(
@@ -153,7 +166,8 @@ def _train(
     if recipe.policy.model is None and checkpoint is None:
         parity = ParityCheck(trainer, (arithmetic, recipe.reference.arithmetic))
 
-    expected = expected_weights(trainer.model)
+    expected, weights = expected_weights(trainer.model), count_weights(trainer.model)
+    forget_peak(args.device)
     started = time.monotonic()
     with request:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -162,15 +176,17 @@ def _train(
     if trainer.stop.signum:
         raise RunInterrupted(f"interrupted after step {steps} of {trainer.state.max_steps}", trainer.stop.signum)
     trainer.check_finite()
+    cost = cost_of(recipe, weights, trainer)
     difference = None if parity is None else parity.difference
     with explained_writes(output, "free some space, then run it again with --resume: no step is lost"):
         save_policy(trainer, output, expected)
         best = best_step(args, trainer.state)
         if trainer.is_world_process_zero():
             found = {"steps": steps, "stopped_early": steps < trainer.state.max_steps, "parity": difference}
+            found |= {"seconds": seconds, "cost": cost._asdict()}
             write_run(output, {**read_run(output), "complete": True, **found, "best": best})
-    last = last_logged(trainer.state.log_history)
-    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, last, best)
+    logged = ends(trainer.state.log_history)
+    return AlignReport(output, steps, trainer.pairs_seen, seconds, per_step, layout, difference, *logged, cost, best)
 
 
 def _trainer(
@@ -238,8 +254,12 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
 
 def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     """The report of a run that was complete already."""
-    facts, last = read_run(output), last_logged(read_metrics(output / METRICS_FILE))
-    return AlignReport(output, facts["steps"], 0, 0.0, per_step, None, facts["parity"], last, facts["best"])
+    facts, logged = read_run(output), ends(read_metrics(output / METRICS_FILE))
+    cost = Cost(**facts["cost"]) if "cost" in facts else None
+    seconds = facts.get("seconds", 0.0)
+    return AlignReport(
+        output, facts["steps"], 0, seconds, per_step, None, facts["parity"], *logged, cost, facts["best"]
+    )
 
 
 def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = True) -> PreTrainedModel:
@@ -283,14 +303,24 @@ def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrained
     dtype = recipe.policy_arithmetic().dtype
     if not (run / "adapter_config.json").is_file():
         return _scored(load_model(model_folder(str(run)), dtype), meter)
-    if recipe.reference.adapter and recipe.policy.model is None:
-        base = (run.parent if run.name.startswith("checkpoint-") else run) / BASE_FOLDER
-        if not (base / "config.json").is_file():
-            raise RunError(f"{run}: its adapter was trained on the weights in {base}, which are not there")
-    else:
-        base = _start(recipe)[1]
-    model: Any = _peft().PeftModel.from_pretrained(_scored(load_model(base, dtype), meter), run)
+    model: Any = adapter_model(_scored(load_model(adapter_base(recipe, run), dtype), meter), run)
+    silence_dropout(model)  # the adapter's own: the layout is chosen by forwards in training mode too
     return model
+
+
+def adapter_base(recipe: Recipe, run: Path) -> Path:
+    """The folder of the weights that the adapter in a run or one of its checkpoints was trained on."""
+    if not recipe.reference.adapter or recipe.policy.model is not None:
+        return _start(recipe)[1]
+    base = (run.parent if run.name.startswith("checkpoint-") else run) / BASE_FOLDER
+    if not (base / "config.json").is_file():
+        raise RunError(f"{run}: its adapter was trained on the weights in {base}, which are not there")
+    return base
+
+
+def adapter_model(base: PreTrainedModel, run: Path) -> Any:
+    """The adapter in a run or one of its checkpoints around the weights below it."""
+    return _peft().PeftModel.from_pretrained(base, run)
 
 
 def _start(recipe: Recipe) -> tuple[str, Path]:
@@ -372,14 +402,18 @@ def _with_adapter(model: PreTrainedModel, lora: Lora, base: str, revision: str |
     base, revision  what adapter_config.json names as the weights below: a folder, or a hub id and its commit
     """
     peft = _peft()
-    targets = lora.target_modules
+    _check_saved_modules(model, lora.modules_to_save)
     try:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.r,
             lora_alpha=lora.alpha,
-            lora_dropout=0.0,
-            target_modules=targets,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            # In the adapter's branch alone, which is zero until the first step: the policy is the reference still.
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save or None,
             exclude_modules=tower_modules(model) or None,
         )
         adapted = peft.get_peft_model(model, config)
@@ -387,6 +421,22 @@ def _with_adapter(model: PreTrainedModel, lora: Lora, base: str, revision: str |
         raise RecipeError(f"policy.lora.target_modules: {str(error).strip().splitlines()[0]}") from None
     config.base_model_name_or_path, config.revision = base, revision
     return adapted
+
+
+def _check_saved_modules(model: PreTrainedModel, names: list[str]) -> None:
+    """RecipeError for a name that no module ends in, or whose module shares a weight, which PEFT would part in two."""
+    paths = [path for path, _ in model.named_modules()]
+    for name in names:
+        saved = [path for path in paths if path.endswith(name)]
+        if not saved:
+            near = nearest(name, {path.rpartition(".")[2] for path in paths})
+            hint = f"; nearest is {near}" if near else ""
+            raise RecipeError(f"policy.lora.modules_to_save: no module is called {name}{hint}")
+        inside = {id(weight) for path in saved for weight in model.get_submodule(path).parameters()}
+        for owner, weight in model.named_parameters(remove_duplicate=False):
+            if id(weight) in inside and not any(owner.startswith(f"{path}.") for path in saved):
+                other = owner.rpartition(".")[0]
+                raise RecipeError(f"policy.lora.modules_to_save: {name} shares its weights with {other}; leave it out")
 
 
 def _peft() -> Any:

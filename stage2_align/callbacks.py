@@ -138,9 +138,10 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def last_logged(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The last row that says what the policy was trained on, as far as there is one."""
-    return next((row for row in reversed(rows) if "loss" in row), {})
+def ends(rows: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last row that say what the policy was trained on; empty where there are none."""
+    trained = [row for row in rows if "loss" in row]
+    return (trained[0], trained[-1]) if trained else ({}, {})
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -71,6 +71,8 @@ class PairTrainer(Trainer):
         self.position = StreamPosition(stream)
         self.stop = StopAtStepEnd(request)
         self.watch = FiniteWatch(Path(args.output_dir), args.learning_rate)
+        self.tokens_seen = 0
+        """By this process, since it was started."""
         self._saved_step = -1
         for callback in (
             StepCounts(),
@@ -162,8 +164,9 @@ class PairTrainer(Trainer):
         whole_checkpoint(Path(self.args.output_dir), self.state.best_global_step)
         super()._load_best_model()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        self.tokens_seen += Packed(*(inputs[name] for name in Packed._fields)).n_tokens
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.watch.note(loss, self.state.global_step + 1)
         return loss
 

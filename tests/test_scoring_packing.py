@@ -91,6 +91,14 @@ def test_padding_is_of_no_group() -> None:
     assert packed.branch.tolist() == [[0, 0, 1, 2, 0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize(("layout", "tokens"), [(Layout.PACKED, 6 + 12), (Layout.ROWS, (5 + 3) + (11 + 9))])
+def test_tokens_are_counted_without_their_padding(layout: Layout, tokens: int) -> None:
+    """Prompts of 2 and 8, completions of 3 and 1, of 3 and 1: in rows a prompt counts with each completion."""
+    packed = pack(*some_groups([(2, 3, 1), (8, 3, 1)]), layout)
+    assert packed.input_ids.numel() > tokens
+    assert packed.n_tokens == tokens
+
+
 def test_the_mask_hides_the_other_branches_and_what_the_family_does_not_reach() -> None:
     """Prompt a b, completions c d, e and f; window 2 by position id: e and f stand at position 2 beside b at 1."""
     packed = pack(np.arange(6), np.array([0, 2, 4, 5, 6]), np.array([3]))

@@ -47,7 +47,7 @@ def trained(recipe: Recipe, cache: Cache, run: Path, monkeypatch: pytest.MonkeyP
 
     def score_and_save(trainer: PairTrainer, *rest: Any) -> None:
         with torch.no_grad():
-            found.append(trainer.model(**Packed(*packed)._asdict()).token_logps)
+            found.append(trainer.model.eval()(**Packed(*packed)._asdict()).token_logps)
         save(trainer, *rest)
 
     monkeypatch.setattr(aligning, "save_policy", score_and_save)
@@ -214,6 +214,9 @@ def test_fsdp_with_sharded_checkpoints_ends_with_whole_weights(tmp_path: Path) -
     run_two_processes(two, world.store, run, program=program, **sharded)
     assert (run / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
     assert not (run / "checkpoint-1" / "model.safetensors").exists()
+    costs = [read_run(tmp_path / name)["cost"] for name in ("one", "two")]
+    assert [cost["tokens"] for cost in costs] == [costs[0]["tokens"]] * 2
+    assert [cost["reference_bytes"] for cost in costs] == [costs[0]["reference_bytes"]] * 2
     expected = load_file(tmp_path / "one" / "model.safetensors")
     before = load_file(world.root / "model" / "model.safetensors")
     assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
