@@ -21,7 +21,7 @@ class Mixture(PairObjective):
     name: Literal["mixture"]
     """The objective."""
 
-    terms: Annotated[tuple[AnySingle, ...], Field(strict=False, min_length=1)]
+    terms: Annotated[tuple[AnySingle, ...], Field(strict=False)]
     """The objectives, each with its own settings; `pairs` and `features` are the mixture's."""
 
     weights: Annotated[tuple[float, ...], Field(strict=False)] = ()
@@ -29,6 +29,8 @@ class Mixture(PairObjective):
 
     @model_validator(mode="after")
     def _check_terms(self) -> Mixture:
+        if not self.terms:
+            raise ValueError("objective.terms: a mixture of nothing; name at least one objective")
         if self.weights and len(self.weights) != len(self.terms):
             raise ValueError(
                 f"objective.weights: {len(self.weights)} weights for {len(self.terms)} terms; give one per term"

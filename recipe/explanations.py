@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from fpo.nearest import nearest
-from fpo.objectives import OBJECTIVES, Objective
+from fpo.objectives import OBJECTIVES, FeatureTerm
 from fpo.objectives.trl_names import LOSSES
 from fpo.recipe.experiment import Recipe
 from fpo.section import Section
@@ -37,8 +37,10 @@ def _explain(error: Any, field: str, location: list[Any], raw: dict[str, Any]) -
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1], raw)
-        if location[0] == "objective" and (owner := _objective_with(str(location[-1]))):
+        if len(location) == 2 and location[0] == "objective" and (owner := _objective_with(str(location[-1]))):
             name = raw["objective"].get("name")
+            if location[-1] == "features" and issubclass(OBJECTIVES[name], FeatureTerm):
+                return f"{field}: {name} has the fields of a feature term as its own, objective.alpha and the rest"
             return (
                 f"{field}: {name} has no such field, {owner} has; another objective is given whole: "
                 f"--set 'objective={{name: {name}}}'"
@@ -51,10 +53,15 @@ def _explain(error: Any, field: str, location: list[Any], raw: dict[str, Any]) -
         return str(error["ctx"]["error"])
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, dict) else value
+        valid = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected_tags", ""))) or list(OBJECTIVES)
         if str(name) in LOSSES:
-            return f"objective.name: {name}: {LOSSES[str(name)]}; valid are {', '.join(OBJECTIVES)}"
-        near = nearest(str(name), list(OBJECTIVES)) or ", ".join(OBJECTIVES)
-        return f"objective.name: {name!r} is no objective; nearest is {near}"
+            return f"{field}.name: {name}: {LOSSES[str(name)]}; valid are {', '.join(valid)}"
+        if str(name) in OBJECTIVES:
+            return (
+                f"{field}.name: {name} is no loss over pairs, of which a mixture is made; valid are {', '.join(valid)}"
+            )
+        near = nearest(str(name), valid) or ", ".join(valid)
+        return f"{field}.name: {name!r} is no objective; nearest is {near}"
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", str(error["ctx"]["expected"]))
         near = nearest(str(value), valid) or ", ".join(valid)
@@ -75,14 +82,15 @@ def _objective_with(field: str) -> str | None:
 def _fields_at(location: list[Any], raw: dict[str, Any]) -> list[str]:
     """Names of the fields that the section at `location` has."""
     model: Any = Recipe
+    written: Any = raw
     for part in location:
-        if isinstance(part, int):
-            continue
-        if part == "objective":
-            name = raw.get("objective", {}).get("name")
-            model = OBJECTIVES.get(name, Objective)
-        else:
-            model = _section_type(model.model_fields[part].annotation)
+        written = written[part]
+        if isinstance(part, str):
+            model = model.model_fields[part].annotation
+        # One of several objectives, by the name that stands there.
+        named = isinstance(written, dict) and "name" in written
+        kind = OBJECTIVES.get(str(written["name"])) if named else None
+        model = kind or (model if isinstance(written, list) else _section_type(model))
     return list(model.model_fields)
 
 

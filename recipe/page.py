@@ -6,7 +6,7 @@ import json
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from fpo.objectives import OBJECTIVES
+from fpo.objectives import OBJECTIVES, FeatureTerm
 from fpo.recipe.experiment import Recipe
 from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Lora, Policy, Reference
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS, training_fields
@@ -37,6 +37,7 @@ def reference_page() -> str:
         ("policy.lora", Lora),
         ("generate", Generate),
         *((f"objective ({name})", kind) for name, kind in OBJECTIVES.items()),
+        ("objective.features", FeatureTerm),
     ]
     for name, section in sections:
         if name:
@@ -66,7 +67,7 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
     names = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
-    return names.get(annotation, "list" if get_origin(annotation) is list else "mapping")
+    return names.get(annotation, "list" if get_origin(annotation) in (list, tuple) else "mapping")
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -483,7 +483,7 @@ def test_a_mixture_asks_for_what_any_of_its_terms_asks_for() -> None:
         ({"terms": [{"name": "dpo"}], "weights": [1.0, 2.0]}, "2 weights for 1 terms"),
         ({"terms": [{"name": "sft"}, {"name": "dpo", "pairs": "all"}]}, r"terms\[1\]\.pairs: a mixture's terms share"),
         ({"terms": [{"name": "fpo"}]}, r"terms\[0\]: fpo brings a feature term of its own"),
-        ({"terms": []}, "at least 1 item"),
+        ({"terms": []}, "a mixture of nothing"),
         ({"terms": [{"name": "kto"}]}, "does not match any of the expected tags"),
     ],
 )

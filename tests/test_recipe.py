@@ -256,6 +256,34 @@ def test_an_objective_without_a_feature_term_needs_no_features() -> None:
         assert validate_recipe({**bare, "objective": objective}, "test").constrained_features() == ()
 
 
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"name": "dpo", "features": {"alpa": 1}}, r"objective\.features\.alpa: no such field; nearest is alpha"),
+        ({"name": "dpo", "features": {"k": 99}}, r"objective\.features\.k: 99 features are asked for"),
+        (
+            {"name": "dpo", "features": {"hookpoints": ["model.layers.4"]}},
+            r"features\.hookpoints: model\.layers\.4 is not",
+        ),
+        ({"name": "fpo", "features": {"alpha": 1}}, "fpo has the fields of a feature term as its own"),
+        (
+            {"name": "mixture", "terms": [{"name": "dpo"}, {"name": "simpo", "gama": 1}]},
+            r"terms\[1\]\.gama: .*is gamma",
+        ),
+        ({"name": "mixture", "terms": [{"name": "dp"}]}, r"objective\.terms\[0\]\.name: 'dp' is no .*nearest is dpo"),
+        ({"name": "mixture", "terms": [{"name": "kto"}]}, r"terms\[0\]\.name: kto is no loss over pairs"),
+        ({"name": "kto"}, r"cache\.mismatched: kto takes .*set it to true \(a column beside the cache: one pass"),
+        ({"name": "kto", "pairs": "all"}, r"objective\.pairs: kto has no such field"),
+        ({"name": "tdpo2"}, r"cache\.top_logits: tdpo2 takes .*a column beside the cache: one pass"),
+    ],
+)
+def test_what_an_objective_cannot_be_given_is_refused_by_its_field(objective: dict[str, Any], said: str) -> None:
+    """Nested fields too, in one line each."""
+    with pytest.raises(RecipeError, match=said) as refusal:
+        validate_recipe({**MINIMAL, "objective": objective}, "test")
+    assert "\n" not in str(refusal.value)
+
+
 MIXED = {"model": "m", "autocast": "bfloat16"}
 HALF = {"model": "m", "dtype": "bfloat16"}
 ADAPTERS = {"dtype": "bfloat16", "lora": {"r": 4}}
