@@ -36,7 +36,7 @@ class SimpoKl(PairObjective):
         assert evidence.divergences is not None
         return simpo_kl(
             evidence.policy,
-            evidence.divergences / evidence.lengths,
+            evidence.divergences / evidence.lengths.clamp(min=1),
             evidence.penalties,
             beta=self.beta,
             gamma=self.gamma,

@@ -111,14 +111,15 @@ class ObjectiveMeter:
         """
         packed = Packed(*(batch[name] for name in Packed._fields))
         units, counts = batch["units"], packed.counts
-        lengths = counts[units]
+        # A completion of which nothing counts has the mean of nothing, 0.
+        sizes = counts.clamp(min=1)[units]
         logps = sum_logps(scores.token_logps, packed)
-        policy = Logps(logps[units], logps[units] / lengths)
-        reference = Logps(batch["ref_logps"][units], batch["ref_logps"][units] / lengths)
+        policy = Logps(logps[units], logps[units] / sizes)
+        reference = Logps(batch["ref_logps"][units], batch["ref_logps"][units] / sizes)
         evidence = Evidence(
             policy,
             reference,
-            lengths.to(logps.dtype),
+            counts[units].to(logps.dtype),
             self._distances(scores, packed, batch),
             batch["score"][units],
             typicality=_typicality(scores, packed, units),
@@ -149,7 +150,7 @@ def _typicality(scores: Scores, packed: Packed, units: Tensor) -> Float[Tensor, 
     if scores.log_sum_squares is None:
         return None
     apart = scores.token_logps.detach() - scores.log_sum_squares
-    return sum_logps(apart, packed)[units] / packed.counts[units]
+    return sum_logps(apart, packed)[units] / packed.counts.clamp(min=1)[units]
 
 
 def _tokens(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Tokens | None:
