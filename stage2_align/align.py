@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -361,7 +362,9 @@ def policy_layout(model: nn.Module, cache: Cache) -> Layout:
     pairs = Groups.concat(few)
     pairs = pairs.take(extremes(pairs.splits, pairs.n_completions))
     peft_base: Any = getattr(model, "get_base_model", None)
-    with _whole(model):
+    device = next(model.parameters()).device
+    # A look draws nothing that training would have drawn: a new adapter drops inputs in training mode.
+    with _whole(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         return choose_layout(
             model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits, pairs.n_completions
         )

@@ -616,7 +616,7 @@ RUNS = [
     _refused(
         "a cache of single completions",
         lambda b: b.singles(),
-        "an objective compares completions of a prompt, and cache ",
+        "the objective compares completions of a prompt, and cache ",
         "has 2 in 2 groups; name data with two or more completions in every row",
         never=("loading the policy",),
     ),

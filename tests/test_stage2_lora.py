@@ -140,6 +140,18 @@ def test_a_run_with_dropout_that_is_resumed_equals_one_that_never_stopped(world:
     assert without[-1]["loss"] != pytest.approx(straight[-1]["loss"], abs=1e-4)
 
 
+def test_a_look_at_the_held_out_groups_draws_no_number_that_dropout_would_have_drawn(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    recipe = adapted(world, {"eval_strategy": "steps", "eval_steps": 1}, dropout=0.5)
+    held_out = find_cache(recipe, world.store, held_out=True)
+    align(recipe, find_cache(recipe, world.store), tmp_path / "evaluated", held_out=held_out)
+    rows = read_metrics(tmp_path / "evaluated" / METRICS_FILE)
+    assert [row["eval_loss"] for row in rows if "eval_loss" in row]
+    plain = run(world, adapted(world, dropout=0.5), tmp_path / "plain")
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in plain]
+
+
 def test_activation_checkpointing_drops_the_same_inputs_again(world: TinyWorld, tmp_path: Path) -> None:
     plain = run(world, adapted(world, dropout=0.5), tmp_path / "plain")
     again = run(world, adapted(world, {"activation_checkpointing": True}, dropout=0.5), tmp_path / "again")
