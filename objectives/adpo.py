@@ -13,6 +13,9 @@ from torch.nn import functional
 from fpo.objectives.evidence import Evidence, ObjectiveValue, Tokens
 from fpo.objectives.objective import Needs, PairObjective
 
+# The paper's, for three of its four models.
+DEFAULT_SEGMENTS = 256
+
 
 class Adpo(PairObjective):
     """Autoregressive DPO, https://arxiv.org/abs/2602.09533: the two completions are compared segment by segment."""
@@ -23,18 +26,18 @@ class Adpo(PairObjective):
     beta: PositiveFloat = 0.1
     """Pull towards the reference: scale of every segment's margin. The paper searched it and does not print it."""
 
-    segments: PositiveInt | None = 256
-    """Adaptive segments (the paper's m): each completion in so many nearly equal ones; 1 is DPO. Null: `window`."""
+    segments: PositiveInt | None = None
+    """Adaptive segments (the paper's m): each completion in so many nearly equal ones; 1 is DPO. Null is 256."""
 
     window: PositiveInt | None = None
-    """Static segments (the paper's k): windows of so many tokens from the beginning; null: `segments`."""
+    """Static segments (the paper's k): windows of so many tokens from the beginning, instead of `segments`."""
 
     @model_validator(mode="after")
     def _check_segments(self) -> Adpo:
-        if (self.segments is None) == (self.window is None):
+        if self.segments is not None and self.window is not None:
             raise ValueError(
                 f"objective.window: {self.window} with objective.segments: {self.segments}; one of them says how a "
-                "completion is cut, the other is null"
+                "completion is cut"
             )
         return self
 
@@ -49,7 +52,7 @@ class Adpo(PairObjective):
             evidence.lengths,
             evidence.penalties,
             beta=self.beta,
-            segments=self.segments,
+            segments=(self.segments or DEFAULT_SEGMENTS) if self.window is None else None,
             window=self.window,
         )
 
@@ -77,7 +80,8 @@ def adpo(
     logratios = tokens.policy - tokens.reference
     unit, sizes = tokens.side // 2, lengths.long()
     if segments is not None:
-        counts = sizes.amin(1).clamp(min=1, max=segments)
+        # Where nothing counts on one side, the other is one segment; where nothing does, there is none.
+        counts = sizes.amin(1).clamp(min=1, max=segments).minimum(sizes.sum(1))
         segment = ((tokens.place + 1) * counts[unit] - 1) // sizes.flatten()[tokens.side]
     else:
         assert window is not None
@@ -90,7 +94,7 @@ def adpo(
     filled = torch.zeros_like(logratios).index_fill(0, row, 1.0)
     margins = sums[:, 0] - sums[:, 1]
     if penalties is not None:
-        margins = margins + ((penalties[:, 0] - penalties[:, 1]) / counts)[owner]
+        margins = margins + ((penalties[:, 0] - penalties[:, 1]) / counts.clamp(min=1))[owner]
     losses = -functional.logsigmoid(beta * margins) * filled
     rewards = beta * tokens.sums(logratios, lengths)
     return ObjectiveValue(rewards.new_zeros(len(lengths)).index_add(0, owner, losses), rewards.detach())

@@ -51,11 +51,20 @@ class FeatureTerm(Section):
 
     @model_validator(mode="after")
     def _check_indices(self) -> FeatureTerm:
-        if self.picks and self.hookpoints is not None and len(self.hookpoints) > 1:
+        if self.picks and self.hookpoints is not None and len(set(self.hookpoints)) > 1:
             raise ValueError(
-                "include, exclude and weights name features of one SAE, and hookpoints are "
+                "objective.features: include, exclude and weights name features of one SAE, and hookpoints are "
                 f"{', '.join(self.hookpoints)}; name one hookpoint, or leave them out"
             )
+        if self.include is not None:
+            apart = sorted(set(self.weights) - set(self.include))
+            if apart:
+                raise ValueError(f"objective.features: weights name feature {apart[0]}, which include leaves out")
+            if not any(self.weights.get(index, 1.0) for index in set(self.include) - set(self.exclude)):
+                raise ValueError(
+                    "objective.features: include, exclude and weights leave no feature that counts; alpha: 0 takes the "
+                    "term away"
+                )
         return self
 
     @property

@@ -57,5 +57,5 @@ def ipo(
     logratios = policy.logps - reference.logps
     scores = divergence.scores(logratios)
     if lengths is not None:
-        scores = scores / lengths
+        scores = scores / lengths.clamp(min=1)
     return ObjectiveValue((scores[:, 0] - scores[:, 1] - 1 / (2 * beta)).square(), (beta * logratios).detach())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from fpo.objectives.evidence import Evidence, ObjectiveValue
-from fpo.objectives.objective import Needs, PairObjective
+from fpo.objectives.features import FeatureTerm
+from fpo.objectives.objective import Composable, Needs, PairObjective
 from fpo.objectives.single import AnySingle
 
 _SHARED = ("pairs", "features")
@@ -31,13 +31,16 @@ class Mixture(PairObjective):
     def _check_terms(self) -> Mixture:
         if not self.terms:
             raise ValueError("objective.terms: a mixture of nothing; name at least one objective")
+        if any(weight < 0 for weight in self.weights) or (self.weights and not any(self.weights)):
+            raise ValueError(f"objective.weights: {list(self.weights)}; none is below 0, and one is above it")
         if self.weights and len(self.weights) != len(self.terms):
             raise ValueError(
                 f"objective.weights: {len(self.weights)} weights for {len(self.terms)} terms; give one per term"
             )
         for place, term in enumerate(self.terms):
             for field in _SHARED:
-                if field in term.model_fields_set:
+                # A default may be spelled out, as the recipe of a run has it.
+                if getattr(term, field, None) not in (None, "best_rest"):
                     raise ValueError(
                         f"objective.terms[{place}].{field}: a mixture's terms share one; set objective.{field}"
                     )
@@ -46,6 +49,8 @@ class Mixture(PairObjective):
                     f"objective.terms[{place}]: {term.name} brings a feature term of its own; set alpha: 0 there, and "
                     "objective.features for the mixture"
                 )
+        if self.features is not None and not any(isinstance(term, Composable | FeatureTerm) for term in self.terms):
+            raise ValueError("objective.features: no term of the mixture has a margin that a feature term could shift")
         return self
 
     @property
@@ -54,7 +59,7 @@ class Mixture(PairObjective):
         asked: dict[str, Any] = {
             field: any(needs[field] for needs in every) for field, value in every[0].items() if isinstance(value, bool)
         }
-        return replace(self.terms[0].formula_needs, **asked)
+        return Needs(**asked)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         """The weighted sum of the terms' losses; the rewards are the first term's."""

@@ -13,6 +13,9 @@ from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
 from fpo.objectives.objective import Needs, Paired
 from fpo.objectives.sft import sft
 
+# 1 - exp of less is rounded to 0, and its logarithm is no number.
+_CERTAIN = -1e-7
+
 
 class Orpo(Paired):
     """Odds ratio preference optimisation, Eq. 6-7 of https://arxiv.org/abs/2403.07691; uses no reference."""
@@ -45,5 +48,6 @@ def orpo(policy: Logps, lengths: Float[Tensor, "P 2"], *, beta: float) -> Object
 
 
 def log_odds(mean_logps: Float[Tensor, "P 2"]) -> Float[Tensor, "P 2"]:
-    """log(p / (1 - p)) at p = exp(mean_logps)."""
-    return mean_logps - (-mean_logps.expm1()).log()
+    """log(p / (1 - p)) at p = exp(mean_logps), which is kept where float32 still tells it from 1."""
+    held = mean_logps.clamp(max=_CERTAIN)
+    return held - (-held.expm1()).log()

@@ -110,7 +110,7 @@ def _check_features(needs: Needs, features: tuple[Feature, ...], objective: str)
     if term is None:
         return
     entries = {feature.hookpoint: feature for feature in features}
-    where = "objective" if needs.waived_by.startswith("alpha") else "objective.features"
+    where = "objective" if needs.waived_by == "alpha: 0" else "objective.features"
     if not entries:
         raise ValueError(f"objective.name: {objective} needs an entry in features (or objective.{needs.waived_by})")
     if term.hookpoints is None and len(entries) > 1:

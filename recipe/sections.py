@@ -182,7 +182,7 @@ class CacheOptions(Section):
     """Also keep the inner products of the completions' summed last hidden states, which displacement is told from."""
 
     mismatched: bool = False
-    """Also score each prompt with the completion of the group before it, which KTO takes its reference point from."""
+    """Also score each prompt with a completion of another prompt, which KTO takes its reference point from."""
 
     shard_pairs: Annotated[int, Field(gt=0, le=2**16)] = 2048
     """A shard closes at this many groups (or 2^20 tokens, or 64 MiB): what a killed run can lose."""

@@ -255,6 +255,30 @@ class CacheIdentity:
         """(G,) scored tokens of every group."""
         return _summed(lengths_of(self.scored_splits), self.completion_starts)
 
+    @cached_property
+    def answered_before(self) -> I64:
+        """
+        (G,) the nearest group before each in the dataset that has another prompt; before the first stands the last.
+        Raises DataError where all prompts are one.
+        """
+        tokens = self.tokens
+        starts = tokens.splits[starts_of(tokens.n_completions.astype(np.int64) + 1)[:-1]].astype(np.int64)
+        ends = starts + segment_lengths(tokens.splits, tokens.n_completions)[0]
+        known: dict[bytes, int] = {}
+        prompts = [
+            known.setdefault(tokens.input_ids[start:end].tobytes(), len(known))
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        ]
+        changed = np.flatnonzero(np.array(prompts) != np.roll(prompts, 1))
+        if len(changed) == 0:
+            raise DataError(
+                f"cache.mismatched: {self.recipe.data.source}, split {self.split!r}, has one prompt alone, so no "
+                "completion stands behind a prompt that it does not answer; leave it out, or name other data"
+            )
+        # Rows with one prompt that stand together have the same group before them.
+        run = np.searchsorted(changed, np.arange(len(prompts)), side="right") - 1
+        return np.asarray((changed[run] - 1) % len(prompts), dtype=np.int64)
+
     def _column_bytes(self, spec: Spec) -> I64:
         """(G,) what a column takes of every group at most, or about: pooled features have no known end."""
         n: I64 = self.tokens.n_completions.astype(np.int64)
@@ -263,8 +287,8 @@ class CacheIdentity:
         if spec["kind"] == "hidden_gram":
             return np.asarray(4 * n * n)
         if spec["kind"] == "mismatched":
-            firsts = segment_lengths(self.tokens.splits, self.tokens.n_completions)[1][self.completion_starts[:-1]]
-            return np.asarray(5 * np.roll(firsts, 1))
+            lengths = segment_lengths(self.tokens.splits, self.tokens.n_completions)[1]
+            return np.asarray(5 * lengths[self.completion_starts[self.answered_before]])
         rows, tokens = n, self.scored_tokens
         if spec["kind"] == "prompt_features":
             rows, tokens = np.ones_like(n), segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]

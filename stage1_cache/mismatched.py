@@ -23,8 +23,9 @@ def score_mismatched(
     identity: CacheIdentity, rows: np.ndarray, scorer: ReferenceScorer, advance: Callable[[int, int], None]
 ) -> Mismatched:
     """
-    The column's rows for these groups. Behind a group's prompt stands the first completion of the group before it in
-    the dataset, of the first group the last one's: TRL's KTOTrainer turns a batch so, which need not be this one.
+    The column's rows for these groups. Behind a group's prompt stands the first completion of the nearest group before
+    it in the dataset that has another prompt, before the first the last: TRL's KTOTrainer turns a batch by one row,
+    whatever the prompts.
     """
     paired = _paired(identity, rows)
     (logps,) = scorer.score(paired.groups, [None], lambda _, n_tokens: advance(0, n_tokens))
@@ -59,7 +60,7 @@ def _paired(identity: CacheIdentity, rows: np.ndarray) -> _Paired:
     prompts, completions = segment_lengths(tokens.splits, tokens.n_completions)
     # No longer than a prompt with a completion of its own can be in these data: what fits there fits here.
     longest = int((np.repeat(prompts, tokens.n_completions) + completions).max())
-    before = (rows - 1) % len(tokens)
+    before = identity.answered_before[rows]
     firsts = identity.completion_starts[before]
     sizes = np.minimum(completions[firsts], longest - prompts[rows])
     segments = starts_of(tokens.n_completions.astype(np.int64) + 1)[:-1]

@@ -171,8 +171,12 @@ def _mismatched(logps: Float[Tensor, " C"], batch: dict[str, Tensor], world: int
     """The mean logratio of the mismatched completions of all processes, without gradient."""
     if "mismatched" not in batch:
         return None
-    own = (logps.detach() - batch["ref_logps"])[batch["mismatched"]].mean()
-    return own if world == 1 else reduce(own, reduction="mean")
+    logratios = (logps.detach() - batch["ref_logps"])[batch["mismatched"]]
+    # A group that is there twice, so that all processes have as many, counts once.
+    counts = batch["counted_groups"].to(logratios.dtype)
+    sums = torch.stack([(logratios * counts).sum(), counts.sum()])
+    every: Tensor = sums if world == 1 else reduce(sums, reduction="sum")
+    return every[0] / every[1]
 
 
 def cached_features(batch: dict[str, Tensor], number: int) -> SparseRows:

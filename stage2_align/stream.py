@@ -53,6 +53,15 @@ def groups_of(cache: Cache, sid: int, objective: Objective) -> Groups:
     if single.any() and objective.units != "completions":
         row = int(single.argmax())
         raise _no_pair(f"group {groups.group_id[row]} of cache {cache.key[:12]} has {groups.n_completions[row]}")
+    if objective.units == "completions":
+        unlabelled = single & ~np.isin(groups.score[groups.completion_starts[:-1]], (0, 1))
+        if unlabelled.any():
+            row = int(unlabelled.argmax())
+            raise DataError(
+                f"the objective asks whether a completion is desirable, and group {groups.group_id[row]} of cache "
+                f"{cache.key[:12]} has one alone with score {groups.score[groups.completion_starts[row]]:g}; name data "
+                "with a label, true or false, for completions that stand alone (data.columns: label)"
+            )
     if objective.needs.scores:
         better, worse = groups.score[:-1], groups.score[1:]
         inside = np.ones(len(better), dtype=bool)
@@ -103,6 +112,7 @@ def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: E
         groups = with_mismatched(groups, mismatched)
         units = units._replace(completions=units.completions + units.group[:, None])
         arrays["mismatched"] = groups.completion_starts[1:] - 1
+        arrays["counted_groups"] = shares > 0
     asked = next((column.indices for column in groups.columns if isinstance(column, TopLogits)), None)
     packed = pack(
         groups.input_ids, groups.splits, groups.n_completions, layout, score_mask=groups.score_mask, asked=asked

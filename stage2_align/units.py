@@ -59,14 +59,14 @@ def units_of(groups: Groups, kind: UnitKind) -> Units:
 
 def desirable(groups: Groups) -> np.ndarray:
     """
-    (K,) whether the data prefers a completion: one alone where its score is above 0, of two the chosen one, of more
-    those of the best score.
+    (K,) whether the data prefers a completion: one alone by its label, of two the chosen one, of more those of the best
+    score.
     """
     n = groups.n_completions[_owners(groups)]
     best = np.zeros(len(n), dtype=bool)
     best[groups.completion_starts[:-1]] = True
     top = np.repeat(groups.score[groups.completion_starts[:-1]], groups.n_completions)
-    return np.select([n == 1, n == 2], [groups.score > 0, best], best | (groups.score == top))
+    return np.select([n == 1, n == 2], [groups.score == 1, best], best | (groups.score == top))
 
 
 def unit_tokens(groups: Groups, units: Units) -> UnitTokens:

@@ -490,3 +490,13 @@ def test_a_mixture_asks_for_what_any_of_its_terms_asks_for() -> None:
 def test_a_mixture_of_what_does_not_go_together_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Mixture(name="mixture", **fields)
+
+
+@pytest.mark.parametrize("name", ["orpo", "asft"])
+@pytest.mark.parametrize("mean", [0.0, 1e-8, -1e-8])
+def test_a_completion_that_is_certain_has_finite_odds(name: str, mean: float) -> None:
+    policy = torch.tensor([[mean, -0.7], [-0.7, mean]], requires_grad=True)
+    losses = OBJECTIVES[name](name=name).value(evidence_of(policy, torch.zeros(2, 2))).losses
+    (found,) = torch.autograd.grad(losses.sum(), policy)
+    assert losses.isfinite().all()
+    assert found.isfinite().all()

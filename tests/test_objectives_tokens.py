@@ -15,7 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpo.objectives import Adpo, Dpo, Evidence, LdDpo, Logps, Sampo, SimpoKl, Tdpo1, Tdpo2, Tokens, token_kl
+from fpo.objectives import (
+    Adpo,
+    Dpo,
+    Evidence,
+    FeatureTerm,
+    LdDpo,
+    Logps,
+    Sampo,
+    SimpoKl,
+    Tdpo1,
+    Tdpo2,
+    Tokens,
+    token_kl,
+)
 
 LOGRATIOS = ([1.0, 2.0, -1.0, 3.0], [-1.0, 2.0])
 
@@ -122,11 +135,18 @@ def test_one_segment_is_dpo_and_at_the_reference_any_number_has_its_gradient() -
         assert gradient(same, Adpo(name="adpo", beta=0.3, **cut).value(same).losses) == pytest.approx(expected)
 
 
+def test_a_completion_of_which_nothing_counts_is_no_segment() -> None:
+    """Alone with a completion of two tokens, 1 + 2 = 3, that one is a segment; a pair of nothing costs nothing."""
+    seen = evidence_of([], [], [1.0, 2.0], [])
+    for cut in ({"segments": 4}, {"window": 9}):
+        value = Adpo(name="adpo", beta=0.5, features=FeatureTerm(alpha=1.0), **cut)
+        held = seen._replace(distances=torch.zeros(2, 2))
+        assert value.total(held).losses.tolist() == pytest.approx([0.0, minus_log_sigmoid(1.5)])
+
+
 def test_a_pair_is_cut_into_segments_or_windows_and_not_both() -> None:
     with pytest.raises(ValueError, match="one of them says how a completion is cut"):
         Adpo(name="adpo", segments=4, window=2)
-    with pytest.raises(ValueError, match="one of them says how a completion is cut"):
-        Adpo(name="adpo", segments=None)
 
 
 def test_the_divergence_over_all_tokens_is_the_kl_and_over_a_few_a_lower_bound_of_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fpo.errors import RecipeError
-from fpo.objectives import Fpo, Simpo
+from fpo.objectives import OBJECTIVES, Fpo, Simpo
 from fpo.recipe import (
     OWNED_ARGUMENTS,
     PUBLISHING_ARGUMENTS,
@@ -265,6 +265,17 @@ def test_an_objective_without_a_feature_term_needs_no_features() -> None:
             {"name": "dpo", "features": {"hookpoints": ["model.layers.4"]}},
             r"hookpoints: model\.layers\.4 is not among",
         ),
+        ({"name": "dpo", "features": {"include": []}}, r"objective\.features: .* leave no feature that counts"),
+        ({"name": "dpo", "features": {"include": [1], "weights": {2: 3.0}}}, "weights name feature 2, which include"),
+        (
+            {"name": "mixture", "terms": [{"name": "sft"}], "features": {}},
+            "no term of the mixture has a margin",
+        ),
+        ({"name": "mixture", "terms": [{"name": "dpo"}], "weights": [0.0]}, "none is below 0, and one is above it"),
+        (
+            {"name": "mixture", "terms": [{"name": "fpo", "alpha": 0}, {"name": "sft"}], "features": {"k": 99}},
+            r"objective\.features\.k: 99",
+        ),
         ({"name": "fpo", "features": {"alpha": 1}}, "fpo has the fields of a feature term as its own"),
         (
             {"name": "mixture", "terms": [{"name": "dpo"}, {"name": "simpo", "gama": 1}]},
@@ -282,6 +293,16 @@ def test_what_an_objective_cannot_be_given_is_refused_by_its_field(objective: di
     with pytest.raises(RecipeError, match=said) as refusal:
         validate_recipe({**MINIMAL, "objective": objective}, "test")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_the_recipe_of_a_run_reads_back_whatever_the_objective(name: str) -> None:
+    """It spells every default out."""
+    given = {"name": name} | (
+        {"terms": [{"name": "dpo"}, {"name": "sft"}, {"name": "adpo"}]} if name == "mixture" else {}
+    )
+    recipe = validate_recipe({**MINIMAL, "objective": given, "cache": {"top_logits": 4, "mismatched": True}}, "test")
+    assert validate_recipe(yaml.safe_load(dump_recipe(recipe)), "test") == recipe
 
 
 MIXED = {"model": "m", "autocast": "bfloat16"}

@@ -12,10 +12,15 @@ import torch
 from tiny_world import TinyWorld, add_conversations, build_tiny_world
 from transformers import AutoModelForCausalLM
 
+from fpo.errors import DataError
 from fpo.recipe import Recipe
-from fpo.stage1_cache import build_caches
+from fpo.scoring import Packed, sum_logps
+from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.identity import cache_identities
 from fpo.stage1_cache.score import ReferenceScorer
+from fpo.stage2_align.align import load_policy
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.units import with_mismatched
 from fpo.store import Cache, Groups, Mismatched, open_cache
 
@@ -44,6 +49,13 @@ def segment(groups: Groups, group: int, place: int) -> np.ndarray:
     first = int(groups.completion_starts[group]) + group + place
     start, end = groups.splits[first : first + 2].astype(int)
     return groups.input_ids[start:end].astype(np.int64)
+
+
+def before_with_another_prompt(groups: Groups, group: int) -> int:
+    """The nearest group before, round the end of the data."""
+    own = segment(groups, group, 0).tolist()
+    order = [(group - step) % len(groups) for step in range(1, len(groups))]
+    return next(other for other in order if segment(groups, other, 0).tolist() != own)
 
 
 def test_behind_each_prompt_stands_the_first_completion_of_the_row_before(world: TinyWorld) -> None:
@@ -103,7 +115,7 @@ def test_a_mask_counts_the_same_tokens_behind_another_prompt(world: TinyWorld) -
     groups, column = every_row(world.recipe(data=data, cache=MISMATCHED), world.store)
     assert groups.score_mask is not None
     for group in range(8):
-        before = int(groups.completion_starts[group - 1 if group else 7])
+        before = int(groups.completion_starts[before_with_another_prompt(groups, group)])
         start, end = groups.scored_splits[before : before + 2]
         first, last = column.splits[group : group + 2].astype(int)
         assert column.score_mask[first:last].tolist() == groups.score_mask[start:end][: last - first].tolist()
@@ -112,7 +124,7 @@ def test_a_mask_counts_the_same_tokens_behind_another_prompt(world: TinyWorld) -
 def test_the_first_token_behind_an_empty_prompt_is_not_scored(world: TinyWorld) -> None:
     rows = [
         {"prompt": "", "chosen": "w1 w2 w3", "rejected": "w4 w5"},
-        {"prompt": "w6", "chosen": "w7", "rejected": "w8"},
+        {"prompt": "w6", "chosen": " w7", "rejected": " w8"},
     ]
     path = world.root / "pairs" / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -131,3 +143,45 @@ def test_the_first_token_behind_an_empty_prompt_is_not_scored(world: TinyWorld) 
     assert counted[:, :2].reshape(-1).tolist() == groups.counted.tolist()
     ends = column.splits.astype(int).tolist()
     assert counted[:, 2].tolist() == [int(column.score_mask[a:b].sum()) for a, b in itertools.pairwise(ends)]
+
+
+def test_rows_of_one_prompt_that_stand_together_have_another_prompts_completion(world: TinyWorld) -> None:
+    """As of unpaired data, whose completions of a prompt are neighbours: prompts a a b b, before the first the last."""
+    rows = [("w1", "w11", True), ("w1", "w12", False), ("w2", "w13", True), ("w2", "w14", False)]
+    unpaired = [{"prompt": prompt, "completion": f" {text}", "label": label} for prompt, text, label in rows]
+    path = world.root / "pairs" / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in unpaired), encoding="utf-8")
+    data = {"eval_split": None}
+    recipe = world.recipe(cache=MISMATCHED, features=[], data=data, objective={"name": "kto"})
+    groups, column = every_row(recipe, world.store)
+    found = [row.tolist() for row in np.split(column.input_ids, column.splits[1:-1].astype(int))]
+    own = [segment(groups, group, 1).tolist() for group in range(4)]
+    assert found == [own[3], own[3], own[1], own[1]]
+    path.write_text("".join(json.dumps({**row, "prompt": "w1"}) + "\n" for row in unpaired), encoding="utf-8")
+    with pytest.raises(DataError, match=r"cache\.mismatched: .*has one prompt alone"):
+        build_caches(recipe, world.store)
+
+
+def test_a_group_that_only_fills_a_process_up_is_none_of_the_mean(world: TinyWorld) -> None:
+    """Three groups on two processes are two and a repeat: z is the mean over three, as on one."""
+    recipe = world.recipe(cache=MISMATCHED, features=[], objective={"name": "kto"}, data={"split": "train[:3]"})
+    cache = find_cache(recipe, build_caches(recipe, world.store) and world.store)
+    meter, counted = ObjectiveMeter.of(recipe), []
+    model = load_policy(recipe, meter, world.root / "run")
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        stream = PairStream(cache, seed=0, per_device=4, rank=rank, world=world_size, objective=recipe.objective)
+        (batch,) = stream
+        assert batch is not None
+        batch["ref_logps"] = batch["ref_logps"] - torch.arange(len(batch["ref_logps"]))
+        logps = sum_logps(model(**{name: batch[name] for name in Packed._fields}).token_logps, packed_of(batch))
+        logratios = (logps.detach() - batch["ref_logps"])[batch["mismatched"]]
+        counted.append(int(batch["counted_groups"].sum()))
+        kept = logratios[batch["counted_groups"]]
+        value = meter.measure(model(**packed_of(batch)._asdict()), batch)
+        assert value.evidence.mismatched is not None
+        assert float(value.evidence.mismatched) == pytest.approx(float(kept.mean()), rel=1e-5)
+    assert counted == [3, 2, 1]
+
+
+def packed_of(batch: dict[str, torch.Tensor]) -> Packed:
+    return Packed(*(batch[name] for name in Packed._fields))
