@@ -258,7 +258,7 @@ def _token_metrics(evidence: Evidence, scores: Scores, batch: dict[str, Tensor],
     return {
         "logits/chosen": logits["chosen"],
         "logits/rejected": logits["rejected"],
-        "entropy": Metric(*map(sum, zip(*entropy.values(), strict=True))),
+        "entropy": Metric(*(torch.stack(of_sides).sum() for of_sides in zip(*entropy.values(), strict=True))),
         "mean_token_accuracy": means(scores.is_top)["chosen"],
     }
 

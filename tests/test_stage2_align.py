@@ -103,10 +103,8 @@ def test_a_resumed_run_logs_the_same_means_where_a_checkpoint_stands_between_two
     assert read_metrics(tmp_path / "run" / METRICS_FILE) == straight
     assert len(straight) == 4
     # Every pair was read as often as there were epochs, its prompt with each of its completions.
-    pairs = cached(world, recipe).shard(0)
-    prompts, completions = pairs.lengths
-    assert len(pairs) == cached(world, recipe).n_groups
-    assert straight[-1]["num_tokens"] == straight[-1]["epoch"] * (2 * prompts.sum() + completions.sum())
+    shards = [cached(world, recipe).shard(sid).lengths for sid in range(3)]
+    assert straight[-1]["num_tokens"] == 2 * sum(2 * prompts.sum() + own.sum() for prompts, own in shards)
 
 
 def test_accumulated_steps_see_the_same_pairs_and_give_the_same_losses(world: TinyWorld, tmp_path: Path) -> None:
