@@ -26,6 +26,11 @@ Head = Callable[[Tensor], Tensor]
 LOGITS_BUDGET_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 28
 
+# Float32 logits that are summarised at a time. On a CPU they stay in a core's cache, so that all statistics together
+# take no longer than one logsumexp over all rows; a GPU needs more of them, or it would wait for its kernels' starts.
+BLOCK_BYTES = 1 << 19
+GPU_BLOCK_BYTES = 1 << 26
+
 # Mean |difference| of token log-probs, nats. float32 on another device or attention kernel stays below 1e-4;
 # bfloat16 rounds logits to 3 digits, which moves a token by about 0.02.
 LOGPS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
@@ -44,6 +49,12 @@ class TokenLogps(NamedTuple):
     """Their log-probabilities."""
     log_sum_squares: Float[Tensor, " S"]
     """Log of the summed squares of all probabilities at each position, N of them or, where not asked for, none."""
+    entropy: Float[Tensor, " N"]
+    """Of the next token at each position, nats; without gradient, as what follows."""
+    mean_logits: Float[Tensor, " N"]
+    """Mean logit over the vocabulary."""
+    is_top: Float[Tensor, " N"]
+    """1 where no token has a larger logit than the target, else 0."""
 
 
 def token_logps(
@@ -69,12 +80,12 @@ def token_logps(
 
     def score(hidden_chunk: Tensor, column_chunk: Tensor) -> TokenLogps:
         logits = head(hidden_chunk).float()
-        logps: Tensor = _GatheredLogSoftmax.apply(logits, column_chunk)  # type: ignore[no-untyped-call]
+        logps, said = _GatheredLogSoftmax.apply(logits, column_chunk)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             best = logits.topk(top, dim=-1)
             best_logps = best.values - logits.logsumexp(-1, keepdim=True) if top else best.values
             summed = _log_sum_squares(logits) if squares else logits.new_empty(0)
-        return TokenLogps(logps[:, 0], logps[:, 1:], best.indices, best_logps, summed)
+        return TokenLogps(logps[:, 0], logps[:, 1:], best.indices, best_logps, summed, *said.unbind(-1))
 
     vocabulary = _vocabulary(head, hidden)
     total = hidden.shape[0] * vocabulary * 4
@@ -109,17 +120,38 @@ def _vocabulary(head: Head, hidden: Tensor) -> int:
         return int(head(hidden[:1]).shape[-1])
 
 
+def _block_bytes(device: torch.device) -> int:
+    return BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+
+
+def _summary(logits: Float[Tensor, "B V"]) -> Float[Tensor, "B 4"]:
+    """Of each row: logsumexp, as torch computes it; entropy in nats; mean; maximum."""
+    largest = logits.amax(-1, keepdim=True)
+    below = logits - largest
+    masses = below.exp()
+    total = masses.sum(-1, keepdim=True)
+    # p = masses / total, so the entropy, -sum p log p, is log(total) - sum p * below: no large numbers cancel.
+    entropy = total.log() - masses.mul_(below).sum(-1, keepdim=True) / total
+    return torch.cat([total.log() + largest, entropy, logits.mean(-1, keepdim=True), largest], dim=1)
+
+
 class _GatheredLogSoftmax(torch.autograd.Function):
     """
     log_softmax(logits)[columns], (N, A) of each row, without keeping the (N, V) log-softmax: forward keeps logits and
-    one logsumexp per row, backward makes the sum of onehot - softmax in a single buffer.
+    one logsumexp per row, backward makes the sum of onehot - softmax in a single buffer. Beside it, without gradient,
+    (N, 3): entropy, mean logit and whether the first column has the largest.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, columns: Tensor) -> Tensor:
-        normaliser = logits.logsumexp(-1, keepdim=True)
+    def forward(ctx: Any, logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        rows = max(1, _block_bytes(logits.device) // (logits.shape[1] * 4))
+        blocks = [_summary(block) for block in logits.split(rows)]
+        normaliser, entropy, mean, largest = torch.cat(blocks).split(1, dim=-1)
         ctx.save_for_backward(logits, columns, normaliser)
-        return logits.gather(-1, columns) - normaliser
+        gathered = logits.gather(-1, columns)
+        said = torch.cat([entropy, mean, (gathered[:, :1] == largest).float()], dim=1)
+        ctx.mark_non_differentiable(said)
+        return gathered - normaliser, said
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -48,6 +48,12 @@ class Scores(NamedTuple):
     """Their log-probabilities."""
     residuals: tuple[Float[Tensor, "N D"], ...]
     """Output of each hookpoint at the positions that predict the scored tokens, in the model's dtype."""
+    entropy: Float[Tensor, " N"]
+    """Of the next token where each scored one stands, nats, float32; without gradient, as the two that follow."""
+    mean_logits: Float[Tensor, " N"]
+    """Mean logit over the vocabulary."""
+    is_top: Float[Tensor, " N"]
+    """1 where no token has a larger logit than the scored one, else 0."""
     router_loss: Float[Tensor, ""] | None = None
     """Load-balancing loss over the batch's tokens, not multiplied yet; None where it was not asked for."""
     prompt_residuals: tuple[Float[Tensor, "prompt_tokens D"], ...] = ()
@@ -114,6 +120,9 @@ def install_scoring(
             top_indices=scored.top_indices,
             top_logps=scored.top_logps,
             residuals=tuple(states[packed.predictors] for states in given),
+            entropy=scored.entropy,
+            mean_logits=scored.mean_logits,
+            is_top=scored.is_top,
             router_loss=None if balance is None else balance(output.router_logits, packed.group),
             prompt_residuals=tuple(states[packed.prompt_predictors] for states in of_prompts),
             hidden_sums=_sums(hidden, packed) if hidden_sums else None,

@@ -228,10 +228,11 @@ def counted_groups(batch: dict[str, Tensor]) -> Float[Tensor, " U"]:
     return batch["share"] * (batch["weight"] > 0)
 
 
-def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[str, Metric]:
+def batch_metrics(measurement: Measurement, scores: Scores, batch: dict[str, Tensor]) -> dict[str, Metric]:
     """
-    Every metric that is logged, under TRL's names where TRL has one: over groups the mean of their pairs, or over a
-    batch's completions. Repeats, whose `weight` is 0, count in none. Whoever adds batches up does it in float64.
+    Every metric that is logged, under TRL's names where TRL has one: over groups the mean of their pairs, over a
+    batch's completions, or over their tokens. Repeats, whose `weight` is 0, count in none. Whoever adds batches up
+    does it in float64.
     """
     counts = counted_groups(batch)
     every = {"loss": (measurement.value.losses, counts), **_sides_of(measurement, counts)}
@@ -242,7 +243,29 @@ def batch_metrics(measurement: Measurement, batch: dict[str, Tensor]) -> dict[st
         # Reference activations that a top-k cache does not hold count as 0; their squares sum to this.
         tails = [batch[name] for name in batch if name.startswith("ref_tail_sq_")]
         every["features/unknown_sq"] = (torch.stack(tails).sum(0)[batch["units"]].mean(1), counts)
-    return {name: _metric(values, own) for name, (values, own) in every.items()}
+    return {name: _metric(values, own) for name, (values, own) in every.items()} | _token_metrics(
+        measurement.evidence, scores, batch, counts
+    )
+
+
+def _token_metrics(evidence: Evidence, scores: Scores, batch: dict[str, Tensor], counts: Tensor) -> dict[str, Metric]:
+    """Means over the tokens that count, each as often as its completion counts in the other metrics."""
+    packed = Packed(*(batch[name] for name in Packed._fields))
+    lengths = _by_side(evidence.lengths, evidence, counts)
+
+    def means(values: Float[Tensor, " N"]) -> dict[str, Metric]:
+        sums = _by_side(sum_logps(values, packed)[batch["units"]], evidence, counts)
+        return {
+            side: Metric((summed * own).sum(), (lengths[side][0] * own).sum()) for side, (summed, own) in sums.items()
+        }
+
+    logits, entropy = means(scores.mean_logits), means(scores.entropy)
+    return {
+        "logits/chosen": logits["chosen"],
+        "logits/rejected": logits["rejected"],
+        "entropy": Metric(*(torch.stack(of_sides).sum() for of_sides in zip(*entropy.values(), strict=True))),
+        "mean_token_accuracy": means(scores.is_top)["chosen"],
+    }
 
 
 def _metric(values: Tensor, counts: Tensor) -> Metric:
@@ -257,22 +280,32 @@ def _sides_of(measurement: Measurement, counts: Tensor) -> dict[str, tuple[Tenso
         said["features/distance"] = evidence.distances
     if evidence.divergences is not None:
         said["kl"] = evidence.divergences
+    found = {
+        _side_name(name, side): value_and_count
+        for name, values in said.items()
+        for side, value_and_count in _by_side(values, evidence, counts).items()
+    }
+    if evidence.desirable is not None:
+        return found
+    better = (rewards[:, :1] > rewards[:, 1:]).float()
+    margins = found["rewards/chosen"][0] - found["rewards/rejected"][0]
+    accuracies = (better * _shares(evidence)).sum(1)
+    return found | {"rewards/margins": (margins, counts), "rewards/accuracies": (accuracies, counts)}
+
+
+def _by_side(values: Float[Tensor, "U n"], evidence: Evidence, counts: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of a unit's chosen completion and of its rejected ones, their mean: the values, and what each counts."""
     if evidence.desirable is not None:
         labelled = {"chosen": counts * evidence.desirable, "rejected": counts * ~evidence.desirable}
-        return {
-            _side_name(name, side): (values[:, 0], own)
-            for name, values in said.items()
-            for side, own in labelled.items()
-        }
-    others = torch.ones_like(rewards[:, 1:]) if evidence.present is None else evidence.present[:, 1:].float()
-    shares = others / others.sum(1, keepdim=True)
-    better = (rewards[:, :1] > rewards[:, 1:]).float()
-    found = {}
-    for name, values in said.items():
-        found[_side_name(name, "chosen")] = (values[:, 0], counts)
-        found[_side_name(name, "rejected")] = ((values[:, 1:] * shares).sum(1), counts)
-    margins = found["rewards/chosen"][0] - found["rewards/rejected"][0]
-    return found | {"rewards/margins": (margins, counts), "rewards/accuracies": ((better * shares).sum(1), counts)}
+        return {side: (values[:, 0], own) for side, own in labelled.items()}
+    return {"chosen": (values[:, 0], counts), "rejected": ((values[:, 1:] * _shares(evidence)).sum(1), counts)}
+
+
+def _shares(evidence: Evidence) -> Float[Tensor, "U others"]:
+    """What part of its unit's rejected side each completion but the first is."""
+    logps = evidence.policy.logps[:, 1:]
+    others = torch.ones_like(logps) if evidence.present is None else evidence.present[:, 1:].to(logps.dtype)
+    return others / others.sum(1, keepdim=True)
 
 
 def _side_name(name: str, side: str) -> str:

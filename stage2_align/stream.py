@@ -96,8 +96,9 @@ def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: E
     """
     What a step needs of these groups: the fields of `Packed`, the reference's side under `ref_`, the data's `score`,
     and of the objective's units which completions they are (`units`), what part of its group each is (`share`), what it
-    counts in the step (`weight`) and what the data says that the group counts (`unit_weight`). Further what the
-    objective asks for and no other does.
+    counts in the step (`weight`) and what the data says that the group counts (`unit_weight`); and how many tokens all
+    completions have with their prompts, but of repeats (`tokens_read`). Further what the objective asks for and no
+    other does.
 
     groups   with the columns that the objective reads, its features first and in their order
     layout   the one in which the policy is measured rightly
@@ -106,6 +107,8 @@ def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: E
     units, needs = units_of(groups, objective.units), objective.needs
     preferred = desirable(groups) if objective.units == "completions" else None
     arrays: dict[str, np.ndarray] = {"n_completions": groups.n_completions.astype(np.int64)}
+    read = groups.sizes + (groups.n_completions.astype(np.int64) - 1) * groups.lengths[0]
+    arrays["tokens_read"] = np.array(read[shares > 0].sum(), np.float32)
     mismatched = next((column for column in groups.columns if isinstance(column, Mismatched)), None)
     if mismatched is not None:
         # From here on every group has one completion more, its last.

@@ -13,11 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fpo.stage2_align.checkpoints import read_sums
 from fpo.stage2_align.measure import Metric
 
+TOKENS_READ = "num_tokens"
+"""What is no mean but a total since the run began, by TRL's name; it is over nothing."""
+
 
 class MetricSums(TrainerCallback):
     """
-    Sums of every metric since the last log, and over how much each is. They are saved beside each checkpoint, so that a
-    resumed run logs the same means as one never interrupted, wherever between two logs it was saved.
+    Sums of every metric since the last log, and over how much each is; of TOKENS_READ since the run began. They are
+    saved beside each checkpoint, so that a resumed run logs what one never interrupted does, wherever between two logs
+    it was saved.
     """
 
     # How many batches' sums may wait on the device between two logs.
@@ -30,8 +34,8 @@ class MetricSums(TrainerCallback):
 
     @property
     def names(self) -> list[str]:
-        """What is summed up, from the first batch on."""
-        return self._names
+        """What means there are, from the first batch on."""
+        return [name for name in self._names if name != TOKENS_READ]
 
     def add(self, metrics: dict[str, Metric]) -> None:
         """Those of one more batch. They stay on their device, so that no step waits for it."""
@@ -52,21 +56,25 @@ class MetricSums(TrainerCallback):
 
     def means(self, world: int, device: torch.device) -> dict[str, float]:
         """
-        Means over all processes since the last call; nothing where nothing was added.
+        Means over all processes since the last call, and TOKENS_READ; nothing where nothing was added.
 
         device  where this process talks to the others, if there are any
         """
         self._fold()
-        if not self.totals:
+        if not self.totals.keys() - {TOKENS_READ}:
             return {}
         names = sorted(self.totals)
         values = [self.totals[name] for name in names]
         if world > 1:
             values = reduce(torch.tensor(values, dtype=torch.float64, device=device), reduction="sum").tolist()
-        self.totals = {}
+        self.totals = {name: total for name, total in self.totals.items() if name == TOKENS_READ}
         # Where no group has a pair, each sum is 0; of single completions there may be none of one side.
         nothing = not any(count for _, count in values)
-        means = {name: total / (n or 1.0) for name, (total, n) in zip(names, values, strict=True) if n or nothing}
+        means = {
+            name: total / (n or 1.0)
+            for name, (total, n) in zip(names, values, strict=True)
+            if n or nothing or name == TOKENS_READ
+        }
         return _with_margins(means)
 
     def state(self) -> dict[str, tuple[float, float]]:

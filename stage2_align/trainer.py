@@ -34,7 +34,7 @@ from fpo.stage2_align.finite import FiniteWatch
 from fpo.stage2_align.held_out import held_out_metrics
 from fpo.stage2_align.measure import Metric, ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.stream import Batch, PairStream
-from fpo.stage2_align.sums import MetricSums
+from fpo.stage2_align.sums import TOKENS_READ, MetricSums
 
 
 class PairTrainer(Trainer):
@@ -109,7 +109,8 @@ class PairTrainer(Trainer):
         scores = model(**{name: inputs[name] for name in Packed._fields})
         measurement = self.meter.measure(scores, inputs, self.args.world_size)
         weight = inputs["weight"]
-        loss, metrics = (measurement.value.losses * weight).sum(), batch_metrics(measurement, inputs)
+        loss, metrics = (measurement.value.losses * weight).sum(), batch_metrics(measurement, scores, inputs)
+        metrics[TOKENS_READ] = Metric(inputs["tokens_read"], torch.zeros_like(inputs["tokens_read"]))
         if scores.router_loss is not None:
             # A mean over the batch's tokens, so it counts as often as the batch has pairs, as in TRL.
             loss = loss + self.router_coefficient * scores.router_loss * weight.sum()

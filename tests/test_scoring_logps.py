@@ -23,6 +23,32 @@ class Capped(nn.Module):
         return self.softcap * torch.tanh(self.head(hidden) / self.softcap)
 
 
+@pytest.mark.parametrize("blocks", [1, 5])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_what_is_said_of_all_logits_is_said_without_gradient(
+    chunked: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits near 1000, where an entropy that is the difference of large numbers has lost three digits."""
+    torch.manual_seed(0)
+    head = nn.Linear(8, 31)
+    head.bias.data += 1000
+    hidden = torch.randn(13, 8, requires_grad=True)
+    logits = head(hidden).detach()
+    targets = torch.where(torch.arange(13) % 2 == 0, logits.argmax(-1), logits.argmin(-1))
+    if chunked:
+        monkeypatch.setattr(logps_module, "LOGITS_BUDGET_BYTES", 0)
+        monkeypatch.setattr(logps_module, "CHUNK_BYTES", 7 * 31 * 4)
+    monkeypatch.setattr(logps_module, "BLOCK_BYTES", 13 * 31 * 4 // blocks)
+    found = token_logps(hidden, targets, head)
+    found.logps.sum().backward()
+    probabilities = logits.double().softmax(-1)
+    torch.testing.assert_close(found.entropy, -(probabilities * probabilities.log()).sum(-1).float())
+    torch.testing.assert_close(found.mean_logits, logits.mean(-1))
+    assert found.is_top.tolist() == [1.0, 0.0] * 6 + [1.0]
+    assert torch.equal(found.logps, logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1))
+    assert not any(said.requires_grad for said in (found.entropy, found.mean_logits, found.is_top))
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_log_probs_and_gradients_equal_log_softmax(

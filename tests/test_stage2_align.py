@@ -95,13 +95,16 @@ def test_a_resumed_run_logs_the_same_means_where_a_checkpoint_stands_between_two
     """Checkpoints at 7 and 14, logs at 5, 10, 15, 20; what came after step 14's checkpoint is taken away."""
     recipe = world.recipe(training={"logging_steps": 5})
     align(recipe, cached(world, recipe), tmp_path / "run")
-    straight = losses(tmp_path / "run")
+    straight = read_metrics(tmp_path / "run" / METRICS_FILE)
     shutil.rmtree(tmp_path / "run" / "checkpoint-20")
     facts = read_run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "complete": False}))
     align(recipe, cached(world, recipe), tmp_path / "run", resume=True)
-    assert losses(tmp_path / "run") == straight
+    assert read_metrics(tmp_path / "run" / METRICS_FILE) == straight
     assert len(straight) == 4
+    # Every pair was read as often as there were epochs, its prompt with each of its completions.
+    shards = [cached(world, recipe).shard(sid).lengths for sid in range(3)]
+    assert straight[-1]["num_tokens"] == 2 * sum(2 * prompts.sum() + own.sum() for prompts, own in shards)
 
 
 def test_accumulated_steps_see_the_same_pairs_and_give_the_same_losses(world: TinyWorld, tmp_path: Path) -> None:
@@ -133,7 +136,9 @@ def test_a_step_is_the_same_for_any_number_of_processes_and_of_forwards(tmp_path
     assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
     for run in ("forwards", "processes"):
         for row, other in zip(*(read_metrics(tmp_path / name / METRICS_FILE) for name in ("one", run)), strict=True):
-            for name in ("loss", "rewards/margins", "logps/chosen", "features/distance_rejected"):
+            assert other["num_tokens"] == row["num_tokens"]
+            of_tokens = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+            for name in ("loss", "rewards/margins", "logps/chosen", "features/distance_rejected", *of_tokens):
                 assert other[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), (run, row["step"], name)
         for name, tensor in load_file(tmp_path / run / "model.safetensors").items():
             assert (tensor - expected[name]).abs().max() < 2e-6, (run, name)

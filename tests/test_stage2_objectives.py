@@ -105,7 +105,7 @@ def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_refere
         with NoFloat64():
             scores = model(**{name: batch[name] for name in Packed._fields})
             measurement = meter.measure(scores, batch)
-            MetricSums().add(batch_metrics(measurement, batch))
+            MetricSums().add(batch_metrics(measurement, scores, batch))
         losses = measurement.value.losses
         assert losses.shape == (16 if name == "kto" else 8,)
         (gradient,) = torch.autograd.grad(losses.mean(), scores.token_logps)
