@@ -27,7 +27,7 @@ LOGITS_BUDGET_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 28
 
 # Float32 logits that are summarised at a time. On a CPU they stay in a core's cache, so that all statistics together
-# take no longer than one logsumexp over all rows; a GPU needs more of them, or it would wait for its kernels' starts.
+# take less than one logsumexp over all rows (docs/log.md); a GPU would wait for the starts of its kernels: not timed.
 BLOCK_BYTES = 1 << 19
 GPU_BLOCK_BYTES = 1 << 26
 
