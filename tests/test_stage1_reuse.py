@@ -441,7 +441,7 @@ def test_columns_come_one_by_one_and_cover_what_asks_for_less(world: TinyWorld, 
         assert np.array_equal(getattr(cut, name), getattr(scored, name)), name
     np.testing.assert_allclose(cut.tail_sq, scored.tail_sq, rtol=1e-5, atol=1e-9)
     more = [{**feature, "top_k": "all"}, {**feature, "hookpoint": "model.layers.2"}]
-    both = built(world, tmp_path, "train", features=more, objective={"hookpoint": "model.layers.1"})
+    both = built(world, tmp_path, "train", features=more, objective={"hookpoints": ["model.layers.1"]})
     assert [column.built for column in both.columns] == [True, True]
     assert len(both.cache.held_columns()) == 3
     assert both.cache.digest == plain.cache.digest
