@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, smoothed_loss
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, penalised, smoothed_loss
 from fpo.objectives.objective import LabelSmoothing, Needs, PairObjective
 from fpo.objectives.sft import sft
 
@@ -60,7 +60,7 @@ def cpo(
 
     penalties  what a feature term adds to the log-probs of the margin; None adds nothing
     """
-    rewards = beta * (policy.logps if penalties is None else policy.logps + penalties)
+    rewards = beta * penalised(policy.logps, penalties)
     u = rewards[:, 0] - rewards[:, 1]
     losses = smoothed_loss(u, label_smoothing) + sft_weight * sft(policy, lengths).losses
     return ObjectiveValue(losses, rewards.detach())

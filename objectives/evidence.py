@@ -35,8 +35,8 @@ class Tokens(NamedTuple):
     """Which completion of which unit a token is of: unit * n + place."""
     place: Int[Tensor, " T"]
     """Its place among its completion's tokens that count, from 0."""
-    draws: Float[Tensor, " T"]
-    """Uniform in [0, 1), by unit and epoch; 0 where the objective asks for none."""
+    draws: Float[Tensor, " T"] | None
+    """Uniform in [0, 1), by unit and epoch; None where it is not asked for."""
 
     def sums(self, values: Float[Tensor, " T"], lengths: Float[Tensor, "U n"]) -> Float[Tensor, "U n"]:
         """Of each completion."""
@@ -99,6 +99,16 @@ class ObjectiveValue(NamedTuple):
     losses: Float[Tensor, " U"]
     rewards: Float[Tensor, "U n"]
     """Implicit reward of each completion, as TRL reports it; the feature term is not part of it."""
+
+
+def over_chosen(values: Float[Tensor, "P 2"]) -> Float[Tensor, " P"]:
+    """The rejected completion's value less the chosen one's, of which the latter has no gradient."""
+    return values[:, 1] - values[:, 0].detach()
+
+
+def penalised(logps: Float[Tensor, "P 2"], penalties: Float[Tensor, "P 2"] | None) -> Float[Tensor, "P 2"]:
+    """Log-probs or logratios with what a feature term adds to them in the margin; None adds nothing."""
+    return logps if penalties is None else logps + penalties
 
 
 def smoothed_loss(u: Float[Tensor, " P"], label_smoothing: float) -> Float[Tensor, " P"]:

@@ -9,7 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, over_chosen
 from fpo.objectives.features import FeatureTerm
 from fpo.objectives.objective import Needs, Paired
 
@@ -25,7 +25,7 @@ class Fpo(FeatureTerm, Paired):
 
     @property
     def formula_needs(self) -> Needs:
-        return Needs(reference=True, features=self if self.alpha else None, waived_by="alpha: 0")
+        return Needs(reference=True, features=self if self.alpha else None)
 
     def value(self, evidence: Evidence) -> ObjectiveValue:
         return fpo(
@@ -57,5 +57,5 @@ def fpo(
     rewards = beta * (policy.mean_logps - reference.mean_logps)
     margin = rewards[:, 0] - rewards[:, 1]
     if distances is not None:
-        margin = margin - beta * alpha * (distances[:, 1] - distances[:, 0].detach())
+        margin = margin - beta * alpha * over_chosen(distances)
     return ObjectiveValue(-functional.logsigmoid(margin), rewards.detach())

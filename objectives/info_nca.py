@@ -10,10 +10,10 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
-from fpo.objectives.objective import Composable, Needs, UnitKind
+from fpo.objectives.objective import ListObjective, Needs
 
 
-class InfoNca(Composable):
+class InfoNca(ListObjective):
     """InfoNCA, Eq. 7 of https://arxiv.org/abs/2402.05369: the policy's choice among a group's is that of the scores."""
 
     name: Literal["info_nca"]
@@ -24,10 +24,6 @@ class InfoNca(Composable):
 
     alpha: PositiveFloat = 1.0
     """Temperature of the scores: the smaller, the more the best one counts."""
-
-    @property
-    def units(self) -> UnitKind:
-        return "groups"
 
     @property
     def formula_needs(self) -> Needs:

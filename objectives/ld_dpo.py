@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from fpo.objectives.evidence import Evidence, ObjectiveValue, Tokens, smoothed_loss
+from fpo.objectives.evidence import Evidence, ObjectiveValue, Tokens, penalised, smoothed_loss
 from fpo.objectives.objective import LabelSmoothing, Needs, PairObjective
 
 
@@ -64,6 +64,6 @@ def ld_dpo(
     """
     shared = lengths.amin(1)[tokens.side // 2]
     weights = torch.where(tokens.place < shared, 1.0, ld_alpha)
-    rewards = beta * tokens.sums(weights * (tokens.policy - tokens.reference), lengths)
-    held = rewards if penalties is None else rewards + beta * penalties
-    return ObjectiveValue(smoothed_loss(held[:, 0] - held[:, 1], label_smoothing), rewards.detach())
+    logratios = tokens.sums(weights * (tokens.policy - tokens.reference), lengths)
+    rewards = beta * penalised(logratios, penalties)
+    return ObjectiveValue(smoothed_loss(rewards[:, 0] - rewards[:, 1], label_smoothing), rewards.detach())

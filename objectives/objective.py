@@ -28,8 +28,6 @@ class Needs:
     """Whether what the reference says enters the loss (`ref_logps` or features)."""
     features: FeatureTerm | None = None
     """The feature term; None is none."""
-    waived_by: str = "features: null"
-    """The setting with which the objective asks for no features, as an error names it."""
     scores: bool = False
     """Whether the data's scores of the completions enter the loss."""
     typicality: bool = False
@@ -107,6 +105,14 @@ class Paired(Objective):
     @property
     def units(self) -> UnitKind:
         return self.pairs
+
+
+class ListObjective(Composable):
+    """An objective over groups as lists, to which a feature term can be added."""
+
+    @property
+    def units(self) -> UnitKind:
+        return "groups"
 
 
 class PairObjective(Composable, Paired):

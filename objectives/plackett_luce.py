@@ -10,10 +10,10 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
-from fpo.objectives.objective import Composable, Needs, UnitKind
+from fpo.objectives.objective import ListObjective, Needs
 
 
-class PlackettLuce(Composable):
+class PlackettLuce(ListObjective):
     """DPO under the Plackett-Luce model, Eq. 20 of https://arxiv.org/abs/2305.18290, of groups as ranked lists."""
 
     name: Literal["plackett_luce"]
@@ -21,10 +21,6 @@ class PlackettLuce(Composable):
 
     beta: PositiveFloat = 0.1
     """Pull towards the reference: scale of each logratio."""
-
-    @property
-    def units(self) -> UnitKind:
-        return "groups"
 
     @property
     def formula_needs(self) -> Needs:

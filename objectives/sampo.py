@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.evidence import Evidence, ObjectiveValue, Tokens
+from fpo.objectives.evidence import Evidence, ObjectiveValue, Tokens, penalised
 from fpo.objectives.objective import Needs, PairObjective
 
 
@@ -43,10 +43,11 @@ def sampo(
 
     penalties  what a feature term adds to the logratios; None adds nothing
     """
+    assert tokens.draws is not None
     # The l tokens of lowest draw: sorted by completion, then by draw, their places are their ranks.
     order = torch.argsort(tokens.draws, stable=True)
     order = order[torch.argsort(tokens.side[order], stable=True)]
     drawn = torch.empty_like(tokens.place).index_copy(0, order, tokens.place) < lengths.amin(1)[tokens.side // 2]
-    rewards = beta * tokens.sums(drawn * (tokens.policy - tokens.reference), lengths)
-    held = rewards if penalties is None else rewards + beta * penalties
-    return ObjectiveValue(-functional.logsigmoid(held[:, 0] - held[:, 1]), rewards.detach())
+    logratios = tokens.sums(drawn * (tokens.policy - tokens.reference), lengths)
+    rewards = beta * penalised(logratios, penalties)
+    return ObjectiveValue(-functional.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards.detach())

@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, penalised
 from fpo.objectives.objective import Needs, PairObjective
 from fpo.objectives.sft import sft
 
@@ -60,7 +60,7 @@ def simpo(
 
     penalties  what a feature term adds to the mean log-probs of the margin; None adds nothing
     """
-    rewards = beta * (policy.mean_logps if penalties is None else policy.mean_logps + penalties)
+    rewards = beta * penalised(policy.mean_logps, penalties)
     losses = -functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - gamma)
     if sft_weight:
         losses = losses + sft_weight * sft(policy, lengths).losses

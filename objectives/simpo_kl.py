@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, over_chosen, penalised
 from fpo.objectives.objective import Needs, PairObjective
 
 
@@ -63,7 +63,6 @@ def simpo_kl(
 
     penalties  what a feature term adds to the mean log-probs of the margin; None adds nothing
     """
-    rewards = beta * (policy.mean_logps if penalties is None else policy.mean_logps + penalties)
-    apart = mean_divergences[:, 1] - mean_divergences[:, 0].detach()
-    u = rewards[:, 0] - rewards[:, 1] - beta * alpha * apart - gamma
+    rewards = beta * penalised(policy.mean_logps, penalties)
+    u = rewards[:, 0] - rewards[:, 1] - beta * alpha * over_chosen(mean_divergences) - gamma
     return ObjectiveValue(-functional.logsigmoid(u), rewards.detach())

@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue
+from fpo.objectives.evidence import Evidence, Logps, ObjectiveValue, over_chosen
 from fpo.objectives.objective import Needs, PairObjective
 
 
@@ -46,6 +46,5 @@ def tdpo2(
     sg stops the gradient. The rewards are beta * (logratio + K), as the authors log them.
     """
     logratios = policy.logps - reference.logps
-    apart = divergences[:, 1] - divergences[:, 0].detach()
-    losses = -functional.logsigmoid(beta * (logratios[:, 0] - logratios[:, 1] - alpha * apart))
+    losses = -functional.logsigmoid(beta * (logratios[:, 0] - logratios[:, 1] - alpha * over_chosen(divergences)))
     return ObjectiveValue(losses, (beta * (logratios + divergences)).detach())

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from fpo.nearest import nearest
-from fpo.objectives import DEFAULT_OBJECTIVE, AnyObjective, Needs
+from fpo.objectives import DEFAULT_OBJECTIVE, AnyObjective, FeatureTerm
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, training_arithmetic
 from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Policy, Reference
 from fpo.section import Section
@@ -46,7 +46,7 @@ class Recipe(Section):
         for hookpoint in hookpoints:
             if hookpoints.count(hookpoint) > 1:
                 raise ValueError(f"features: hookpoint {hookpoint} is listed twice")
-        _check_features(self.objective.needs, self.features, self.objective.name)
+        _check_features(self.objective, self.features)
         if self.objective.needs.mismatched and not self.cache.mismatched:
             raise ValueError(
                 f"cache.mismatched: {self.objective.name} takes its reference point from mismatched completions; "
@@ -104,15 +104,15 @@ def check_arithmetic(recipe: Recipe, training: Arithmetic) -> None:
         )
 
 
-def _check_features(needs: Needs, features: tuple[Feature, ...], objective: str) -> None:
+def _check_features(objective: AnyObjective, features: tuple[Feature, ...]) -> None:
     """ValueError where `features` do not give what the objective needs."""
-    term = needs.features
+    term = objective.needs.features
     if term is None:
         return
     entries = {feature.hookpoint: feature for feature in features}
-    where = "objective" if needs.waived_by == "alpha: 0" else "objective.features"
+    where = "objective" if isinstance(objective, FeatureTerm) else "objective.features"
     if not entries:
-        raise ValueError(f"objective.name: {objective} needs an entry in features (or objective.{needs.waived_by})")
+        raise ValueError(f"objective.name: {objective.name} needs an entry in features (or {where}.alpha: 0)")
     if term.hookpoints is None and len(entries) > 1:
         raise ValueError(f"{where}.hookpoints: say which of {', '.join(entries)} are constrained")
     for hookpoint in term.hookpoints or entries:

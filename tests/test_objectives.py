@@ -111,9 +111,9 @@ def test_an_objective_is_its_formula_with_its_own_settings() -> None:
 def test_an_objective_says_what_it_asks_of_a_cache() -> None:
     assert Dpo(name="dpo").needs == Needs(reference=True, features=None)
     assert Simpo(name="simpo").needs == Needs(reference=False, features=None)
-    assert Fpo(name="fpo", alpha=0.0).needs == Needs(reference=True, waived_by="alpha: 0")
+    assert Fpo(name="fpo", alpha=0.0).needs == Needs(reference=True)
     constrained = Fpo(name="fpo", k=7, feature_set="union", hookpoints=["model.layers.3"])
-    assert constrained.needs == Needs(reference=True, features=constrained, waived_by="alpha: 0")
+    assert constrained.needs == Needs(reference=True, features=constrained)
     term = FeatureTerm(k=7)
     assert Simpo(name="simpo", features=term).needs == Needs(reference=True, features=term)
     assert Dpo(name="dpo", features=FeatureTerm(alpha=0.0)).needs == Needs(reference=True)
