@@ -84,8 +84,7 @@ def align_command(
     if report.best is not None:
         best = report.best
         print(f"best        step {best['step']:,}, {best['metric']} {best['value']:.6g}: the policy that was saved")
-    for line in [] if report.cost is None else cost_lines(report.cost):
-        print(line)
+    print("\n".join(cost_lines(report.cost)))
     for name in sorted(name for name in report.last if "/" in name or name in ("loss", "kl")):
         print(f"  {name:<28}{report.last[name]:.6g}")
 

@@ -35,7 +35,7 @@ def align_facts(report: AlignReport) -> dict[str, Any]:
         "pairs_per_second": report.rate,
         "parity": report.parity,
         "seconds": report.seconds,
-        "cost": None if report.cost is None else report.cost._asdict(),
+        "cost": report.cost._asdict(),
         "last": report.last,
         "best": report.best,
     }

@@ -89,8 +89,7 @@ class AlignReport:
     """The first logged metrics."""
     last: dict[str, float]
     """The last logged ones."""
-    cost: Cost | None
-    """None of a run that an earlier version finished."""
+    cost: Cost
     best: dict[str, Any] | None = None
     """Step, metric and value of the evaluation whose policy was saved; None where it is the last step's."""
 
@@ -256,8 +255,7 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
 def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     """The report of a run that was complete already."""
     facts, logged = read_run(output), ends(read_metrics(output / METRICS_FILE))
-    cost = Cost(**facts["cost"]) if "cost" in facts else None
-    seconds = facts.get("seconds", 0.0)
+    seconds, cost = facts["seconds"], Cost(**facts["cost"])
     return AlignReport(
         output, facts["steps"], 0, seconds, per_step, None, facts["parity"], *logged, cost, facts["best"]
     )
