@@ -17,7 +17,7 @@ Dimension key:  T tokens   S segments (prompts and completions)   G groups   C c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -71,6 +71,11 @@ class Packed(NamedTuple):
     """How many of them each group has; empty unless prompts were asked for."""
     asked: Int[Tensor, "N A"]
     """Further tokens whose log-prob is asked for in the place of each scored one; (N, 0) asks for none."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Packed:
+        """Its fields among those of a batch."""
+        return cls(*(batch[name] for name in cls._fields))
 
     @property
     def layout(self) -> Layout:

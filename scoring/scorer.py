@@ -99,7 +99,7 @@ def install_scoring(
 
     def forward(self: PreTrainedModel, **batch: Any) -> Scores:
         # PEFT adds arguments of its own, all None.
-        packed = Packed(*(batch[name] for name in Packed._fields))
+        packed = Packed.of(batch)
         if moving_rope:  # such a family asks the device for the longest position itself
             refuse_moving_rope(self, int(packed.position_ids.max()) + 1)
         width = packed.input_ids.shape[1]

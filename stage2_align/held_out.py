@@ -77,7 +77,7 @@ def held_out_metrics(
     for batch in stream:
         assert batch is not None
         here = {name: tensor.to(device) for name, tensor in batch.items()}
-        scores = score(**{name: here[name] for name in Packed._fields})
+        scores = score(**Packed.of(here)._asdict())
         sums.add(batch_metrics(meter.measure(scores, here, stream.world), scores, here))
         scored(len(batch["n_completions"]))
     return {f"eval_{name}": value for name, value in sums.means(stream.world, device).items()}

@@ -109,7 +109,7 @@ class ObjectiveMeter:
         batch   from `batch_tensors`, on the policy's device
         world   processes that share a step, all of which measure now
         """
-        packed = Packed(*(batch[name] for name in Packed._fields))
+        packed = Packed.of(batch)
         units, counts = batch["units"], packed.counts
         # A completion of which nothing counts has the mean of nothing, 0.
         sizes = counts.clamp(min=1)[units]
@@ -157,8 +157,7 @@ def _tokens(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Tokens 
     if "token_rows" not in batch:
         return None
     policy, side = packed.counting(scores.token_logps)[batch["token_rows"]], batch["token_side"]
-    drawn = batch.get("token_draws", torch.zeros_like(batch["ref_token_logps"]))
-    return Tokens(policy, batch["ref_token_logps"], side, batch["token_place"], drawn)
+    return Tokens(policy, batch["ref_token_logps"], side, batch["token_place"], batch.get("token_draws"))
 
 
 def _divergences(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Float[Tensor, "U n"] | None:
@@ -250,7 +249,7 @@ def batch_metrics(measurement: Measurement, scores: Scores, batch: dict[str, Ten
 
 def _token_metrics(evidence: Evidence, scores: Scores, batch: dict[str, Tensor], counts: Tensor) -> dict[str, Metric]:
     """Means over the tokens that count, each as often as its completion counts in the other metrics."""
-    packed = Packed(*(batch[name] for name in Packed._fields))
+    packed = Packed.of(batch)
     lengths = _by_side(evidence.lengths, evidence, counts)
 
     def means(values: Float[Tensor, " N"]) -> dict[str, Metric]:

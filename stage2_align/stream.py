@@ -135,14 +135,14 @@ def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: E
         if not needs.scores:  # a group of two is a pair, whatever its scores
             pair = np.repeat(groups.n_completions == 2, groups.n_completions)
             arrays["score"] = np.where(pair, np.float32(np.nan), groups.score)
-    if needs.tokens or needs.draws:
+    if needs.tokens:
         tokens = unit_tokens(groups, units)
         arrays |= {f"token_{name}": array for name, array in tokens._asdict().items()}
         counted = groups.token_logps if groups.score_mask is None else groups.token_logps[groups.score_mask != 0]
         arrays["ref_token_logps"] = counted[tokens.rows]
-        if needs.draws:
-            per_unit = groups.counted[units.completions].sum(1)
-            arrays["draws"], arrays["token_draws"] = draws(groups, units, per_unit, epoch.seed, epoch.number)
+    if needs.draws:
+        per_unit = groups.counted[units.completions].sum(1)
+        arrays["draws"], arrays["token_draws"] = draws(groups, units, per_unit, epoch.seed, epoch.number)
     if needs.features is not None:
         arrays |= _sides(groups, units, preferred)
     for number, column in enumerate(groups.columns):

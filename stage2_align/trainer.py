@@ -106,7 +106,7 @@ class PairTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The pairs' losses by weight: their mean over forwards and processes is the mean over the step's pairs."""
-        scores = model(**{name: inputs[name] for name in Packed._fields})
+        scores = model(**Packed.of(inputs)._asdict())
         measurement = self.meter.measure(scores, inputs, self.args.world_size)
         weight = inputs["weight"]
         loss, metrics = (measurement.value.losses * weight).sum(), batch_metrics(measurement, scores, inputs)
@@ -166,7 +166,7 @@ class PairTrainer(Trainer):
         super()._load_best_model()
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        self.tokens_seen += Packed(*(inputs[name] for name in Packed._fields)).n_tokens
+        self.tokens_seen += Packed.of(inputs).n_tokens
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.watch.note(loss, self.state.global_step + 1)
         return loss

@@ -231,7 +231,7 @@ class Experiment:
         ):
             assert batch is not None
             with torch.no_grad():
-                scores = model(**{name: batch[name] for name in Packed._fields})
+                scores = model(**Packed.of(batch)._asdict())
             losses.append(meter.measure(scores, batch).value.losses.mean().item())
         return losses
 

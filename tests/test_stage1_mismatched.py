@@ -173,15 +173,11 @@ def test_a_group_that_only_fills_a_process_up_is_none_of_the_mean(world: TinyWor
         (batch,) = stream
         assert batch is not None
         batch["ref_logps"] = batch["ref_logps"] - torch.arange(len(batch["ref_logps"]))
-        logps = sum_logps(model(**{name: batch[name] for name in Packed._fields}).token_logps, packed_of(batch))
+        logps = sum_logps(model(**Packed.of(batch)._asdict()).token_logps, Packed.of(batch))
         logratios = (logps.detach() - batch["ref_logps"])[batch["mismatched"]]
         counted.append(int(batch["counted_groups"].sum()))
         kept = logratios[batch["counted_groups"]]
-        value = meter.measure(model(**packed_of(batch)._asdict()), batch)
+        value = meter.measure(model(**Packed.of(batch)._asdict()), batch)
         assert value.evidence.mismatched is not None
         assert float(value.evidence.mismatched) == pytest.approx(float(kept.mean()), rel=1e-5)
     assert counted == [3, 2, 1]
-
-
-def packed_of(batch: dict[str, torch.Tensor]) -> Packed:
-    return Packed(*(batch[name] for name in Packed._fields))

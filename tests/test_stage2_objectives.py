@@ -103,7 +103,7 @@ def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_refere
         batch: Any = next(iter(PairStream(cache, seed=0, per_device=8, objective=recipe.objective)))
         meter = ObjectiveMeter.of(recipe)
         with NoFloat64():
-            scores = model(**{name: batch[name] for name in Packed._fields})
+            scores = model(**Packed.of(batch)._asdict())
             measurement = meter.measure(scores, batch)
             MetricSums().add(batch_metrics(measurement, scores, batch))
         losses = measurement.value.losses
@@ -116,7 +116,7 @@ def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_refere
     assert {name: found[name] for name in AT_THE_REFERENCE} == pytest.approx(AT_THE_REFERENCE, rel=1e-4)
     # Where the policy itself enters: from the cached log-probs, which are its own.
     plain: Any = next(iter(PairStream(find_cache(world.recipe(), world.store), seed=0, per_device=8)))
-    scores = model(**{name: plain[name] for name in Packed._fields})
+    scores = model(**Packed.of(plain)._asdict())
     logps = plain["ref_logps"].view(-1, 2)
     means = logps / plain["counts"].view(-1, 2)
     nll = float(-logps[:, 0].sum() / plain["counts"][::2].sum())
