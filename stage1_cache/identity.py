@@ -181,6 +181,17 @@ class CacheIdentity:
         """(G+1,) where the completions of each group start."""
         return starts_of(self.tokens.n_completions)
 
+    @cached_property
+    def lengths(self) -> tuple[I64, I64]:
+        """Tokens of every prompt (G,) and of every completion (K,)."""
+        return segment_lengths(self.tokens.splits, self.tokens.n_completions)
+
+    @cached_property
+    def sizes(self) -> I64:
+        """(K,) tokens of every completion with its prompt."""
+        prompts, completions = self.lengths
+        return np.asarray(np.repeat(prompts, self.tokens.n_completions) + completions, dtype=np.int64)
+
     def wanting(self, rows: np.ndarray) -> Wanting:
         """What a shard of these groups needs."""
         completions, _ = gather(self.completion_starts, rows)
@@ -207,8 +218,7 @@ class CacheIdentity:
                 f"{vocabulary} tokens"
             )
         limit = positions(config)
-        prompts, completions = segment_lengths(self.tokens.splits, self.tokens.n_completions)
-        sizes = np.repeat(prompts, self.tokens.n_completions) + completions
+        sizes = self.sizes
         if limit is not None and len(sizes) and sizes.max() > limit:
             row = int(np.repeat(self.tokens.group_id, self.tokens.n_completions)[sizes.argmax()])
             raise RecipeError(
@@ -263,7 +273,7 @@ class CacheIdentity:
         """
         tokens = self.tokens
         starts = tokens.splits[starts_of(tokens.n_completions.astype(np.int64) + 1)[:-1]].astype(np.int64)
-        ends = starts + segment_lengths(tokens.splits, tokens.n_completions)[0]
+        ends = starts + self.lengths[0]
         known: dict[bytes, int] = {}
         prompts = [
             known.setdefault(tokens.input_ids[start:end].tobytes(), len(known))
@@ -287,11 +297,11 @@ class CacheIdentity:
         if spec["kind"] == "hidden_gram":
             return np.asarray(4 * n * n)
         if spec["kind"] == "mismatched":
-            lengths = segment_lengths(self.tokens.splits, self.tokens.n_completions)[1]
+            lengths = self.lengths[1]
             return np.asarray(5 * lengths[self.completion_starts[self.answered_before]])
         rows, tokens = n, self.scored_tokens
         if spec["kind"] == "prompt_features":
-            rows, tokens = np.ones_like(n), segment_lengths(self.tokens.splits, self.tokens.n_completions)[0]
+            rows, tokens = np.ones_like(n), self.lengths[0]
         if spec["top_k"] == "all":
             return np.asarray(8 * np.minimum(rows * spec["d_sae"], _FEATURES_PER_TOKEN * tokens))
         return np.asarray(8 * rows * min(spec["top_k"], spec["d_sae"]))

@@ -15,7 +15,7 @@ import numpy as np
 from fpo.stage1_cache.identity import CacheIdentity
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.store import Mismatched, TokenLogps
-from fpo.store.format.groups import segment_lengths, summed_logps
+from fpo.store.format.groups import summed_logps
 from fpo.store.format.ragged import starts_of
 
 
@@ -57,9 +57,9 @@ class _Paired:
 
 def _paired(identity: CacheIdentity, rows: np.ndarray) -> _Paired:
     tokens, bounds = identity.tokens, identity.tokens.splits.astype(np.int64)
-    prompts, completions = segment_lengths(tokens.splits, tokens.n_completions)
+    prompts, completions = identity.lengths
     # No longer than a prompt with a completion of its own can be in these data: what fits there fits here.
-    longest = int((np.repeat(prompts, tokens.n_completions) + completions).max())
+    longest = int(identity.sizes.max())
     before = identity.answered_before[rows]
     firsts = identity.completion_starts[before]
     sizes = np.minimum(completions[firsts], longest - prompts[rows])

@@ -190,8 +190,6 @@ class Reusable:
     def _find(self, want: int, shard: Wanting) -> _Found:
         """Where each row of a want of a shard stands."""
         heads, known, source, row = self._indexes[want]
-        if is_mismatched(self.wants[want]):  # the completions are other groups', which the digests do not name
-            heads = heads[:0]
         nowhere = np.full(len(shard.digests), -1, dtype=np.int64)
         if len(heads):
             at = np.minimum(np.searchsorted(heads, _heads(shard.digests)), len(heads) - 1)
@@ -269,7 +267,8 @@ class Reusable:
         """The shards whose rows of a want were computed here, and the facts of the manifest that seals them."""
         if spec is None:
             return ours, cache.manifest.facts
-        column = serving(held, spec)
+        # A mismatched completion is another group's, whom no digest of a row names.
+        column = None if is_mismatched(spec) else serving(held, spec)
         nothing = (tuple(False for _ in ours), dict[str, Any]())
         if column is None:
             return nothing
