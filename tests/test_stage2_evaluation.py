@@ -14,6 +14,7 @@ import pytest
 import torch
 from run_processes import run_two_processes
 from safetensors.torch import load_file
+from tiny_runs import assert_same_weights, cut
 from tiny_world import TinyWorld, build_tiny_world
 
 from fpo.commands.caches import recipe_cache
@@ -26,7 +27,7 @@ from fpo.stage2_align.callbacks import is_evaluation, read_metrics
 from fpo.stage2_align.checkpoints import SEAL_FILE, rotate
 from fpo.stage2_align.held_out import held_out_stream
 from fpo.stage2_align.measure import counted_groups
-from fpo.stage2_align.run import METRICS_FILE, read_run, write_run
+from fpo.stage2_align.run import METRICS_FILE, read_run
 
 # The package exports a function of the module's name.
 aligning = importlib.import_module("fpo.stage2_align.align")
@@ -63,19 +64,6 @@ def rows(folder: Path, *, evaluations: bool) -> list[dict[str, float]]:
 def evaluated(folder: Path) -> list[tuple[float, float]]:
     """Step and loss of every evaluation."""
     return [(row["step"], row["eval_loss"]) for row in rows(folder, evaluations=True)]
-
-
-def cut(folder: Path, step: int) -> None:
-    """The run as one that was killed after the checkpoint at `step`, some rows later, leaves it."""
-    for path in folder.glob("checkpoint-*"):
-        if int(path.name.split("-")[1]) > step:
-            shutil.rmtree(path)
-    write_run(folder, {**read_run(folder), "complete": False})
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_an_evaluation_in_training_is_what_fpo_evaluate_says_and_changes_nothing(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny_runs import assert_same_weights, cut
 from tiny_world import TinyWorld, build_tiny_world
 
 from fpo.errors import RecipeError, RunError
@@ -43,15 +43,7 @@ def run(world: TinyWorld, recipe: Recipe, folder: Path, *, resume: bool = False)
 def stopped_at(world: TinyWorld, recipe: Recipe, folder: Path, step: int) -> None:
     """A run as one that was killed after the checkpoint at `step` leaves it."""
     run(world, recipe, folder)
-    for path in folder.glob("checkpoint-*"):
-        if int(path.name.split("-")[1]) > step:
-            shutil.rmtree(path)
-    write_run(folder, {**read_run(folder), "complete": False})
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    cut(folder, step)
 
 
 def test_a_folder_with_other_files_begins_a_run_with_and_without_resume(world: TinyWorld, tmp_path: Path) -> None:
