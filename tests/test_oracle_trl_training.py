@@ -200,14 +200,15 @@ class Experiment:
             steps = [groups for groups, _ in PairStream(built.cache, seed=SEED, per_device=BATCH)._micro_batches(0)]
             self.keys[data] = built.cache.key
             self.rows[data] = [rows[int(group)] for groups in steps for group in groups.group_id]
-            self.mismatched[data] = [tokens for groups in steps for tokens in mismatched_tokens(groups)]
+            if built.columns:
+                self.mismatched[data] = [tokens for groups in steps for tokens in mismatched_tokens(groups)]
 
     def recipe(self, case: Case) -> Recipe:
         raw = self.world.raw_recipe(
             reference={"model": str(self.world.root / "reference")},
             features=[],
             data={"source": str(self.world.root / case.data), "eval_split": None, "chat_template": TEMPLATE},
-            cache={"mismatched": True},
+            cache={"mismatched": case.data != "promptless"},  # where no prompt is another
             policy={} if case.start == "reference" else {"model": str(self.world.root / case.start)},
         )
         training = {**SHARED, "learning_rate": case.rate}
