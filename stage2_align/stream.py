@@ -34,21 +34,28 @@ Batch = dict[str, Tensor]
 def check_groups(cache: Cache, objective: Objective) -> None:
     """
     DataError where the cache's counts tell that a group is no pair, or its first shard that groups lack the scores that
-    are asked for: no model needs to be loaded to know it.
+    are asked for: no model needs to be loaded to know it. The cache must be opened with the columns that the objective
+    reads; others are not looked at.
     """
     if objective.units != "completions" and cache.n_completions < 2 * cache.n_groups:
         raise _no_pair(f"cache {cache.key[:12]} has {cache.n_completions:,} in {cache.n_groups:,} groups")
-    groups_of(cache, 0, objective)
+    opened = groups_of(cache, 0, objective).columns
+    term = objective.needs.features
+    constrained = 0 if term is None else len(term.hookpoints or (None,))
+    assert sum(isinstance(column, Features) for column in opened) == constrained, "the hookpoints that are constrained"
 
 
 def groups_of(cache: Cache, sid: int, objective: Objective) -> Groups:
     """
-    A shard. Its groups must hold two completions at least, where the objective does not take them one by one, and where
-    it asks for scores, these must say that no completion is better than the one before it.
+    A shard, with the columns that the objective reads. Its groups must hold two completions at least, where the
+    objective does not take them one by one, and where it asks for scores, these must say that no completion is better
+    than the one before it.
 
     Raises DataError naming a group that is not as it must be.
     """
-    groups = cache.shard(sid)
+    groups, needs = cache.shard(sid), objective.needs
+    read = {Features: needs.features is not None, TopLogits: needs.divergence, Mismatched: needs.mismatched}
+    groups = groups.with_columns([column for column in groups.columns if read.get(type(column), False)])
     single = groups.n_completions < 2
     if single.any() and objective.units != "completions":
         row = int(single.argmax())
@@ -62,7 +69,7 @@ def groups_of(cache: Cache, sid: int, objective: Objective) -> Groups:
                 f"{cache.key[:12]} has one alone with score {groups.score[groups.completion_starts[row]]:g}; name data "
                 "with a label, true or false, for completions that stand alone (data.columns: label)"
             )
-    if objective.needs.scores:
+    if needs.scores:
         better, worse = groups.score[:-1], groups.score[1:]
         inside = np.ones(len(better), dtype=bool)
         inside[groups.completion_starts[1:-1] - 1] = False
