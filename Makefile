@@ -11,7 +11,7 @@ export FPO_STORE ?= $(CURDIR)/caches
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cache align evaluate test test-store test-families test-oracles families check lint docs bench clean
+.PHONY: help demo cache align evaluate test test-long test-store test-families test-oracles families check lint docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,8 +41,11 @@ align: $(VENV)/installed  ## stage 2: train the recipe's policy from its cache (
 evaluate: $(VENV)/installed  ## held-out metrics of a run (RUN=...)
 	$(BIN)/fpo evaluate $(RUN)
 
-test: $(VENV)/installed-test  ## set up and run the tests
+test: $(VENV)/installed-test  ## set up and run the tests, but the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-long: $(VENV)/installed-test  ## whole runs, processes and kills, which take seconds each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'long and not campaign and not oracle'
 
 test-store: $(VENV)/installed-test  ## the long rounds of the store: kills, damage, fuzzing, scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign -s
@@ -53,7 +56,7 @@ test-families: $(VENV)/installed-test  ## a tiny model of every family against s
 test-oracles: $(ORACLES)/installed  ## compare with TRL, sae-lens and eai-sparsify, in an environment of their own
 	OMP_NUM_THREADS=1 $(ORACLES)/bin/python -m pytest -m oracle
 
-check: lint test  ## all that CI runs, but the oracles
+check: lint test test-long  ## all that CI runs, but the oracles and the families
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -63,6 +63,7 @@ def commands() -> list[list[str]]:
     return leaves(typer.main.get_command(cli.app), [])
 
 
+@pytest.mark.long
 def test_every_command_has_help_and_stands_in_the_readme(world: TinyWorld) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert ["cache"] in commands()
@@ -90,6 +91,7 @@ def test_a_run_folder_may_lie_in_the_home(world: TinyWorld, monkeypatch: pytest.
     assert asked == [world.root / "runs/mine"]
 
 
+@pytest.mark.long
 def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     recipe = world.recipe_file(training={"max_steps": 3})
     out, err = fpo(world, "align", recipe, expect=1)

@@ -23,6 +23,8 @@ from fpo.stage2_align import align
 from fpo.stage2_align.callbacks import StopAtStepEnd, read_metrics
 from fpo.stage2_align.run import METRICS_FILE, read_run
 
+pytestmark = pytest.mark.long
+
 SHORT = {"max_steps": 3, "num_train_epochs": 1, "save_steps": 2}
 
 

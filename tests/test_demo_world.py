@@ -124,6 +124,7 @@ def test_every_closing_sentence_has_the_mood_that_its_rule_names():
 # The miniature world
 
 
+@pytest.mark.long
 def test_a_world_built_again_has_the_same_bytes(world: Path, tmp_path: Path):
     again, built = build_world(tmp_path / "again", MINIATURE)
     assert built

@@ -110,6 +110,7 @@ def in_little(name: str, world: TinyWorld) -> Recipe:
     return load_recipe(FOLDER / f"{name}.yaml", sets)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_ready_recipe_caches_and_takes_a_step(name: str, tmp_path: Path) -> None:
     """Its hookpoints are there, its reference is computed as its policy, and its first loss has a gradient."""

@@ -187,6 +187,7 @@ build_caches(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.long
 def test_killed_and_resumed_gives_the_same_bytes_as_never_killed(world: TinyWorld, tmp_path: Path) -> None:
     """SIGKILL between a base's shard and its column's, each time, until a process gets to the end."""
     recipe = world.recipe_file(cache={"shard_pairs": 20})

@@ -400,6 +400,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     assert recipe.cache.store == f"{root}/store"
 
 
+@pytest.mark.long
 def test_a_home_that_cannot_be_written_is_not_the_datas_fault(world: TinyWorld, tmp_path: Path) -> None:
     """A container's user: what `datasets` and the memo keep has no place."""
     environment = {**os.environ, "HOME": "/proc/nohome", "OMP_NUM_THREADS": "1"}

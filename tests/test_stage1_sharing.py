@@ -70,6 +70,7 @@ def results(processes: list[subprocess.Popen[str]]) -> list[list[int | str]]:
     return found
 
 
+@pytest.mark.long
 def test_two_plain_starts_score_every_completion_once(world: TinyWorld, tmp_path: Path) -> None:
     found = results(start(world, tmp_path, 2))
     assert sum(int(scored) for _, _, scored, _ in found) == 2 * N

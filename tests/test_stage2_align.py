@@ -67,6 +67,7 @@ def test_a_run_folder_holds_recipe_metrics_and_a_policy_that_transformers_opens(
     assert AutoTokenizer.from_pretrained(tmp_path / "run")("w1 w2").input_ids == [1, 5, 6]
 
 
+@pytest.mark.long
 def test_a_run_killed_anywhere_and_resumed_has_the_losses_of_one_never_interrupted(
     world: TinyWorld, tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_accumulated_steps_see_the_same_pairs_and_give_the_same_losses(world: Ti
     assert losses(tmp_path / "in_parts")[:2] == pytest.approx(losses(tmp_path / "at_once")[:2], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_step_is_the_same_for_any_number_of_processes_and_of_forwards(tmp_path: Path) -> None:
     """
     23 pairs in steps of 8, so that an epoch's last step has 7: by one process at once, in two forwards of 4, and by two

@@ -116,6 +116,7 @@ def test_any_number_of_processes_counts_every_held_out_group_once(world: TinyWor
         assert list(counted.values()) == [1.0] * 7, ranks
 
 
+@pytest.mark.long
 def test_two_processes_evaluate_as_one_does(world: TinyWorld, tmp_path: Path) -> None:
     alone = {**STEPS, "max_steps": 2, "per_device_train_batch_size": 4, "optim": "sgd"}
     run(world, recipe_of(world, **alone), tmp_path / "one")

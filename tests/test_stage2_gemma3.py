@@ -93,6 +93,7 @@ def test_adapters_stand_in_the_decoder_alone(world: TinyWorld, tmp_path: Path, t
     assert all(".language_model." in name for name in adapted)
 
 
+@pytest.mark.long
 def test_two_processes_train_it_and_the_run_holds_the_whole_model(world: TinyWorld, tmp_path: Path) -> None:
     """`ddp_find_unused_parameters` is off: a tower without gradients would stop the second step."""
     training = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "optim": "sgd"}

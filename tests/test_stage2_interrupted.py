@@ -25,6 +25,8 @@ from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.checkpoints import last_checkpoint
 from fpo.stage2_align.run import METRICS_FILE, read_run
 
+pytestmark = pytest.mark.long
+
 TRAINING = {"optim": "sgd", "learning_rate": 3e-3, "lr_scheduler_type": "constant", "logging_steps": 5}
 
 

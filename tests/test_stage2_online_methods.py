@@ -33,6 +33,8 @@ from fpo.stage2_align.run import METRICS_FILE
 from fpo.stage2_align.units import draws, units_of
 from fpo.store import Cache, Groups
 
+pytestmark = pytest.mark.long
+
 GROUPS = 24
 STEPS = GROUPS // BATCH
 

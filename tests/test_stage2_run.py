@@ -327,6 +327,7 @@ FILES_OF_AT_MOST = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSI
 FILES_OF_AT_MOST += "sys.argv = ['fpo', *sys.argv[2:]]; from fpo import cli; cli.main()"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("limit", "what"),
     [

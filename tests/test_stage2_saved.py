@@ -195,6 +195,7 @@ def test_a_run_is_complete_only_after_its_weights_were_read_back(
     assert read_run(tmp_path / "run")["complete"]
 
 
+@pytest.mark.long
 def test_fsdp_with_sharded_checkpoints_ends_with_whole_weights(tmp_path: Path) -> None:
     """accelerate's defaults for FSDP2, in two gloo processes; held to one process."""
     world = build_tiny_world(tmp_path / "world", 16, 2)

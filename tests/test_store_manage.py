@@ -505,6 +505,7 @@ def test_a_claim_is_taken_on_a_complete_base_whose_tmp_is_gone(world):
 # Killed while removing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["rm", "gc"])
 def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path, how):
     """SIGKILL before every call with which rm or gc changes the disk; then the next gc and writer find order."""
@@ -531,6 +532,7 @@ def test_a_removal_killed_anywhere_leaves_all_of_a_cache_or_none(tmp_path, how):
     assert len(graves) > 8
 
 
+@pytest.mark.long
 def test_the_removal_of_a_column_killed_anywhere_leaves_all_of_it_or_none(tmp_path):
     here = Path(__file__).parent
     script = [sys.executable, str(here / "store_killed_removal.py"), "column", str(tmp_path)]

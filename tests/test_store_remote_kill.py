@@ -13,7 +13,7 @@ from fpo.errors import CacheIncomplete, CacheMissing
 from fpo.store import Store, open_cache, pull, push, verify
 
 pytest.importorskip("obstore")
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")]
 
 BASE = ("recipe.json", "manifest.json", "shards/", "records/")
 every_point = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.campaign)])
