@@ -62,10 +62,16 @@ class Recipe(Section):
                 f"reference.autocast: {self.reference.autocast} rounds the products of float32 weights; set "
                 f"reference.dtype: float32, or leave autocast out to compute in {self.reference.dtype}"
             )
-        if self.policy.dtype != "float32" and self.policy.lora is None:
+        if self.policy.dtype != "float32" and not self.policy.frozen:
             raise ValueError(
                 f"policy.dtype: {self.policy.dtype} weights swallow an update below 1/256 of their size, so they would "
                 "hardly move; set policy.dtype: float32 and training.bf16: true (or train adapters: policy.lora)"
+            )
+        prompt, checkpointing = self.policy.prompt, ("gradient_checkpointing", "activation_checkpointing")
+        if prompt is not None and prompt.kind == "prefix" and any(map(self.training.get, checkpointing)):
+            raise ValueError(
+                "policy.prompt.kind: transformers drops a prefix where activations are computed again in backward; "
+                "leave training.gradient_checkpointing out, or set kind: embeddings"
             )
         if self.training:  # a recipe without it does not say yet how it trains; `fpo align` asks again
             check_arithmetic(self, self.policy_arithmetic())

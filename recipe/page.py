@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from fpo.objectives import OBJECTIVES, FeatureTerm
 from fpo.recipe.experiment import Recipe
-from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Lora, Policy, Reference
+from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Lora, Policy, Prompt, Reference
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS, training_fields
 from fpo.section import Section
 
@@ -35,6 +35,7 @@ def reference_page() -> str:
         ("cache", CacheOptions),
         ("policy", Policy),
         ("policy.lora", Lora),
+        ("policy.prompt", Prompt),
         ("generate", Generate),
         *((f"objective ({name})", kind) for name, kind in OBJECTIVES.items()),
         ("objective.features", FeatureTerm),

@@ -222,6 +222,22 @@ class Lora(Section):
     """Names of modules that are trained whole and saved beside the adapter: `[lm_head]`; none with shared weights."""
 
 
+class Prompt(Section):
+    """Train a soft prompt before every sequence (PEFT) and no weights; the policy does not start as the reference."""
+
+    virtual_tokens: PositiveInt = 20
+    """How many tokens it has; a row of packed pairs holds them once."""
+
+    kind: Literal["embeddings", "prefix"] = "embeddings"
+    """
+    `embeddings` before the first layer (prompt tuning, https://arxiv.org/abs/2104.08691), or a `prefix` of keys and
+    values in every layer's attention (prefix tuning, https://arxiv.org/abs/2101.00190).
+    """
+
+    text: str | None = None
+    """What it says before training, repeated or cut to fit; null draws tokens from the vocabulary."""
+
+
 class Policy(Section):
     """The model that is trained."""
 
@@ -232,13 +248,27 @@ class Policy(Section):
     """Branch, tag or commit of a hub id."""
 
     dtype: Dtype = "float32"
-    """What the weights are kept in; another than float32 only under `lora`. For mixed precision set `training.bf16`."""
+    """What the weights are kept in; float32 where they are trained. For mixed precision set `training.bf16`."""
 
     lora: Lora | None = None
-    """Adapter settings; null trains all weights."""
+    """Adapter settings; null, and `prompt` too, trains all weights."""
+
+    prompt: Prompt | None = None
+    """Soft prompt or prefix; null is none."""
 
     same_arithmetic: bool = True
     """Refuse a reference that was computed in another arithmetic than the policy; false goes on regardless."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights that training starts from stay as they are, and something beside them is trained."""
+        return self.lora is not None or self.prompt is not None
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.lora is not None and self.prompt is not None:
+            raise ValueError("policy.prompt: a soft prompt is trained alone; leave policy.lora out, or the prompt")
+        return self
 
 
 class Generate(Section):

@@ -7,9 +7,10 @@ What a model says about a group. One package, because reference and policy must 
     scorer      the one forward pass                sae         activations; files of every format
     check       is a model measured rightly         self_check  does the SAE fit the hookpoint
     features    pooled top k, column sets           routers     load-balancing loss of experts
+    virtual     soft prompts before the rows
 """
 
-from fpo.scoring.check import choose_layout, extremes
+from fpo.scoring.check import OwnLogits, choose_layout, extremes
 from fpo.scoring.configs import model_config, positions, significant_config
 from fpo.scoring.families import silence_dropout
 from fpo.scoring.features import (
@@ -44,6 +45,7 @@ __all__ = [
     "LOGPS_TOLERANCE",
     "ColumnSet",
     "Layout",
+    "OwnLogits",
     "Packed",
     "PooledFeatures",
     "Sae",

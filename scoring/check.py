@@ -10,8 +10,9 @@ Dimension key:  G groups   S segments (prompts and completions)   T tokens
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fpo.errors import ModelError
 from fpo.scoring.families import packed_row_limit, refuse_moving_rope
@@ -34,6 +34,11 @@ LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.
 # A mean over few tokens is as far off as one of them: completions of 1, 2, 4 and 8 tokens of a trained model in
 # bfloat16 reach 0.098, 0.088, 0.076 and 0.042, longer ones 0.022. Below this many, rounding gets a mean of n's room.
 ROUNDED_TOKENS = 16
+
+# A PreTrainedModel with scoring installed, or a PEFT model around one.
+Model = Any
+# The logits of a sequence (1, L) at some of its positions (n,), by a model's own forward: (n, V).
+OwnLogits = Callable[[Tensor, Tensor], Tensor]
 
 # What a forward raises that was not made for its input.
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
@@ -100,28 +105,31 @@ def extremes(
 
 @torch.no_grad()
 def choose_layout(
-    model: PreTrainedModel,
+    model: Model,
     input_ids: Integer[np.ndarray, " T"],
     splits: Integer[np.ndarray, " S1"],
     n_completions: Integer[np.ndarray, " G"],
+    own_logits: OwnLogits | None = None,
 ) -> Layout:
     """
     The cheapest layout in which the model's scores are those of its own separate forwards.
 
     model                             with scoring installed, on its device
     input_ids, splits, n_completions  a few groups as `pack` takes them, the shortest last; see `extremes`
+    own_logits                        its own forward; None is its family's
     Raises ModelError where there is none, with the reason.
     """
+    own = own_logits or functools.partial(_family_logits, model)
     groups = _Groups(input_ids, splits.astype(np.int64), n_completions)
     sequences = groups.sequences()
     refuse_moving_rope(model, max(len(sequence.tokens) for sequence in sequences))
     with _deterministic_mode(model):
         try:
             # Short before long: a state that the long one leaves behind must not hide in both sides.
-            expected = [_plain(model, sequence) for sequence in reversed(sequences)][::-1]
+            expected = [_plain(model, own, sequence) for sequence in reversed(sequences)][::-1]
         except _FAILURES as error:
             raise ModelError(f"{model.config.model_type}: its own forward fails: {_first_line(error)}") from error
-        _refuse_nan(model, sequences, expected)
+        _refuse_nan(model, own, sequences, expected)
         reasons = []
         for layout in Layout:
             reason = _reason_against(model, layout, groups, expected)
@@ -135,7 +143,7 @@ def choose_layout(
     )
 
 
-def _reason_against(model: PreTrainedModel, layout: Layout, groups: _Groups, expected: list[_Plain]) -> str | None:
+def _reason_against(model: Model, layout: Layout, groups: _Groups, expected: list[_Plain]) -> str | None:
     """Why this layout is not right; None where it is."""
     limit = LAYOUT_TOLERANCE[model.dtype]
     row_limit, width = packed_row_limit(model), pack(*groups, layout).input_ids.shape[1]
@@ -156,7 +164,7 @@ def _reason_against(model: PreTrainedModel, layout: Layout, groups: _Groups, exp
     return None
 
 
-def _refuse_chance(model: PreTrainedModel, layout: Layout, groups: _Groups) -> None:
+def _refuse_chance(model: Model, layout: Layout, groups: _Groups) -> None:
     """ModelError where two forwards of the same tokens in training mode differ in any bit."""
     model.train()
     trained = _repeats(model, layout, groups)
@@ -169,7 +177,7 @@ def _refuse_chance(model: PreTrainedModel, layout: Layout, groups: _Groups) -> N
         )
 
 
-def _repeats(model: PreTrainedModel, layout: Layout, groups: _Groups) -> bool:
+def _repeats(model: Model, layout: Layout, groups: _Groups) -> bool:
     once, again = (_score(model, layout, groups) for _ in range(2))
     return all(map(torch.equal, once, again))
 
@@ -180,7 +188,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), repr(error))
 
 
-def _score(model: PreTrainedModel, layout: Layout, groups: _Groups) -> list[Tensor]:
+def _score(model: Model, layout: Layout, groups: _Groups) -> list[Tensor]:
     """Token log-probs, one tensor per completion."""
     packed = pack(*groups, layout)
     device = next(model.parameters()).device
@@ -202,8 +210,8 @@ def _worst(found: list[Tensor], expected: list[_Plain], dtype: torch.dtype) -> f
     return float(torch.stack(means).max()) if means else 0.0
 
 
-def _plain(model: PreTrainedModel, sequence: _Sequence) -> _Plain:
-    """A completion, scored alone by the family's own forward."""
+def _plain(model: Model, own_logits: OwnLogits, sequence: _Sequence) -> _Plain:
+    """A completion, scored alone by the model's own forward."""
     device = next(model.parameters()).device
     tokens = torch.from_numpy(sequence.tokens)[None].to(device)
     # The first token of a sequence has no predictor.
@@ -211,17 +219,17 @@ def _plain(model: PreTrainedModel, sequence: _Sequence) -> _Plain:
     at = _looked_at(len(sequence.tokens) - skipped, model).to(device)
     if len(at) == 0:
         return _Plain(at, torch.empty(0, device=device))
-    logits = _plain_logits(model, tokens, at + skipped - 1).float()
+    logits = own_logits(tokens, at + skipped - 1).float()
     return _Plain(at, logits.log_softmax(-1).gather(-1, tokens[0, at + skipped][:, None])[:, 0])
 
 
-def _looked_at(scored: int, model: PreTrainedModel) -> Int[Tensor, " n"]:
+def _looked_at(scored: int, model: Model) -> Int[Tensor, " n"]:
     """All of a completion's tokens, or as many evenly spaced ones as have their logits in the memory of a chunk."""
     most = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
     return torch.linspace(0, scored - 1, min(scored, most)).round().long()
 
 
-def _plain_logits(model: PreTrainedModel, sequence: Int[Tensor, "1 L"], at: Int[Tensor, " n"]) -> Float[Tensor, "n V"]:
+def _family_logits(model: Model, sequence: Int[Tensor, "1 L"], at: Int[Tensor, " n"]) -> Float[Tensor, "n V"]:
     forward = type(model).forward
     if "logits_to_keep" in inspect.signature(forward).parameters:
         kept: Tensor = forward(model, input_ids=sequence, use_cache=False, logits_to_keep=at).logits[0]
@@ -231,7 +239,7 @@ def _plain_logits(model: PreTrainedModel, sequence: Int[Tensor, "1 L"], at: Int[
 
 
 @contextmanager
-def _deterministic_mode(model: PreTrainedModel) -> Iterator[None]:
+def _deterministic_mode(model: Model) -> Iterator[None]:
     """Evaluation mode, and afterwards the mode that it was in."""
     was = model.training
     model.eval()
@@ -241,7 +249,7 @@ def _deterministic_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(was)
 
 
-def _refuse_nan(model: PreTrainedModel, sequences: list[_Sequence], expected: list[_Plain]) -> None:
+def _refuse_nan(model: Model, own_logits: OwnLogits, sequences: list[_Sequence], expected: list[_Plain]) -> None:
     """ModelError naming the first module whose output is not finite, where the family's own log-probs are not."""
     judged = zip(sequences, expected, strict=True)
     bad = next((sequence for sequence, plain in judged if not bool(plain.logps.isfinite().all())), None)
@@ -266,7 +274,7 @@ def _refuse_nan(model: PreTrainedModel, sequences: list[_Sequence], expected: li
         for name, module in model.named_modules():
             if not list(module.children()):
                 hooks.callback(module.register_forward_hook(look(name)).remove)
-        _plain(model, bad)
+        _plain(model, own_logits, bad)
     name, module = first[0] if first else ("its logits", model)
     weights = any(not bool(parameter.isfinite().all()) for parameter in module.parameters(recurse=bool(first)))
     what = "weights give NaN or infinity" if weights and first else "the forward gives NaN or infinity"

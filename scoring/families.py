@@ -137,7 +137,7 @@ def _without_chance(config: PreTrainedConfig) -> PreTrainedConfig:
     return silent
 
 
-def packed_row_limit(model: PreTrainedModel) -> int | None:
+def packed_row_limit(model: Any) -> int | None:
     """
     How long packed rows may become, for a family that counts places in the row: Llama 4 turns its attention's
     temperature by them, from `floor_scale` on and so little that bfloat16 would hide it. None for all others.
@@ -146,7 +146,7 @@ def packed_row_limit(model: PreTrainedModel) -> int | None:
     return int(min(scales)) - 1 if scales else None
 
 
-def moving_rope_limit(model: PreTrainedModel) -> tuple[str, int] | None:
+def moving_rope_limit(model: Any) -> tuple[str, int] | None:
     """
     Kind and reach of position encodings that change with the longest sequence of a batch: `dynamic` NTK and `longrope`.
     Up to that many positions they are what they are for a sequence alone, beyond it they depend on what else is in the
@@ -165,12 +165,16 @@ def moving_rope_limit(model: PreTrainedModel) -> tuple[str, int] | None:
     return min(limits, key=lambda limit: limit[1], default=None)
 
 
-def refuse_moving_rope(model: PreTrainedModel, longest: int) -> None:
-    """ModelError where a sequence of `longest` tokens is beyond what `moving_rope_limit` allows."""
+def refuse_moving_rope(model: Any, longest: int, virtual: int = 0) -> None:
+    """
+    ModelError where a sequence of `longest` tokens is beyond what `moving_rope_limit` allows.
+
+    virtual  how many of them are a soft prompt's
+    """
     limit = moving_rope_limit(model)
     if limit is not None and longest > limit[1]:
         kind, reach = limit
         raise ModelError(
             f"{model.config.model_type}: a sequence of {longest} tokens, and beyond {reach} its {kind} position "
-            f"encoding depends on the rest of the batch; set data.max_length to {reach} or less"
+            f"encoding depends on the rest of the batch; set data.max_length to {reach - virtual} or less"
         )

@@ -21,11 +21,17 @@ from fpo.scoring.packing import Packed, Reach, attention_mask
 
 
 @contextmanager
-def packed_masks(packed: Packed) -> Iterator[None]:
-    """While open, every mask that a family builds is that of these packed rows."""
+def packed_masks(packed: Packed, width: int) -> Iterator[None]:
+    """
+    While open, every mask that a family builds is that of these packed rows.
+
+    width  columns that look: the last ones, since a soft prompt's keys and values are only looked at
+    """
+    virtual = packed.position_ids.shape != packed.input_ids.shape
 
     def boolean(*, mask_function: Reach, **_: Any) -> Tensor:
-        return attention_mask(packed.group, packed.branch, packed.position_ids, mask_function)
+        mask = attention_mask(packed.group, packed.branch, packed.position_ids, mask_function, virtual=virtual)
+        return mask[:, :, -width:]
 
     def additive(*, mask_function: Reach, dtype: torch.dtype, **_: Any) -> Tensor:
         allowed = boolean(mask_function=mask_function)

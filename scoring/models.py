@@ -201,6 +201,8 @@ def _merge_adapter(model: Any, adapter: Path) -> Any:
             adapted = PeftModel.from_pretrained(model, adapter)
     except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"adapter {adapter} does not fit the model: {_first_mismatch(error)}") from None
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ModelError(f"adapter {adapter}: a soft prompt is no change of weights; a reference has none")
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     # Embeddings that were saved along go by the names of the model itself.
     if different := sorted((stored - adapted.state_dict().keys()) ^ wanted):

@@ -28,6 +28,8 @@ from torch import Tensor
 
 PROMPT = 0
 PAD = -1
+VIRTUAL = -2
+"""Among the groups: a soft prompt's tokens, which all groups of their row see (see `virtual`)."""
 
 
 # (row, head, position of the query, position of the key) -> may look; broadcasts, as transformers' mask functions do.
@@ -80,7 +82,7 @@ class Packed(NamedTuple):
     @property
     def layout(self) -> Layout:
         """Told from the shapes alone, so that no step waits for the device; rows are never one token wide."""
-        return Layout.PACKED if self.branch.shape == self.input_ids.shape else Layout.ROWS
+        return Layout.PACKED if self.branch.shape == self.position_ids.shape else Layout.ROWS
 
     @property
     def n_tokens(self) -> int:
@@ -318,16 +320,21 @@ def attention_mask(
     branch: Int[Tensor, "R L"],
     position_ids: Int[Tensor, "R L"],
     reach: Reach = causal,
+    *,
+    virtual: bool = False,
 ) -> Bool[Tensor, "R 1 L L"]:
     """
     True where the query (third axis) of a packed row may look at the key (last axis): same group, the key in the prompt
     or on the query's own branch, and within the reach of the family's own mask, of which both positions are asked.
-    Padding, which stands at position 0, looks at padding, so that no row of the softmax is empty.
+    Padding, which stands where a group begins, looks at padding, so that no row of the softmax is empty.
+
+    virtual  whether rows begin with tokens of the group VIRTUAL, which every group may look at
     """
     rows = torch.arange(len(group), device=group.device)[:, None, None, None]
     queries, keys = position_ids[:, None, :, None], position_ids[:, None, None, :]
     # Nothing here is wider than a bool over (R, L, L): the positions are compared, never subtracted from each other.
     allowed = reach(rows, rows.new_zeros(1, 1, 1, 1), queries, keys)
-    allowed = allowed & (group[:, None, :, None] == group[:, None, None, :])
+    shared = group[:, None, :, None] == group[:, None, None, :]
+    allowed = allowed & ((shared | (group == VIRTUAL)[:, None, None, :]) if virtual else shared)
     allowed &= (branch[:, None, None, :] == PROMPT) | (branch[:, None, :, None] == branch[:, None, None, :])
     return allowed

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fpo.errors import ModelError
-from fpo.scoring.packing import PAD
 
 RouterLoss = Callable[[Any, Int[Tensor, "R L"]], Float[Tensor, ""]]
 
@@ -31,8 +30,9 @@ def router_coefficient(model: Any) -> float:
 
 def router_loss(model: PreTrainedModel) -> RouterLoss | None:
     """
-    The family's load-balancing loss, from the decoder's `router_logits` and the group of each token, over tokens that
-    are no padding; None where the config asks for none. Raises ModelError where it asks and the family has none.
+    The family's load-balancing loss, from the decoder's `router_logits` and the group of each token, over the tokens
+    of groups: no padding, no soft prompt. None where the config asks for none. Raises ModelError where it asks and the
+    family has none.
     """
     if not router_coefficient(model):
         return None
@@ -45,7 +45,7 @@ def router_loss(model: PreTrainedModel) -> RouterLoss | None:
         )
 
     def loss(router_logits: Any, group: Tensor) -> Tensor:
-        value = function(router_logits, experts, chosen, (group != PAD).long())
+        value = function(router_logits, experts, chosen, (group >= 0).long())
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"{model.config.model_type}: its decoder gives no router_logits to compute their loss from"

@@ -35,6 +35,7 @@ from fpo.scoring.logps import token_logps
 from fpo.scoring.masks import packed_masks
 from fpo.scoring.packing import Layout, Packed
 from fpo.scoring.routers import router_loss
+from fpo.scoring.virtual import SoftPrompt, behind, decoder_input
 
 
 class Scores(NamedTuple):
@@ -79,7 +80,8 @@ def install_scoring(
     squares: bool = False,
 ) -> None:
     """
-    Make `model(**packed._asdict())` return Scores. `model` is the causal LM itself, not a wrapper around it.
+    Make `model(**packed._asdict())` return Scores, with `prompt=` those behind a soft prompt. `model` is the causal LM
+    itself, not a wrapper around it.
 
     hookpoints   module paths whose outputs are reported
     top_logits   how many most likely tokens to report at each position
@@ -97,19 +99,22 @@ def install_scoring(
     row_limit = packed_row_limit(model)
     moving_rope = moving_rope_limit(model) is not None
 
-    def forward(self: PreTrainedModel, **batch: Any) -> Scores:
+    def forward(self: PreTrainedModel, prompt: SoftPrompt | None = None, **batch: Any) -> Scores:
         # PEFT adds arguments of its own, all None.
         packed = Packed.of(batch)
+        if prompt is not None:
+            packed = behind(packed, prompt)
+        width = packed.position_ids.shape[1]
         if moving_rope:  # such a family asks the device for the longest position itself
-            refuse_moving_rope(self, int(packed.position_ids.max()) + 1)
-        width = packed.input_ids.shape[1]
+            refuse_moving_rope(self, int(packed.position_ids.max()) + 1, width - packed.input_ids.shape[1])
         if row_limit is not None and packed.layout is Layout.PACKED and width > row_limit:
             raise ModelError(
                 f"{self.config.model_type}: a packed row of {width} tokens, and beyond {row_limit} its attention "
                 "depends on the place in the row; lower data.max_length"
             )
         with capture(self, hookpoints) as outputs:
-            output = _decoder_output(text_decoder(self), packed, extras)
+            output = _decoder_output(text_decoder(self), packed, prompt, extras)
+        columns = output.last_hidden_state.shape[1]
         hidden = output.last_hidden_state.flatten(0, 1)[packed.predictors]
         head = FamilyHead(self, decoder_path)
         scored = token_logps(hidden, packed.targets, head, asked=packed.asked, top=top_logits, squares=squares)
@@ -123,7 +128,7 @@ def install_scoring(
             entropy=scored.entropy,
             mean_logits=scored.mean_logits,
             is_top=scored.is_top,
-            router_loss=None if balance is None else balance(output.router_logits, packed.group),
+            router_loss=None if balance is None else balance(output.router_logits, packed.group[:, -columns:]),
             prompt_residuals=tuple(states[packed.prompt_predictors] for states in of_prompts),
             hidden_sums=_sums(hidden, packed) if hidden_sums else None,
             log_sum_squares=scored.log_sum_squares if squares else None,
@@ -172,21 +177,26 @@ def _output(outputs: dict[str, Tensor], hookpoint: str) -> Tensor:
     return found
 
 
-def _decoder_output(decoder: PreTrainedModel, packed: Packed, extras: dict[str, bool]) -> Any:
+def _decoder_output(
+    decoder: PreTrainedModel, packed: Packed, prompt: SoftPrompt | None, extras: dict[str, bool]
+) -> Any:
     """
     What the decoder says of the rows: packed ones under their own masks, unshared ones under the family's.
 
+    prompt  the virtual tokens that `packed` stands behind
     extras  further arguments of the decoder's forward
     """
+    tokens = decoder_input(decoder, packed, prompt)
     if packed.layout is Layout.ROWS:
         # No mask: what stands behind a token cannot reach it, and nothing is padded before one.
-        return decoder(input_ids=packed.input_ids, use_cache=False, **extras)
-    with packed_masks(packed):
+        return decoder(**tokens, use_cache=False, **extras)
+    width = (packed.position_ids if isinstance(prompt, Tensor) else packed.input_ids).shape[1]
+    with packed_masks(packed, width):
         return decoder(
-            input_ids=packed.input_ids,
+            **tokens,
             # A mask of ones: without one the family would take the restarts of the positions for new sequences.
-            attention_mask=torch.ones_like(packed.input_ids),
-            position_ids=packed.position_ids,
+            attention_mask=torch.ones_like(packed.position_ids),
+            position_ids=packed.position_ids[:, -width:],
             use_cache=False,
             **extras,
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo.errors import CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
+from fpo.errors import CacheConflict, CacheError, CacheIncomplete, CacheMissing, ModelError, RecipeError
 from fpo.memo import remember
 from fpo.progress import is_first_rank, say
 from fpo.recipe import Feature, Recipe
@@ -402,13 +402,28 @@ def _rebuild_part(
     order = identity.order
     bounds = starts_of([entry.n_groups for entry in rebuild.manifest.shards])
     for sid in rebuild.damaged:
-        rows = order[bounds[sid] : bounds[sid + 1]]
-        # As it was made: rows that were copied then are copied now, the rest is scored in the same batches.
-        reusable = Reusable(store, identity.scorer, [want], apart_from=key, keys=rebuild.sources(sid))
+        _put_back(identity, rebuild, sid, order[bounds[sid] : bounds[sid + 1]], want, lazy)
+    return len(rebuild.damaged)
+
+
+def _put_back(
+    identity: CacheIdentity, rebuild: Rebuild, sid: int, rows: np.ndarray, want: Want, lazy: _LazyScorer
+) -> None:
+    """
+    A shard as it was made: rows that were copied then are copied now, the rest is scored in the same batches. Raises
+    CacheConflict where neither way that it may have been made gives its bytes.
+    """
+    conflict: CacheConflict | None = None
+    for keys in rebuild.sources(sid):
+        reusable = Reusable(rebuild.store, identity.scorer, [want], apart_from=rebuild.cache_key, keys=keys)
         (copied,) = reusable.gather([identity.wanting(rows)])
         (found,) = completed(identity, rows, [want], copied, lambda: lazy.scorer(identity), lambda *_: None)
-        rebuild.put(sid, rows_of(identity, rows, found))
-    return len(rebuild.damaged)
+        try:
+            return rebuild.put(sid, rows_of(identity, rows, found))
+        except CacheConflict as error:
+            conflict = error
+    assert conflict is not None
+    raise conflict
 
 
 def _not_ours(reusable: Reusable) -> list[str]:

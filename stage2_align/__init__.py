@@ -6,6 +6,7 @@ Cache to policy. Nothing here loads a reference model.
     align    fpo align                     evaluation  fpo evaluate          best     what evaluations decide
     samples  what the policy writes        sums        metrics added up      run      the run folder
     merge    fpo merge                     sweep       several runs          cost     what it took
+    policy   the model that is trained     adapters    LoRA, soft prompts    saved    what a run saves, read back
 """
 
 from fpo.stage2_align.align import AlignReport, align

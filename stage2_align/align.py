@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import set_seed
 
-from fpo.errors import FpoError, ModelError, RecipeError, RunError, RunInterrupted
+from fpo.errors import FpoError, RecipeError, RunInterrupted
 from fpo.interrupts import StopRequest
-from fpo.nearest import nearest
 from fpo.progress import say
 from fpo.recipe import (
     MIXED_PRECISION,
     Arithmetic,
-    Lora,
     Recipe,
     check_arithmetic,
     evaluates,
     reads_held_out,
     training_arithmetic,
-)
-from fpo.scoring import (
-    Layout,
-    adapter_folder,
-    choose_layout,
-    extremes,
-    install_scoring,
-    is_quantised,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    silence_dropout,
-    tower_modules,
 )
 from fpo.stage2_align.arguments import AlignArguments, training_arguments
 from fpo.stage2_align.best import best_step
@@ -53,8 +33,8 @@ from fpo.stage2_align.cost import Cost, cost_of, count_weights, forget_peak
 from fpo.stage2_align.held_out import check_held_out, held_out_stream
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
+from fpo.stage2_align.policy import load_policy, policy_layout, policy_tokenizer
 from fpo.stage2_align.run import (
-    BASE_FOLDER,
     METRICS_FILE,
     SAMPLES_FOLDER,
     OpenedRun,
@@ -67,7 +47,7 @@ from fpo.stage2_align.samples import Samples
 from fpo.stage2_align.saved import expected_weights, save_policy
 from fpo.stage2_align.stream import PairStream, check_groups
 from fpo.stage2_align.trainer import PairTrainer
-from fpo.store import Cache, Groups
+from fpo.store import Cache
 
 
 @dataclass(frozen=True)
@@ -244,6 +224,8 @@ def _launched_arithmetic(recipe: Recipe, trainer: PairTrainer) -> Arithmetic:
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded and recipe.generate is not None:
         raise RecipeError("generate: started so, no process holds the whole policy; leave it out")
+    if sharded and recipe.policy.prompt is not None:
+        raise RecipeError("policy.prompt: PEFT saves no soft prompt that is sharded; start without FSDP and DeepSpeed")
     arithmetic = training_arithmetic(recipe.policy.dtype, MIXED_PRECISION.get(asked), sharded)
     try:
         check_arithmetic(recipe, arithmetic)
@@ -259,190 +241,3 @@ def _finished(output: Path, per_step: tuple[int, int, int]) -> AlignReport:
     return AlignReport(
         output, facts["steps"], 0, seconds, per_step, None, facts["parity"], *logged, cost, facts["best"]
     )
-
-
-def load_policy(recipe: Recipe, meter: ObjectiveMeter, run: Path, save: bool = True) -> PreTrainedModel:
-    """
-    The policy before training: loaded, scoring installed, adapters around it if asked for.
-
-    run   where it will be saved
-    save  whether this process writes there what a new adapter stands on, where no name says what that is
-    """
-    policy, reference = recipe.policy, recipe.reference
-    name, folder = _start(recipe)
-    # The reference's adapter belongs to the weights that training starts from.
-    adapters = [adapter_folder(reference.adapter)] if reference.adapter and policy.model is None else []
-    model = load_model(folder, policy.dtype, adapters)
-    if is_quantised(model) and policy.lora is None:
-        raise RecipeError(
-            f"policy.lora: {name} is quantised, and quantised weights cannot be trained; set policy.lora, or name a "
-            "policy.model that is not quantised"
-        )
-    if policy.model is not None:
-        _check_vocabulary(recipe, policy.model)
-    if policy.lora is None:
-        return _scored(model, meter, routers=True)
-    if adapters:
-        base, commit = str((run / BASE_FOLDER).resolve()), None
-        if save:
-            _save_base(model, policy_tokenizer(recipe), run)
-    elif Path(name).is_dir():
-        base, commit = str(folder.resolve()), None
-    else:
-        base, commit = name, folder.name
-    return _with_adapter(_scored(model, meter, routers=True), policy.lora, base, commit)
-
-
-def policy_model(recipe: Recipe, meter: ObjectiveMeter, run: Path) -> PreTrainedModel:
-    """
-    The policy as a run folder or one of its checkpoints holds it, with scoring installed, in the
-    arithmetic of training: whole weights, or an adapter on the weights that it was trained on. Never merged: weights
-    in bfloat16 would round the adapter away.
-    """
-    dtype = recipe.policy_arithmetic().dtype
-    if not (run / "adapter_config.json").is_file():
-        return _scored(load_model(model_folder(str(run)), dtype), meter)
-    model: Any = adapter_model(_scored(load_model(adapter_base(recipe, run), dtype), meter), run)
-    silence_dropout(model)  # the adapter's own: the layout is chosen by forwards in training mode too
-    return model
-
-
-def adapter_base(recipe: Recipe, run: Path) -> Path:
-    """The folder of the weights that the adapter in a run or one of its checkpoints was trained on."""
-    if not recipe.reference.adapter or recipe.policy.model is not None:
-        return _start(recipe)[1]
-    base = (run.parent if run.name.startswith("checkpoint-") else run) / BASE_FOLDER
-    if not (base / "config.json").is_file():
-        raise RunError(f"{run}: its adapter was trained on the weights in {base}, which are not there")
-    return base
-
-
-def adapter_model(base: PreTrainedModel, run: Path) -> Any:
-    """The adapter in a run or one of its checkpoints around the weights below it."""
-    return _peft().PeftModel.from_pretrained(base, run)
-
-
-def _start(recipe: Recipe) -> tuple[str, Path]:
-    """Name and folder of the model that training starts from."""
-    policy, reference = recipe.policy, recipe.reference
-    field, start = ("policy", policy) if policy.model else ("reference", reference)
-    name = policy.model or reference.model
-    try:
-        return name, model_folder(name, start.revision)
-    except ModelError as error:
-        raise ModelError(f"{field}.model: {error}") from None
-
-
-def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """Write the weights that a run's adapter is trained on, whole or not at all."""
-    temporary = run / f"{BASE_FOLDER}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(run / BASE_FOLDER, ignore_errors=True)
-    temporary.rename(run / BASE_FOLDER)
-
-
-def _scored(model: PreTrainedModel, meter: ObjectiveMeter, *, routers: bool = False) -> PreTrainedModel:
-    hookpoints = tuple(hookpoint.name for hookpoint in meter.hookpoints)
-    install_scoring(model, hookpoints, routers=routers, squares=meter.objective.needs.typicality)
-    return model
-
-
-def policy_layout(model: nn.Module, cache: Cache) -> Layout:
-    """
-    The layout in which a policy on its device is measured rightly, by the longest and shortest pairs of two shards: the
-    first, which is a random part of the data, and the one with the longest pairs on average. Raises ModelError.
-    """
-    entries = cache.manifest.shards
-    longest = max(range(len(entries)), key=lambda sid: entries[sid].n_tokens / max(entries[sid].n_groups, 1))
-    few = [pairs.take(extremes(pairs.splits, pairs.n_completions)) for pairs in map(cache.shard, sorted({0, longest}))]
-    pairs = Groups.concat(few)
-    pairs = pairs.take(extremes(pairs.splits, pairs.n_completions))
-    peft_base: Any = getattr(model, "get_base_model", None)
-    device = next(model.parameters()).device
-    # A look draws nothing that training would have drawn: a new adapter drops inputs in training mode.
-    with _whole(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        return choose_layout(
-            model if peft_base is None else peft_base(), pairs.input_ids, pairs.splits, pairs.n_completions
-        )
-
-
-def _whole(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Where a model that is not in training yet can compute: DeepSpeed's ZeRO-3 cuts its parameters up as they load."""
-    if not is_deepspeed_zero3_enabled():
-        return contextlib.nullcontext()
-    deepspeed: Any = importlib.import_module("deepspeed")
-    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(model.parameters()))
-    return gathered
-
-
-def policy_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the pairs; it is saved beside the policy."""
-    reference, data = recipe.reference, recipe.data
-    name, revision = (data.tokenizer, None) if data.tokenizer else (reference.model, reference.revision)
-    return load_tokenizer(name, revision, data.chat_template)
-
-
-def _check_vocabulary(recipe: Recipe, name: str) -> None:
-    """RecipeError where a policy of its own reads other tokens into the pairs' ids."""
-    ours = policy_tokenizer(recipe).get_vocab()
-    theirs = load_tokenizer(name, recipe.policy.revision).get_vocab()
-    wrong = next((token for token, number in ours.items() if theirs.get(token) != number), None)
-    if wrong is not None:
-        raise RecipeError(
-            f"policy.model: {name} has another vocabulary than the cached pairs: token {wrong!r} is {ours[wrong]} in "
-            f"the pairs, {theirs.get(wrong)} there"
-        )
-
-
-def _with_adapter(model: PreTrainedModel, lora: Lora, base: str, revision: str | None) -> Any:
-    """
-    Adapters around the model.
-
-    base, revision  what adapter_config.json names as the weights below: a folder, or a hub id and its commit
-    """
-    peft = _peft()
-    _check_saved_modules(model, lora.modules_to_save)
-    try:
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            use_rslora=lora.rslora,
-            use_dora=lora.dora,
-            # In the adapter's branch alone, which is zero until the first step: the policy is the reference still.
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            modules_to_save=lora.modules_to_save or None,
-            exclude_modules=tower_modules(model) or None,
-        )
-        adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise RecipeError(f"policy.lora.target_modules: {str(error).strip().splitlines()[0]}") from None
-    config.base_model_name_or_path, config.revision = base, revision
-    return adapted
-
-
-def _check_saved_modules(model: PreTrainedModel, names: list[str]) -> None:
-    """RecipeError for a name that no module ends in, or whose module shares a weight, which PEFT would part in two."""
-    paths = [path for path, _ in model.named_modules()]
-    for name in names:
-        saved = [path for path in paths if path.endswith(name)]
-        if not saved:
-            near = nearest(name, {path.rpartition(".")[2] for path in paths})
-            hint = f"; nearest is {near}" if near else ""
-            raise RecipeError(f"policy.lora.modules_to_save: no module is called {name}{hint}")
-        inside = {id(weight) for path in saved for weight in model.get_submodule(path).parameters()}
-        for owner, weight in model.named_parameters(remove_duplicate=False):
-            if id(weight) in inside and not any(owner.startswith(f"{path}.") for path in saved):
-                other = owner.rpartition(".")[0]
-                raise RecipeError(f"policy.lora.modules_to_save: {name} shares its weights with {other}; leave it out")
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ModelError("policy.lora: adapters need peft: pip install 'fpo[lora]'") from None
-    return peft

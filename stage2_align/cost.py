@@ -76,11 +76,11 @@ def cost_of(recipe: Recipe, weights: Weights, trainer: PairTrainer) -> Cost:
     added = _reference_weights(recipe, weights)
     if added is None:
         return Cost(tokens, peak, peak_of, True, None, None)
-    lora = recipe.policy.lora is not None
+    frozen = recipe.policy.frozen
     # Of a whole policy the towers that no token passes through are neither trained nor multiplied.
-    trained = weights.trained / weights.all if lora else 1.0
+    trained = weights.trained / weights.all if frozen else 1.0
     share = added / weights.all / (2 + trained + bool(trainer.args.activation_checkpointing))
-    switched_off = lora and recipe.policy.model is None
+    switched_off = frozen and recipe.policy.model is None
     size = 0 if switched_off else added * getattr(torch, recipe.reference.dtype).itemsize
     return Cost(tokens, peak, peak_of, True, size, share)
 

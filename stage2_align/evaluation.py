@@ -12,10 +12,10 @@ from fpo.errors import RecipeError, RunError
 from fpo.progress import progress_bar, say
 from fpo.recipe import Recipe, load_recipe
 from fpo.scoring import Scores, mixed_precision
-from fpo.stage2_align.align import policy_layout, policy_model
 from fpo.stage2_align.checkpoints import whole_checkpoint
 from fpo.stage2_align.held_out import check_held_out, held_out_metrics, held_out_stream
 from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.policy import policy_layout, policy_model
 from fpo.stage2_align.run import RECIPE_FILE, read_run
 from fpo.store import Cache, is_url
 

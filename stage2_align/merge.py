@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,9 @@ from fpo.errors import RunError
 from fpo.progress import say
 from fpo.recipe import Dtype
 from fpo.scoring import LOGPS_TOLERANCE, load_model, load_tokenizer, model_config, positions
-from fpo.stage2_align.align import adapter_base, adapter_model
+from fpo.stage2_align.adapters import has_prompt, opened_adapter
 from fpo.stage2_align.checkpoints import explained_writes, whole_checkpoint
+from fpo.stage2_align.policy import adapter_base
 from fpo.stage2_align.run import read_recipe, read_run
 
 # Tokens on which both models are asked.
@@ -61,7 +61,9 @@ def merge_run(
             f"{run}: its adapter stands on quantised weights ({base}), which would round it away; keep it beside them"
         )
     say("merging ...")
-    model: Any = adapter_model(load_model(base, "float32"), policy)
+    model = opened_adapter(load_model(base, "float32"), policy)
+    if has_prompt(model):
+        raise RunError(f"{run}: a soft prompt is no change of weights, so none can take it; keep it beside its base")
     expected = _logps(model)
     merged = model.merge_and_unload().to(getattr(torch, dtype))
     partial = folder.with_name(f".{folder.name}.partial")

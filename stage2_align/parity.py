@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fpo.errors import ParityError
 from fpo.recipe import Arithmetic
 from fpo.scoring import LOGPS_TOLERANCE, Packed, Scores, pack
+from fpo.stage2_align.adapters import without_prompt
 from fpo.stage2_align.measure import Hookpoint, ObjectiveMeter
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.trainer import PairTrainer
@@ -48,7 +49,8 @@ class ParityCheck(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         model, stream, meter = self.trainer.model_wrapped, self.trainer.stream, self.trainer.meter
-        self.difference = check_parity(model, meter, stream, self.arithmetic, args.device)
+        with without_prompt(self.trainer.model):
+            self.difference = check_parity(model, meter, stream, self.arithmetic, args.device)
 
 
 @torch.no_grad()

@@ -6,16 +6,18 @@ transformers' `generate` continues it with the policy after step N.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fpo.errors import DataError, RecipeError
 from fpo.recipe import Generate
-from fpo.scoring import ordinary_forward
+from fpo.scoring import ordinary_forward, positions
+from fpo.stage2_align.adapters import n_virtual, unwrapped
 from fpo.stage2_align.checkpoints import explained_writes
 from fpo.stage2_align.run import write_whole
 from fpo.stage2_align.trainer import PairTrainer
@@ -31,13 +33,13 @@ class Samples(TrainerCallback):
 
         folder  where the files go
         """
-        base: Any = getattr(trainer.model, "get_base_model", None)
-        self.model: PreTrainedModel = trainer.model if base is None else base()
+        self.policy: Any = trainer.model
+        self.model = unwrapped(trainer.model)
         self.tokenizer = trainer.processing_class
         self.settings, self.folder = settings, folder
         self.prompts = first_prompts(held_out, settings.prompts)
-        longest = max(len(ids) for _, ids in self.prompts)
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(ids) for _, ids in self.prompts) + n_virtual(self.policy)
+        room = positions(self.model.config)
         if room is not None and longest + settings.max_new_tokens > room:
             raise RecipeError(
                 f"generate.max_new_tokens: {settings.max_new_tokens} tokens behind a prompt of {longest} are more than "
@@ -58,7 +60,9 @@ class Samples(TrainerCallback):
         training = self.model.training
         self.model.eval()
         devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), ordinary_forward(self.model):
+        with torch.random.fork_rng(devices), ordinary_forward(self.model), warnings.catch_warnings():
+            # PEFT drops generate's position ids before a soft prompt; the model's own are the same without padding.
+            warnings.filterwarnings("ignore", "Position ids are not supported")
             torch.manual_seed(args.seed)
             rows = [self._row(group, ids.to(args.device)) for group, ids in self.prompts]
         self.model.train(training)
@@ -67,7 +71,7 @@ class Samples(TrainerCallback):
     def _row(self, group: int, prompt: torch.Tensor) -> dict[str, Any]:
         temperature = self.settings.temperature
         # One prompt at a time: a padded batch would round otherwise than the prompt alone.
-        tokens = self.model.generate(
+        tokens = self.policy.generate(
             input_ids=prompt[None],
             attention_mask=torch.ones_like(prompt[None]),
             max_new_tokens=self.settings.max_new_tokens,

@@ -49,7 +49,8 @@ class Rebuild:
 
         Reads every shard. Raises CacheMissing where nothing complete has this key, CacheDamaged for its lists.
         """
-        store = store if isinstance(store, Store) else Store(store)
+        self.store = store = store if isinstance(store, Store) else Store(store)
+        self.cache_key = key
         self.key, self.folder = key if column is None else column, store.folder(key)
         if column is not None:
             column_facts(self.folder, key, column)
@@ -64,12 +65,17 @@ class Rebuild:
         self.damaged = [entry.shard for entry in self.manifest.shards if not self._is_whole(entry)]
         """Shards to be computed, ascending."""
 
-    def sources(self, sid: int) -> list[str]:
-        """The caches from which rows of a shard were copied, as far as its record tells."""
+    def sources(self, sid: int) -> list[list[str] | None]:
+        """
+        Caches from which rows of a shard may have been copied, likeliest first: those that its record names. Where the
+        record is lost: none, or any of them (None). A matrix product's last bits may depend on what else was scored.
+        """
         record = self._record(self.manifest.shards[sid])
-        rows = record.provenance.get("rows") if record is not None else None
+        if record is None:
+            return [[], None]
+        rows = record.provenance.get("rows")
         reused = rows.get("reused") if isinstance(rows, dict) else None
-        return sorted(map(str, reused)) if isinstance(reused, dict) else []
+        return [sorted(map(str, reused)) if isinstance(reused, dict) else []]
 
     def put(self, sid: int, rows: Rows) -> None:
         """

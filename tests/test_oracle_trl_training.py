@@ -29,9 +29,9 @@ from fpo.recipe import Recipe, validate_recipe
 from fpo.scoring import Packed
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align
-from fpo.stage2_align.align import load_policy
 from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.policy import load_policy
 from fpo.stage2_align.run import METRICS_FILE
 from fpo.stage2_align.stream import PairStream
 from fpo.store import Groups, Mismatched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def test_both_layouts_score_an_empty_prompt_and_a_completion_of_one_token_alike(
     rows = pack(*groups, Layout.ROWS)
     assert rows.lengths.tolist() == [3, 0, 1, 1, 0, 1, 2, 1]
     assert rows.targets.tolist() == pack(*groups).targets.tolist()
-    alone = [check_module._plain(model, sequence).logps for sequence in check_module._Groups(*groups).sequences()]
+    own = functools.partial(check_module._family_logits, model)
+    alone = [check_module._plain(model, own, sequence).logps for sequence in check_module._Groups(*groups).sequences()]
     torch.testing.assert_close(model(**rows._asdict()).token_logps, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -169,7 +171,7 @@ def test_a_mask_that_is_wrong_for_the_third_completion_alone_is_found(monkeypatc
     """It takes the third completion for the second, so that the third looks at both."""
     monkeypatch.setattr(
         "fpo.scoring.masks.attention_mask",
-        lambda group, branch, *rest: attention_mask(group, branch.clamp(max=2), *rest),
+        lambda group, branch, *rest, **more: attention_mask(group, branch.clamp(max=2), *rest, **more),
     )
     assert checked(tiny_model("llama"), [(3, 4, 5), (2, 3)]) is Layout.PACKED
     assert checked(tiny_model("llama"), [(3, 4, 5, 6), (2, 3)]) is Layout.ROWS

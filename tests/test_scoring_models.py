@@ -309,7 +309,7 @@ def test_integer_weights_and_what_is_quantised_stay_frozen() -> None:
 def test_a_quantised_policy_needs_an_adapter(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = world.recipe(training={"max_steps": 1})
     build_caches(recipe, tmp_path)
-    monkeypatch.setattr(sys.modules["fpo.stage2_align.align"], "is_quantised", lambda model: True)
+    monkeypatch.setattr(sys.modules["fpo.stage2_align.policy"], "is_quantised", lambda model: True)
     with pytest.raises(RecipeError, match=r"policy\.lora: .*is quantised.*set policy\.lora"):
         align(recipe, find_cache(recipe, tmp_path), tmp_path / "run")
     with_lora = recipe.model_copy(update={"policy": Policy.model_validate({"lora": {"r": 2}})})

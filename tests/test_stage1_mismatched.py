@@ -18,8 +18,8 @@ from fpo.scoring import Packed, sum_logps
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.identity import cache_identities
 from fpo.stage1_cache.score import ReferenceScorer
-from fpo.stage2_align.align import load_policy
 from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.policy import load_policy
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.units import with_mismatched
 from fpo.store import Cache, Groups, Mismatched, open_cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import shutil
@@ -17,14 +16,11 @@ from fpo.errors import CacheDamaged, CacheMissing, DataError
 from fpo.recipe import Recipe
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.score import ReferenceScorer
-from fpo.stage2_align import align, evaluate_run
+from fpo.stage2_align import align, evaluate_run, policy
 from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.run import METRICS_FILE, read_run
 from fpo.stage2_align.units import units_of
 from fpo.store import column_name
-
-# The package exports a function of the module's name.
-aligning = importlib.import_module("fpo.stage2_align.align")
 
 
 @pytest.fixture
@@ -140,7 +136,7 @@ def test_groups_of_one_completion_are_refused(
     """Before the model is loaded."""
     recipe = world.recipe(data=listed(tmp_path, sizes))
     build_caches(recipe, world.store)
-    monkeypatch.setattr(aligning, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(policy, "load_model", lambda *_: pytest.fail("a model was loaded"))
     cache = find_cache(recipe, world.store)
     with pytest.raises(DataError, match=told.format(key=cache.key[:12])):
         align(recipe, cache, tmp_path / "run")

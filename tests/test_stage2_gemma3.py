@@ -22,10 +22,11 @@ from fpo.scoring import load_model
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.identity import cache_identities
 from fpo.stage2_align import align
-from fpo.stage2_align.align import _trainer, load_policy
+from fpo.stage2_align.align import _trainer
 from fpo.stage2_align.arguments import training_arguments
 from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.policy import load_policy
 from fpo.stage2_align.run import METRICS_FILE
 
 TEXT = {

@@ -19,9 +19,10 @@ from fpo.errors import RecipeError
 from fpo.recipe import Lora, Recipe
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align, evaluate_run
-from fpo.stage2_align.align import _with_adapter, load_policy
+from fpo.stage2_align.adapters import with_lora
 from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.policy import load_policy
 from fpo.stage2_align.run import METRICS_FILE
 
 peft = pytest.importorskip("peft")
@@ -168,8 +169,8 @@ def test_activation_checkpointing_drops_the_same_inputs_again(world: TinyWorld, 
 def test_what_cannot_be_trained_whole_is_refused_by_name(tmp_path: Path, names: list[str], message: str) -> None:
     tied = tiny_model("llama", tie_word_embeddings=True)
     with pytest.raises(RecipeError, match=message):
-        _with_adapter(tied, Lora(modules_to_save=names), str(tmp_path), None)
-    both = _with_adapter(tied, Lora(modules_to_save=["norm"]), str(tmp_path), None)
+        with_lora(tied, Lora(modules_to_save=names), str(tmp_path), None)
+    both = with_lora(tied, Lora(modules_to_save=["norm"]), str(tmp_path), None)
     assert {name.split(".")[-3] for name, weight in both.named_parameters() if weight.requires_grad} >= {"lora_A"}
 
 

@@ -19,9 +19,9 @@ from fpo.objectives import OBJECTIVES
 from fpo.scoring import Packed, install_scoring
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align, evaluate_run
-from fpo.stage2_align.align import load_policy
 from fpo.stage2_align.callbacks import read_metrics
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.policy import load_policy
 from fpo.stage2_align.run import METRICS_FILE
 from fpo.stage2_align.stream import PairStream
 from fpo.stage2_align.sums import MetricSums

@@ -326,8 +326,8 @@ def compared(world: TinyWorld, recipe: Recipe, loss: Loss, run: Path, least: flo
     assert len(offline) == len(online) == STEPS
     # The losses must move, or the comparison would not see a wrong gradient.
     assert max(abs(value - online[0]) for value in online) > least
-    # Sums of about 100 nats are rounded to 1e-5, and beta times that stands in a loss, however small it is.
-    assert offline == pytest.approx(online, rel=2e-5, abs=1e-5)
+    # Sums of about 100 nats are rounded to 1e-5 on either side, and beta times that stands in a loss.
+    assert offline == pytest.approx(online, rel=5e-5, abs=2e-5)
 
 
 @pytest.mark.parametrize(

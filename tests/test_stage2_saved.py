@@ -23,8 +23,9 @@ from fpo.recipe import Recipe
 from fpo.scoring import Packed, model_folder, pack
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align, evaluate_run
-from fpo.stage2_align.align import load_policy
+from fpo.stage2_align import policy as policy_module
 from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.policy import load_policy
 from fpo.stage2_align.run import read_run
 from fpo.stage2_align.trainer import PairTrainer
 from fpo.store import Cache, Groups
@@ -64,7 +65,8 @@ def ordinary_logps(model: Any, pairs: Groups) -> Tensor:
             ids = np.concatenate([pairs.input_ids[start:chosen], pairs.input_ids[first:last]]).astype(np.int64)
             sequence = torch.from_numpy(ids)[None]
             with torch.no_grad():
-                logps = model(input_ids=sequence, use_cache=False).logits[0].log_softmax(-1)
+                # A soft prompt's tokens stand before them.
+                logps = model(input_ids=sequence, use_cache=False).logits[0, -len(ids) :].log_softmax(-1)
             at = torch.arange(chosen - start, len(ids))
             parts.append(logps[at - 1, sequence[0, at]])
     return torch.cat(parts)
@@ -126,7 +128,7 @@ def test_an_adapter_on_a_hub_model_names_its_id_and_the_commit_that_was_loaded(
     def found(name: str, revision: str | None = None) -> Path:
         return commit if (name, revision) == ("owner/tiny", "v1") else model_folder(name, revision)
 
-    monkeypatch.setattr(aligning, "model_folder", found)
+    monkeypatch.setattr(policy_module, "model_folder", found)
     reference = {"model": "owner/tiny", "revision": "v1"}
     recipe = adapted.recipe(reference=reference, policy={"lora": {"r": 2}}, objective={"name": "simpo"}, features=[])
     policy: Any = load_policy(recipe, ObjectiveMeter.of(recipe), tmp_path / "run")

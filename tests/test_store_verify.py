@@ -14,6 +14,7 @@ from store_cases import EVERY_FEATURE, FEATURES, HIDDEN_GRAM, SPECS, TOP_LOGITS,
 from fpo.canonical import parse_checked_json
 from fpo.errors import CacheConflict, CacheDamaged, CacheMissing
 from fpo.store import CacheWriter, ColumnRows, Rebuild, Store, check_changed, column_recipe, open_cache, pull, verify
+from fpo.store.format.manifest import record_name
 
 LEVELS = ("sizes", "checksums", "all")
 
@@ -197,7 +198,9 @@ def test_a_rebuild_knows_from_where_the_rows_of_a_column_were_copied(tmp_path):
         writer.write(sid, world.column_shard(0, sid), copied)
     writer.seal({})
     rebuild = Rebuild(world.store, world.key, column=world.column_key(0))
-    assert [rebuild.sources(sid) for sid in range(5)] == [[], [], ["ab" * 32], [], []]
+    assert [rebuild.sources(sid) for sid in range(5)] == [[[]], [[]], [["ab" * 32]], [[]], [[]]]
+    (world.column_path(0) / record_name(2)).unlink()
+    assert rebuild.sources(2) == [[], None]
 
 
 def test_a_pull_repairs_the_damaged_shard_of_a_column(world, tmp_path):
