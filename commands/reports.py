@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fpo.commands.wording import groups_word, size
@@ -24,8 +24,17 @@ def column_lines(cache: Cache) -> list[str]:
 
     return [
         f"column      {column.sealed.key[:12]} (manifest {column.sealed.digest[:12]}), {column_name(column.wanted)}"
+        f"{_kl_note(column.wanted)}"
         for column in cache.columns
     ]
+
+
+def _kl_note(spec: Mapping[str, Any]) -> str:
+    """Of top logits, what a KL divergence over them is."""
+    if spec["kind"] != "top_logits":
+        return ""
+    others = spec["vocab_size"] - spec["m"]
+    return ": kl is exact" if others <= 1 else f": kl is a lower bound, {others:,} other tokens count as one"
 
 
 def align_facts(report: AlignReport) -> dict[str, Any]:

@@ -201,6 +201,8 @@ def store_verify(
                 f"in the mean of a completion (tolerance {found['tolerance']:g}), its activations by "
                 f"{100 * found['worst_features']:.2g} % (tolerance {100 * found['feature_tolerance']:g} %)"
             )
+            if found["left_out"]:
+                print(f"not scored again: {'; '.join(found['left_out'])}")
     if not report.ok:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
         raise FpoError(f"{report.key[:12]}: {counted(len(report.problems), 'problem')}\n{lines}")

@@ -16,7 +16,7 @@ from fpo.scoring import LOGPS_TOLERANCE, extremes
 from fpo.stage1_cache.build import reference_scorer
 from fpo.stage1_cache.identity import cache_identities
 from fpo.stage1_cache.score import TokenGroups, take
-from fpo.store import Cache, Features, Groups, TokenLogps, differences, serving
+from fpo.store import Cache, Features, Groups, TokenLogps, column_name, differences, serving
 from fpo.store.format.groups import summed_logps
 
 FEATURES_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2, "float16": 0.1}
@@ -38,6 +38,8 @@ class RecomputeReport:
     """Largest distance of a completion's activations, as a part of their size; 0 without features."""
     tolerance: float
     feature_tolerance: float
+    left_out: tuple[str, ...]
+    """Columns beside the cache that were not scored again: what is no feature, or not the recipe's."""
 
 
 def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens: int = 8192) -> RecomputeReport:
@@ -87,7 +89,9 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
                 )
             worst_features = max(worst_features, float(apart[at]))
         total += len(stored)
-    return RecomputeReport(total, worst, worst_features, tolerance, feature_tolerance)
+    again = [serving(held, spec) for spec in specs]
+    left_out = tuple(column_name(column.spec) for column in held if column not in again)
+    return RecomputeReport(total, worst, worst_features, tolerance, feature_tolerance, left_out)
 
 
 def _named(groups: Groups, completion: int) -> str:

@@ -16,7 +16,7 @@ from fpo.progress import say
 from fpo.recipe import goes_by_evaluations
 from fpo.stage2_align.checkpoints import whole_checkpoint
 from fpo.stage2_align.stream import PairStream
-from fpo.stage2_align.sums import MetricSums
+from fpo.stage2_align.sums import AUX_LOSS, MetricSums
 
 
 def check_best(values: dict[str, Any]) -> None:
@@ -117,9 +117,10 @@ class Evaluations(TrainerCallback):
         if args.metric_for_best_model is None:
             return
         name = args.metric_for_best_model.removeprefix("eval_")
-        if name not in self.sums.names:
-            near = nearest(name, self.sums.names)
-            hint = f"nearest is {near}" if near else f"there are {', '.join(self.sums.names)}"
+        given = [name for name in self.sums.names if name != AUX_LOSS]
+        if name not in given:
+            near = nearest(name, given)
+            hint = f"nearest is {near}" if near else f"there are {', '.join(given)}"
             raise RecipeError(f"training.metric_for_best_model: no evaluation gives {name!r}; {hint}")
 
 

@@ -16,6 +16,9 @@ from fpo.stage2_align.measure import Metric
 TOKENS_READ = "num_tokens"
 """What is no mean but a total since the run began, by TRL's name; it is over nothing."""
 
+AUX_LOSS = "aux_loss"
+"""The router's load-balancing loss, which is trained on and not evaluated."""
+
 
 class MetricSums(TrainerCallback):
     """

@@ -34,7 +34,7 @@ from fpo.stage2_align.finite import FiniteWatch
 from fpo.stage2_align.held_out import held_out_metrics
 from fpo.stage2_align.measure import Metric, ObjectiveMeter, batch_metrics, counted_groups
 from fpo.stage2_align.stream import Batch, PairStream
-from fpo.stage2_align.sums import TOKENS_READ, MetricSums
+from fpo.stage2_align.sums import AUX_LOSS, TOKENS_READ, MetricSums
 
 
 class PairTrainer(Trainer):
@@ -115,9 +115,9 @@ class PairTrainer(Trainer):
             # A mean over the batch's tokens, so it counts as often as the batch has pairs, as in TRL.
             loss = loss + self.router_coefficient * scores.router_loss * weight.sum()
             groups = counted_groups(inputs).sum()
-            metrics["aux_loss"] = Metric(scores.router_loss.detach() * groups, groups)
+            metrics[AUX_LOSS] = Metric(scores.router_loss.detach() * groups, groups)
             own = metrics["loss"]
-            metrics["loss"] = own._replace(total=own.total + self.router_coefficient * metrics["aux_loss"].total)
+            metrics["loss"] = own._replace(total=own.total + self.router_coefficient * metrics[AUX_LOSS].total)
         self.sums.add(metrics)
         return (loss, measurement) if return_outputs else loss
 

@@ -221,6 +221,9 @@ def test_recomputing_refuses_activations_that_the_model_does_not_give(
     recipe = world.recipe(data={"split": "train[:40]", "eval_split": None})
     report = recompute(recipe, honest, 40, seed=0)
     assert report.worst_features < 1e-4
+    assert report.left_out == ()
+    built(world, tmp_path, "train[:40]", cache={"top_logits": 3})
+    assert recompute(recipe, honest, 4, seed=0).left_out == ("top 3 logits",)
     (column,) = honest.columns
     for sid in range(len(honest.shard_groups)):
         rows = column.sealed.shard(sid)

@@ -12,6 +12,7 @@ import pytest
 from store_servers import web_server
 from tiny_world import TinyWorld, build_tiny_world
 
+from fpo.commands.reports import column_lines
 from fpo.errors import CacheDamaged, CacheMissing, DataError
 from fpo.recipe import Recipe
 from fpo.stage1_cache import build_caches, find_cache
@@ -237,3 +238,14 @@ def test_a_pairs_loss_is_multiplied_by_the_weight_that_the_data_gives_it(world: 
     (row, *_) = metrics(recipe, world.store, tmp_path / "run")
     assert row["loss"] == pytest.approx(2 * math.log(2), rel=1e-6)
     assert row["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [(96, "kl is exact"), (2, "kl is a lower bound, 95 other tokens count as one")]
+)
+def test_a_run_says_what_its_kl_is(world: TinyWorld, tmp_path: Path, kept: int, said: str) -> None:
+    """Of 97 tokens."""
+    recipe = world.recipe(objective={"name": "tdpo2"}, features=[], cache={"top_logits": kept})
+    build_caches(recipe, tmp_path)
+    (line,) = column_lines(find_cache(recipe, tmp_path))
+    assert line.endswith(f"top {kept} logits: {said}")
