@@ -1,13 +1,13 @@
 """
 What a model says about a group. One package, because reference and policy must be measured by the same code.
 
-    packing     groups -> rows, in two layouts      models      files of a model, loading; configs resolves config.json
+    packing     groups -> rows, in three layouts    models      files of a model, loading; configs resolves config.json
     masks       the family's own masks, packed      families    what a family does with its config
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; files of every format
     check       is a model measured rightly         self_check  does the SAE fit the hookpoint
     features    pooled top k, column sets           routers     load-balancing loss of experts
-    virtual     soft prompts before the rows
+    virtual     soft prompts before the rows        attention   branches of a row
 """
 
 from fpo.scoring.check import OwnLogits, choose_layout, extremes

@@ -146,9 +146,13 @@ def choose_layout(
 def _reason_against(model: Model, layout: Layout, groups: _Groups, expected: list[_Plain]) -> str | None:
     """Why this layout is not right; None where it is."""
     limit = LAYOUT_TOLERANCE[model.dtype]
-    row_limit, width = packed_row_limit(model), pack(*groups, layout).input_ids.shape[1]
-    if layout is Layout.PACKED and row_limit is not None and width > row_limit:
-        return f"rows of {width} tokens, and beyond {row_limit} its attention depends on the place in the row"
+    row_limit = packed_row_limit(model)
+    if row_limit is not None and layout is Layout.PACKED:
+        return f"beyond {row_limit} tokens its attention depends on the place in the row"
+    if row_limit is not None and layout is Layout.MASKED:
+        width = pack(*groups, layout).input_ids.shape[1]
+        if width > row_limit:
+            return f"rows of {width} tokens, and beyond {row_limit} its attention depends on the place in the row"
     try:
         before = _score(model, layout, groups.last)
         together = _score(model, layout, groups)
@@ -191,8 +195,7 @@ def _first_line(error: Exception) -> str:
 def _score(model: Model, layout: Layout, groups: _Groups) -> list[Tensor]:
     """Token log-probs, one tensor per completion."""
     packed = pack(*groups, layout)
-    device = next(model.parameters()).device
-    scores = model(**{name: tensor.to(device) for name, tensor in packed._asdict().items()})
+    scores = model(**packed.to(next(model.parameters()).device)._asdict())
     return list(scores.token_logps.split(packed.lengths.tolist()))
 
 

@@ -1,15 +1,16 @@
 """
-The attention mask of packed rows, from the family's own mask.
+What shared prompts need in the place of a family's masks.
 
 A family says which tokens a layer sees by a function of two positions - causal, a window, a chunk - that it hands to
-transformers' mask interface. While `packed_masks` is open, that interface asks the function about position ids instead
-of places in the row, and adds which branch a token stands on. So windows and chunks come from what the family does with
-its config, layer by layer, and from nothing that we read there.
+transformers' mask interface. While `branches_for` is open, that interface hands it on to the attention with where the
+branches are; while `masks_for` is open, it makes masks of rows, asking the function about position ids instead of
+places in the row. So windows and chunks come from what the family does with its config, layer by layer, and from
+nothing that we read there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from fpo.scoring.attention import BRANCHED, Branches
 from fpo.scoring.packing import Packed, Reach, attention_mask
 
 
 @contextmanager
-def packed_masks(packed: Packed, width: int) -> Iterator[None]:
+def masks_for(packed: Packed, width: int) -> Iterator[None]:
     """
-    While open, every mask that a family builds is that of these packed rows.
+    While open, every mask that a family builds is that of these rows.
 
     width  columns that look: the last ones, since a soft prompt's keys and values are only looked at
     """
@@ -38,11 +40,37 @@ def packed_masks(packed: Packed, width: int) -> Iterator[None]:
         lowest = torch.finfo(dtype).min
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, lowest)
 
+    with _instead({"sdpa": boolean, "eager": additive, BRANCHED["sdpa"]: boolean, BRANCHED["eager"]: additive}):
+        yield
+
+
+@contextmanager
+def branches_for(packed: Packed, *, embedded: bool) -> Iterator[None]:
+    """
+    While open, a family's attention is given Branches.
+
+    embedded  whether the tokens of a soft prompt, if `packed` stands behind one, are tokens of its row
+    Raises ValueError where the family does not call ours.
+    """
+
+    def branches(*, mask_function: Reach, **_: Any) -> Branches:
+        return Branches(packed, mask_function, embedded=embedded)
+
+    def refuse(**_: Any) -> None:
+        raise ValueError("its attention is its own")
+
+    with _instead({**dict.fromkeys(BRANCHED, refuse), **dict.fromkeys(BRANCHED.values(), branches)}):
+        yield
+
+
+@contextmanager
+def _instead(makers: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Makers of masks, by implementation."""
     # Entries of this one object come before those that are registered, and are ours to take out again.
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = boolean
-    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = additive
+    for name, maker in makers.items():
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = maker
     try:
         yield
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-        del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+        for name in makers:
+            del ALL_MASK_ATTENTION_FUNCTIONS[name]

@@ -1,10 +1,12 @@
 """
-Groups laid out in rows, in one of two layouts. A group is a prompt with one or more completions.
+Groups laid out in rows, in one of three layouts. A group is a prompt with one or more completions.
 
     packed  the completions of a group share their prompt: a group is one run of tokens
             `[prompt | completion 1 | completion 2 | ...]`, its position ids start again after the prompt for every
-            completion, and whole groups stand first-fit behind each other in rows no longer than the longest group of
-            the batch. Almost no token is padding, and every token is computed once.
+            completion, and all groups stand behind each other in one row without padding. Every token is computed
+            once; what a token sees is left to the attention, which works branch by branch (see `attention`).
+    masked  the same runs of tokens, first-fit in rows no longer than the longest group of the batch, under a mask of
+            each row: for families with an attention of their own. Few tokens are padding.
     rows    each completion stands behind its prompt in a row of its own, padded on the right, as the family's own
             forward reads it. The prompt is computed once per completion; state-space, convolution and ALiBi families
             need it.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ class Layout(StrEnum):
     """How groups become rows."""
 
     PACKED = "packed"
+    MASKED = "masked"
     ROWS = "rows"
 
 
@@ -73,21 +76,33 @@ class Packed(NamedTuple):
     """How many of them each group has; empty unless prompts were asked for."""
     asked: Int[Tensor, "N A"]
     """Further tokens whose log-prob is asked for in the place of each scored one; (N, 0) asks for none."""
+    sizes: tuple[tuple[int, ...], ...]
+    """Tokens of each group's prompt and completions, on the host, where all groups stand in one row; else empty."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor]) -> Packed:
+    def of(cls, batch: Mapping[str, Any]) -> Packed:
         """Its fields among those of a batch."""
-        return cls(*(batch[name] for name in cls._fields))
+        fields: dict[str, Any] = {name: batch[name] for name in cls._fields}
+        return cls(**fields)
 
     @property
     def layout(self) -> Layout:
         """Told from the shapes alone, so that no step waits for the device; rows are never one token wide."""
-        return Layout.PACKED if self.branch.shape == self.position_ids.shape else Layout.ROWS
+        if self.sizes:
+            return Layout.PACKED
+        return Layout.MASKED if self.branch.shape == self.position_ids.shape else Layout.ROWS
+
+    def to(self, device: torch.device) -> Packed:
+        """On a device, all but what the host must know."""
+        moved: dict[str, Any] = {
+            name: field.to(device) for name, field in self._asdict().items() if isinstance(field, Tensor)
+        }
+        return self._replace(**moved)
 
     @property
     def n_tokens(self) -> int:
         """Tokens that are no padding, as they are computed: to be asked before the batch is on a device."""
-        if self.layout is Layout.PACKED:
+        if self.layout is not Layout.ROWS:
             return int((self.group >= 0).sum())
         # A row ends with the token that its completion's last predictor predicts.
         last = self.predictors[self.lengths.cumsum(0)[self.lengths > 0] - 1] % self.input_ids.shape[1]
@@ -134,6 +149,10 @@ class _Segments(NamedTuple):
         scored: np.ndarray = np.maximum(self.sizes[self.completions] - empty, 0)
         return scored
 
+    def by_group(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each group's prompt and completions."""
+        return tuple(tuple(part.tolist()) for part in np.split(self.sizes, self.prompts[1:]))
+
 
 class _Rows(NamedTuple):
     """Segments laid out: what the model reads, and the flat positions of what it is asked about."""
@@ -174,7 +193,11 @@ def pack(
     segments = _segments(input_ids, splits, n_completions)
     if pad_id is None:
         pad_id = int(segments.tokens[0]) if len(segments.tokens) else 0
-    rows = (_share_prompts if layout is Layout.PACKED else _repeat_prompts)(segments, pad_id)
+    one_row = layout is Layout.PACKED and len(segments.prompts) > 0
+    if layout is Layout.ROWS:
+        rows = _repeat_prompts(segments, pad_id)
+    else:
+        rows = _share_prompts(segments, pad_id, one_row=one_row)
     lengths = segments.scored
     counted, counts = _counted(lengths, score_mask)
     own = np.maximum(segments.prompt_sizes - 1, 0) if prompts else np.zeros(0, np.int64)
@@ -183,7 +206,8 @@ def pack(
     if len(further) != len(rows.targets):
         raise ValueError(f"tokens are asked for at {len(further)} places, the groups have {len(rows.targets)} scored")
     arrays = (*rows[:-1], lengths, counted, counts, predictors, own, further)
-    return Packed(*map(torch.from_numpy, arrays))
+    tensors = dict(zip(Packed._fields, map(torch.from_numpy, arrays), strict=False))
+    return Packed.of({**tensors, "sizes": segments.by_group() if one_row else ()})
 
 
 def _segments(input_ids: np.ndarray, splits: np.ndarray, n_completions: np.ndarray) -> _Segments:
@@ -207,13 +231,16 @@ def _segments(input_ids: np.ndarray, splits: np.ndarray, n_completions: np.ndarr
     )
 
 
-def _share_prompts(segments: _Segments, pad_id: int) -> _Rows:
+def _share_prompts(segments: _Segments, pad_id: int, *, one_row: bool) -> _Rows:
     starts, sizes, group, branch = segments.starts, segments.sizes, segments.group, segments.branch
     first = starts[segments.prompts]
     totals = np.diff(np.append(first, len(segments.tokens)))
-    longest = int(totals.max(initial=1))
-    row_of, offset_of, n_rows = _first_fit(totals, longest)
-    width = _row_width(longest)
+    if one_row:
+        row_of, offset_of, n_rows, width = np.zeros_like(first), first, 1, len(segments.tokens)
+    else:
+        longest = int(totals.max(initial=1))
+        row_of, offset_of, n_rows = _first_fit(totals, longest)
+        width = _row_width(longest)
     origins = row_of * width + offset_of
 
     # Per token: its flat position in the rows, its branch, and its position, which every branch counts from its prompt.

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fpo.errors import ModelError
+from fpo.scoring.attention import attend_in_branches
 from fpo.scoring.families import (
     FamilyHead,
     moving_rope_limit,
@@ -32,7 +33,7 @@ from fpo.scoring.families import (
 )
 from fpo.scoring.hookpoints import capture
 from fpo.scoring.logps import token_logps
-from fpo.scoring.masks import packed_masks
+from fpo.scoring.masks import branches_for, masks_for
 from fpo.scoring.packing import Layout, Packed
 from fpo.scoring.routers import router_loss
 from fpo.scoring.virtual import SoftPrompt, behind, decoder_input
@@ -95,6 +96,7 @@ def install_scoring(
     with capture(model, hookpoints):
         pass  # resolves every name
 
+    attend_in_branches(text_decoder(model))
     decoder_path = path_of(model, text_decoder(model))
     row_limit = packed_row_limit(model)
     moving_rope = moving_rope_limit(model) is not None
@@ -107,7 +109,7 @@ def install_scoring(
         width = packed.position_ids.shape[1]
         if moving_rope:  # such a family asks the device for the longest position itself
             refuse_moving_rope(self, int(packed.position_ids.max()) + 1, width - packed.input_ids.shape[1])
-        if row_limit is not None and packed.layout is Layout.PACKED and width > row_limit:
+        if row_limit is not None and packed.layout is not Layout.ROWS and width > row_limit:
             raise ModelError(
                 f"{self.config.model_type}: a packed row of {width} tokens, and beyond {row_limit} its attention "
                 "depends on the place in the row; lower data.max_length"
@@ -181,7 +183,8 @@ def _decoder_output(
     decoder: PreTrainedModel, packed: Packed, prompt: SoftPrompt | None, extras: dict[str, bool]
 ) -> Any:
     """
-    What the decoder says of the rows: packed ones under their own masks, unshared ones under the family's.
+    What the decoder says of the rows: where prompts are shared by its branches or under their masks, else as the family
+    has it.
 
     prompt  the virtual tokens that `packed` stands behind
     extras  further arguments of the decoder's forward
@@ -190,8 +193,10 @@ def _decoder_output(
     if packed.layout is Layout.ROWS:
         # No mask: what stands behind a token cannot reach it, and nothing is padded before one.
         return decoder(**tokens, use_cache=False, **extras)
-    width = (packed.position_ids if isinstance(prompt, Tensor) else packed.input_ids).shape[1]
-    with packed_masks(packed, width):
+    embedded = isinstance(prompt, Tensor)
+    width = (packed.position_ids if embedded else packed.input_ids).shape[1]
+    is_masked = packed.layout is Layout.MASKED
+    with masks_for(packed, width) if is_masked else branches_for(packed, embedded=embedded):
         return decoder(
             **tokens,
             # A mask of ones: without one the family would take the restarts of the positions for new sequences.

@@ -30,7 +30,7 @@ def behind(packed: Packed, prompt: SoftPrompt) -> Packed:
     rows, width = packed.input_ids.shape
     n: int = prompt.shape[1] if isinstance(prompt, Tensor) else prompt.get_seq_length()
     own = torch.arange(n, device=packed.position_ids.device).expand(rows, n)
-    filled = {"position_ids": torch.cat([own, packed.position_ids + n], 1)}
+    filled: dict[str, Any] = {"position_ids": torch.cat([own, packed.position_ids + n], 1)}
     if packed.branch.shape[1] == width:  # many branches in a row
         for name, value in (("group", VIRTUAL), ("branch", PROMPT)):
             tokens = getattr(packed, name)

@@ -171,15 +171,14 @@ class ReferenceScorer:
 
     def packed(self, groups: TokenGroups, prompts: bool = False) -> Packed:
         """The groups as the model reads them, on its device."""
-        packed = pack(
+        return pack(
             groups.input_ids,
             groups.splits,
             groups.n_completions,
             self.layout,
             score_mask=groups.score_mask,
             prompts=prompts,
-        )
-        return Packed(*(tensor.to(self.device) for tensor in packed))
+        ).to(self.device)
 
 
 def take(groups: TokenGroups, rows: np.ndarray) -> TokenGroups:

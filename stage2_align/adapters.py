@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,14 @@ def n_virtual(model: Any) -> int:
     return int(model.active_peft_config.num_virtual_tokens) if has_prompt(model) else 0
 
 
-def without_prompt(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, the model that a soft prompt was made for scores without it; other models stay what they are."""
-    off: contextlib.AbstractContextManager[Any] = (
-        model.disable_adapter() if has_prompt(model) else contextlib.nullcontext()
-    )
-    return off
+@contextlib.contextmanager
+def without_prompt(model: Any) -> Iterator[None]:
+    """Inside, a soft prompt is not read, in the arithmetic that training wraps the model in."""
+    model.reads_prompt = False
+    try:
+        yield
+    finally:
+        model.reads_prompt = True
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -181,9 +184,11 @@ def _reading_prompt(prompted: Any) -> Any:
     """The PEFT model with a forward that scores packed rows behind its prompt."""
 
     def forward(self: Any, **batch: Any) -> Scores:
-        scores: Scores = self.base_model(prompt=self.get_prompt(len(batch["input_ids"])), **batch)
+        prompt = self.get_prompt(len(batch["input_ids"])) if self.reads_prompt else None
+        scores: Scores = self.base_model(prompt=prompt, **batch)
         return scores
 
+    prompted.reads_prompt = True
     prompted.forward = types.MethodType(forward, prompted)
     return prompted
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from fpo.errors import RunError
 from fpo.recipe import Recipe
@@ -76,7 +77,7 @@ def held_out_metrics(
     sums = MetricSums()
     for batch in stream:
         assert batch is not None
-        here = {name: tensor.to(device) for name, tensor in batch.items()}
+        here = send_to_device(batch, device)
         scores = score(**Packed.of(here)._asdict())
         sums.add(batch_metrics(meter.measure(scores, here, stream.world), scores, here))
         scored(len(batch["n_completions"]))

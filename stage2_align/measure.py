@@ -8,7 +8,7 @@ Dimension key:  U units of n completions   C completions   N scored tokens   K c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import reduce
@@ -103,7 +103,7 @@ class ObjectiveMeter:
         """The same on `device`."""
         return replace(self, hookpoints=tuple(hookpoint.to(device) for hookpoint in self.hookpoints))
 
-    def measure(self, scores: Scores, batch: dict[str, Tensor], world: int = 1) -> Measurement:
+    def measure(self, scores: Scores, batch: dict[str, Any], world: int = 1) -> Measurement:
         """
         scores  what the policy says about the batch
         batch   from `batch_tensors`, on the policy's device
@@ -134,7 +134,7 @@ class ObjectiveMeter:
         # What the data says that a unit counts; 1 where it says nothing.
         return Measurement(value._replace(losses=value.losses * batch["unit_weight"]), evidence, self.incomplete)
 
-    def _distances(self, scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Float[Tensor, "U n"] | None:
+    def _distances(self, scores: Scores, packed: Packed, batch: dict[str, Any]) -> Float[Tensor, "U n"] | None:
         """Those of all hookpoints together; None where there is no feature term."""
         term = self.objective.needs.features
         if term is None:
@@ -153,20 +153,20 @@ def _typicality(scores: Scores, packed: Packed, units: Tensor) -> Float[Tensor, 
     return sum_logps(apart, packed)[units] / packed.counts.clamp(min=1)[units]
 
 
-def _tokens(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Tokens | None:
+def _tokens(scores: Scores, packed: Packed, batch: dict[str, Any]) -> Tokens | None:
     if "token_rows" not in batch:
         return None
     policy, side = packed.counting(scores.token_logps)[batch["token_rows"]], batch["token_side"]
     return Tokens(policy, batch["ref_token_logps"], side, batch["token_place"], batch.get("token_draws"))
 
 
-def _divergences(scores: Scores, packed: Packed, batch: dict[str, Tensor]) -> Float[Tensor, "U n"] | None:
+def _divergences(scores: Scores, packed: Packed, batch: dict[str, Any]) -> Float[Tensor, "U n"] | None:
     if scores.asked_logps is None:
         return None
     return sum_logps(token_kl(batch["ref_top_logps"], scores.asked_logps), packed)[batch["units"]]
 
 
-def _mismatched(logps: Float[Tensor, " C"], batch: dict[str, Tensor], world: int) -> Float[Tensor, ""] | None:
+def _mismatched(logps: Float[Tensor, " C"], batch: dict[str, Any], world: int) -> Float[Tensor, ""] | None:
     """The mean logratio of the mismatched completions of all processes, without gradient."""
     if "mismatched" not in batch:
         return None
@@ -178,7 +178,7 @@ def _mismatched(logps: Float[Tensor, " C"], batch: dict[str, Tensor], world: int
     return every[0] / every[1]
 
 
-def cached_features(batch: dict[str, Tensor], number: int) -> SparseRows:
+def cached_features(batch: dict[str, Any], number: int) -> SparseRows:
     """What the cache says of the hookpoint with this number among the objective's."""
     return SparseRows(*(batch[f"ref_{name}_{number}"] for name in ("indices", "acts", "counts")))
 
@@ -189,7 +189,7 @@ def feature_distances(
     residual: Float[Tensor, "N D"],
     packed: Packed,
     reference: SparseRows,
-    batch: dict[str, Tensor],
+    batch: dict[str, Any],
 ) -> Float[Tensor, " C"]:
     """
     D of every completion of a unit (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective
@@ -222,12 +222,13 @@ def _feature_set(
     return own if term.feature_set == "policy" else union(own, reference_top(reference, term.k))
 
 
-def counted_groups(batch: dict[str, Tensor]) -> Float[Tensor, " U"]:
+def counted_groups(batch: dict[str, Any]) -> Float[Tensor, " U"]:
     """What each unit counts in a mean over groups; a repeat, whose `weight` is 0, counts nothing."""
-    return batch["share"] * (batch["weight"] > 0)
+    counted: Tensor = batch["share"] * (batch["weight"] > 0)
+    return counted
 
 
-def batch_metrics(measurement: Measurement, scores: Scores, batch: dict[str, Tensor]) -> dict[str, Metric]:
+def batch_metrics(measurement: Measurement, scores: Scores, batch: dict[str, Any]) -> dict[str, Metric]:
     """
     Every metric that is logged, under TRL's names where TRL has one: over groups the mean of their pairs, over a
     batch's completions, or over their tokens. Repeats, whose `weight` is 0, count in none. Whoever adds batches up
@@ -247,7 +248,7 @@ def batch_metrics(measurement: Measurement, scores: Scores, batch: dict[str, Ten
     )
 
 
-def _token_metrics(evidence: Evidence, scores: Scores, batch: dict[str, Tensor], counts: Tensor) -> dict[str, Metric]:
+def _token_metrics(evidence: Evidence, scores: Scores, batch: dict[str, Any], counts: Tensor) -> dict[str, Metric]:
     """Means over the tokens that count, each as often as its completion counts in the other metrics."""
     packed = Packed.of(batch)
     lengths = _by_side(evidence.lengths, evidence, counts)

@@ -75,7 +75,7 @@ def check_parity(
     features: list[list[Tensor]] = [[] for _ in meter.hookpoints]
     for batch in _batches(pairs, stream.per_device):
         here = pack(batch.input_ids, batch.splits, batch.n_completions, stream.layout, score_mask=batch.score_mask)
-        packed = Packed(*(tensor.to(device) for tensor in here))
+        packed = here.to(device)
         scores: Scores = model(**packed._asdict())
         ours, stored = scores.token_logps.cpu(), torch.from_numpy(batch.token_logps)
         apart.append(here.counting(ours.double() - stored.double()))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fpo.errors import DataError
@@ -28,7 +27,7 @@ T = TypeVar("T")
 # Packed batches that wait for the trainer: enough to cover the moment when a block's arrays are put together.
 QUEUE_BATCHES = 64
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 def check_groups(cache: Cache, objective: Objective) -> None:

@@ -251,7 +251,8 @@ def page(outcomes: dict[str, str]) -> str:
         "",
     ]
     for layout, title in (
-        ("packed", "Right packed: the prompt is computed once"),
+        ("packed", "Right packed: all groups in one row, the prompt computed once"),
+        ("masked", "Right under masks: an attention of its own, the prompt computed once"),
         ("rows", "Right in rows of their own"),
     ):
         names = [case for case, found in outcomes.items() if found == layout]

@@ -25,6 +25,8 @@ from tiny_models import tiny_model
 from tiny_world import WORDS, build_tiny_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fpo.objectives import DEFAULT_OBJECTIVE
+from fpo.objectives.kto import Kto
 from fpo.recipe import Recipe, validate_recipe
 from fpo.scoring import Packed
 from fpo.stage1_cache import build_caches, find_cache
@@ -197,7 +199,9 @@ class Experiment:
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (root / data / "train.jsonl").write_text(lines, encoding="utf-8")
             (built,) = build_caches(self.recipe(CASES[0].values[0]._replace(data=data)), self.world.store)
-            steps = [groups for groups, _ in PairStream(built.cache, seed=SEED, per_device=BATCH)._micro_batches(0)]
+            reader = Kto(name="kto") if built.columns else DEFAULT_OBJECTIVE
+            stream = PairStream(built.cache, seed=SEED, per_device=BATCH, objective=reader)
+            steps = [groups for groups, _ in stream._micro_batches(0)]
             self.keys[data] = built.cache.key
             self.rows[data] = [rows[int(group)] for groups in steps for group in groups.group_id]
             if built.columns:

@@ -20,9 +20,10 @@ from fpo.scoring.scorer import install_scoring
 SHAPES = [(12, 20, 3), (1, 1, 6), (4, 1, 1), (7, 2, 18), (1, 5, 2)]
 
 
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.MASKED])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_separate_forwards(family: str, attention: str) -> None:
+def test_packed_equals_separate_forwards(family: str, attention: str, layout: Layout) -> None:
     if family == "gemma2" and attention == "sdpa":
         pytest.skip("transformers has no soft-capped sdpa")
     model = tiny_model(family, attn_implementation=attention)
@@ -37,7 +38,8 @@ def test_packed_equals_separate_forwards(family: str, attention: str) -> None:
     model.zero_grad()
 
     install_scoring(model, (hookpoint,))
-    packed = pack(*groups)
+    packed = pack(*groups, layout)
+    assert packed.layout is layout
     scores = model(**packed._asdict())
     ((scores.token_logps * weights).sum() + scores.residuals[0].square().sum()).backward()
 
@@ -85,23 +87,26 @@ def test_rows_hold_the_prompt_before_each_completion() -> None:
 
 
 def test_padding_is_of_no_group() -> None:
-    packed = pack(np.array([10, 11, 20, 30]), np.array([0, 2, 3, 4]), np.array([2]), pad_id=9)
+    packed = pack(np.array([10, 11, 20, 30]), np.array([0, 2, 3, 4]), np.array([2]), Layout.MASKED, pad_id=9)
     assert packed.input_ids.tolist() == [[10, 11, 20, 30, 9, 9, 9, 9]]
     assert packed.group.tolist() == [[0, 0, 0, 0, -1, -1, -1, -1]]
     assert packed.branch.tolist() == [[0, 0, 1, 2, 0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize(("layout", "tokens"), [(Layout.PACKED, 6 + 12), (Layout.ROWS, (5 + 3) + (11 + 9))])
-def test_tokens_are_counted_without_their_padding(layout: Layout, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("layout", "tokens", "padding"),
+    [(Layout.PACKED, 6 + 12, 0), (Layout.MASKED, 6 + 12, 14), (Layout.ROWS, (5 + 3) + (11 + 9), 36)],
+)
+def test_tokens_are_counted_without_their_padding(layout: Layout, tokens: int, padding: int) -> None:
     """Prompts of 2 and 8, completions of 3 and 1, of 3 and 1: in rows a prompt counts with each completion."""
     packed = pack(*some_groups([(2, 3, 1), (8, 3, 1)]), layout)
-    assert packed.input_ids.numel() > tokens
+    assert packed.input_ids.numel() == tokens + padding
     assert packed.n_tokens == tokens
 
 
 def test_the_mask_hides_the_other_branches_and_what_the_family_does_not_reach() -> None:
     """Prompt a b, completions c d, e and f; window 2 by position id: e and f stand at position 2 beside b at 1."""
-    packed = pack(np.arange(6), np.array([0, 2, 4, 5, 6]), np.array([3]))
+    packed = pack(np.arange(6), np.array([0, 2, 4, 5, 6]), np.array([3]), Layout.MASKED)
     facts = packed.group, packed.branch, packed.position_ids
     full = attention_mask(*facts)[0, 0, :6, :6].int().tolist()
     assert full == [
@@ -131,7 +136,7 @@ def test_an_empty_prompt_leaves_the_first_token_of_each_completion_unscored(layo
     assert packed.targets.tolist() == [6, 7, 9]
     assert packed.lengths.tolist() == packed.counts.tolist() == [2, 1, 0, 0]
     assert (packed.prompt_lengths.tolist(), packed.prompt_predictors.tolist()) == ([0, 0], [])
-    assert packed.predictors.tolist() == ([0, 1, 3] if layout is Layout.PACKED else [0, 1, 8])
+    assert packed.predictors.tolist() == ([0, 1, 8] if layout is Layout.ROWS else [0, 1, 3])
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -139,7 +144,8 @@ def test_the_layout_shows_in_the_shapes_of_the_smallest_batches(layout: Layout) 
     """One completion of one token, and no group at all."""
     one = pack(np.array([7]), np.array([0, 0, 1]), np.array([1]), layout)
     none = pack(np.array([], np.uint32), np.array([0]), np.array([], np.uint32), layout)
-    assert (one.layout, none.layout) == (layout, layout)
+    # No group leaves a row of padding, which is under a mask.
+    assert (one.layout, none.layout) == (layout, Layout.MASKED if layout is Layout.PACKED else layout)
     assert (len(one.targets), one.lengths.tolist(), one.counts.tolist()) == (0, [0], [0])
     assert bool((none.group == -1).all())
     assert len(none.lengths) == len(none.counted) == 0
@@ -148,7 +154,7 @@ def test_the_layout_shows_in_the_shapes_of_the_smallest_batches(layout: Layout) 
 def test_rows_are_filled_first_fit_up_to_the_longest_group() -> None:
     """Sizes 8, 5, 3, 2, 2: the 5 takes the 3 beside it, the two 2s share the third row."""
     sizes = [(2, 1, 1, 1, 3), (1, 4), (1, 1, 1), (0, 1, 1), (1, 1)]
-    packed = pack(*some_groups(sizes))
+    packed = pack(*some_groups(sizes), Layout.MASKED)
     assert packed.input_ids.shape == (3, 8)
     assert [sorted(set(row.tolist())) for row in packed.group] == [[0], [1, 2], [-1, 3, 4]]
 

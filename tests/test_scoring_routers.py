@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fpo.errors import ModelError
-from fpo.scoring import install_scoring, pack, router_coefficient
+from fpo.scoring import Layout, install_scoring, pack, router_coefficient
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align
 from fpo.stage2_align.callbacks import read_metrics
@@ -47,9 +47,10 @@ def balancing_loss(per_layer: list[Tensor], experts: int, top_k: int) -> Tensor:
     return experts * (chosen.mean(0) * probabilities.mean(0)).sum()
 
 
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.MASKED])
 @pytest.mark.parametrize("family", sorted(EXPERTS))
-def test_the_routers_loss_is_that_of_separate_rows_over_the_same_tokens(family: str) -> None:
-    """Two groups of other lengths, so rows are padded. The prompt counts once."""
+def test_the_routers_loss_is_that_of_separate_rows_over_the_same_tokens(family: str, layout: Layout) -> None:
+    """Two groups of other lengths, so that rows under masks are padded. The prompt counts once."""
     model = tiny_experts(family)
     rng = np.random.default_rng(0)
     sizes = np.array([5, 9, 4, 3, 2, 7])
@@ -68,8 +69,8 @@ def test_the_routers_loss_is_that_of_separate_rows_over_the_same_tokens(family: 
     assert float(whole.aux_loss.detach()) == pytest.approx(float(balancing_loss(gates, 4, 2).detach()), rel=1e-5)
 
     install_scoring(model, routers=True)
-    packed = pack(ids, splits, np.array([2, 2]))
-    assert (packed.group == -1).any()
+    packed = pack(ids, splits, np.array([2, 2]), layout)
+    assert bool((packed.group == -1).any()) is (layout is Layout.MASKED)
     found = model(**packed._asdict()).router_loss
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
     found.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -77,9 +78,14 @@ def alone(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", [*FAMILIES, *ROWS_FAMILIES])
-def test_every_completion_scores_as_behind_the_soft_prompt_alone(family: str, kind: str) -> None:
-    layout = Layout.ROWS if family in ROWS_FAMILIES else Layout.PACKED
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        *itertools.product(FAMILIES, (Layout.PACKED, Layout.MASKED)),
+        *((family, Layout.ROWS) for family in ROWS_FAMILIES),
+    ],
+)
+def test_every_completion_scores_as_behind_the_soft_prompt_alone(family: str, layout: Layout, kind: str) -> None:
     if (family, kind) in REFUSED:
         with pytest.raises(RecipeError, match=rf"policy\.prompt\.kind: {family} takes no {kind} \("):
             tiny_prompted(family, kind)
@@ -207,8 +213,9 @@ def test_two_batches_and_half_precision_serve_a_soft_prompt_too(world: TinyWorld
     recipe = prompted(world, kind, {"bf16": True}, reference={"autocast": "bfloat16"})
     build_caches(recipe, world.store)
     mixed = run(world, recipe, tmp_path / "mixed")
+    assert json.loads((tmp_path / "mixed" / "run.json").read_text())["parity"] < 1e-3  # 1e-2 without autocast
     single = run(world, prompted(world, kind), tmp_path / "single")
-    assert mixed[0]["loss"] == pytest.approx(single[0]["loss"], rel=0.01)
+    assert mixed[0]["loss"] == pytest.approx(single[0]["loss"], rel=0.03)
     assert mixed[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=0.1)
 
 
