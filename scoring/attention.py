@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
@@ -29,6 +30,10 @@ from fpo.scoring.packing import Packed, Reach
 
 BRANCHED = {"sdpa": "fpo_sdpa", "eager": "fpo_eager"}
 """Implementations of transformers -> ours, which attend over branches where they are given some, else as those do."""
+
+
+MASK_ELEMENTS = 1 << 22
+"""Of a mask. Branches that would take a larger one are attended to in blocks of queries."""
 
 
 class _Branch(NamedTuple):
@@ -70,12 +75,14 @@ class Branches:
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 Q L"]:
         """Which keys the last of them, as queries, see."""
-        if (queries, keys) not in self._masks:
+        found = self._masks.get((queries, keys))
+        if found is None:
             place = torch.arange(keys, device=device)
             zero = place.new_zeros(())
-            seen = self.reach(zero, zero, place[keys - queries :, None], place[None])
-            self._masks[queries, keys] = seen.expand(queries, keys)[None, None]
-        return self._masks[queries, keys]
+            found = self.reach(zero, zero, place[keys - queries :, None], place[None]).expand(queries, keys)[None, None]
+            if queries * keys <= MASK_ELEMENTS // 8:  # those of short branches come again in every layer
+                self._masks[queries, keys] = found
+        return found
 
     def is_causal(self, queries: int, keys: int) -> bool:
         """Whether every key is a query, and each sees all before it: as soon as the last one sees the first one."""
@@ -152,17 +159,42 @@ def _attend(
     settings: _Settings,
 ) -> Float[Tensor, "1 H Q E"]:
     n_queries, n_keys = query.shape[2], key.shape[2]
-    if settings.softcap is not None or settings.sinks is not None:
-        return _attend_plainly(query, key, value, branches.mask(n_queries, n_keys, query.device), settings)
-    causal = branches.is_causal(n_queries, n_keys)
+    plainly = settings.softcap is not None or settings.sinks is not None
+    if not plainly and branches.is_causal(n_queries, n_keys):
+        grouped = query.shape[1] != key.shape[1]
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=settings.scale, enable_gqa=grouped
+        )
+    rows = max(MASK_ELEMENTS // n_keys, 1)
+    outputs = []
+    for start in range(0, n_queries, rows):
+        block = query[:, :, start : start + rows] if rows < n_queries else query
+        seen = n_keys - n_queries + min(start + rows, n_queries)
+        masked = _attend_plainly if plainly else _attend_masked
+        arguments = block, key[:, :, :seen], value[:, :, :seen], branches, settings
+        if plainly and rows < n_queries and torch.is_grad_enabled():
+            # Scores of all blocks, several times over, would wait for backward.
+            outputs.append(checkpoint(masked, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(masked(*arguments))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_masked(
+    query: Float[Tensor, "1 H Q D"],
+    key: Float[Tensor, "1 K L D"],
+    value: Float[Tensor, "1 K L E"],
+    branches: Branches,
+    settings: _Settings,
+) -> Float[Tensor, "1 H Q E"]:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type != "cpu":
+        # A GPU's fused kernels take a mask or grouped heads, not both.
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+        grouped = False
+    mask = branches.mask(query.shape[2], key.shape[2], query.device)
     return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if causal else branches.mask(n_queries, n_keys, query.device),
-        is_causal=causal,
-        scale=settings.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, scale=settings.scale, enable_gqa=grouped
     )
 
 
@@ -170,7 +202,7 @@ def _attend_plainly(
     query: Float[Tensor, "1 H Q D"],
     key: Float[Tensor, "1 K L D"],
     value: Float[Tensor, "1 K L E"],
-    mask: Bool[Tensor, "1 1 Q L"],
+    branches: Branches,
     settings: _Settings,
 ) -> Float[Tensor, "1 H Q E"]:
     """With soft-capped scores and sinks, softmax in float32: no fused kernel takes them."""
@@ -181,6 +213,7 @@ def _attend_plainly(
     scores = scores * (size**-0.5 if settings.scale is None else settings.scale)
     if settings.softcap is not None:
         scores = settings.softcap * torch.tanh(scores / settings.softcap)
+    mask = branches.mask(n_queries, key.shape[2], query.device)
     scores = scores.float().masked_fill(~mask, -torch.inf)
     if settings.sinks is not None:
         sinks = settings.sinks.float().view(1, heads, 1, 1).expand(1, heads, n_queries, 1)

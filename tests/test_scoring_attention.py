@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from fpo.scoring import Layout, install_scoring, pack
+from fpo.scoring import Layout, attention, install_scoring, pack
 from fpo.scoring.attention import Branches
 from fpo.scoring.packing import attention_mask
 
@@ -47,9 +47,13 @@ def test_no_tensor_of_a_step_is_as_large_as_a_rows_mask(case: str) -> None:
     assert tokens * 32 <= largest.found < tokens * tokens / 6
 
 
+@pytest.mark.parametrize("elements", [attention.MASK_ELEMENTS, 200])
 @pytest.mark.parametrize("case", ["gpt_oss", "gemma2", "cohere2", "deepseek_v3", "qwen3_moe", "granite_swa"])
-def test_sinks_caps_windows_and_gradients_are_those_of_separate_forwards(case: str) -> None:
-    """Groups of one to four completions that cross every window, one without a prompt."""
+def test_sinks_caps_windows_and_gradients_are_those_of_separate_forwards(
+    case: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of one to four completions that cross every window, one without a prompt; whole and in blocks."""
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", elements)
     model = build(case)
     hookpoint = layer_of("llama")
     groups = some_groups(MANY)

@@ -1,0 +1,314 @@
+"""
+Stage 2 against what it replaces: the same pairs, the same random model, one epoch each, in one process on one thread.
+
+    python benchmarks/align.py PAIRS.jsonl --tokenizer FOLDER [--model llama|gemma2] [--steps 4] [--rounds 3]
+
+Sides: runs from one cache (dpo, simpo, fpo, tdpo2); TRL's DPOTrainer with the reference in memory, and its log-probs
+computed before (both where trl is installed); a plain loop with chosen and rejected as padded rows, which gathers before it
+normalises; and the floor, the bare matrix products of our step's own shapes. Each is the CPU time from the first step's
+begin to the last one's end. Printed are the least of the rounds and the ratios with their range over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
+from transformers.utils import logging
+
+from fpo.interrupts import StopRequest
+from fpo.recipe import Recipe, validate_recipe
+from fpo.stage1_cache import build_caches, find_cache
+from fpo.stage2_align.arguments import training_arguments
+from fpo.stage2_align.measure import ObjectiveMeter
+from fpo.stage2_align.policy import load_policy
+from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.trainer import PairTrainer
+
+BATCH, MAX_LENGTH, D_SAE, BETA = 8, 512, 16384, 0.1
+HOOKPOINT = "model.layers.1"
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": BETA},
+    "simpo": {},
+    "fpo": {"k": 50},
+    "tdpo2": {"beta": BETA},
+}
+# What every trainer is given; AdamW in float32.
+SHARED: dict[str, Any] = {
+    "use_cpu": True,
+    "per_device_train_batch_size": BATCH,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1000,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+class World(NamedTuple):
+    """Files of the experiment: `model`, `sae`, `pairs.jsonl`, `store`."""
+
+    root: Path
+    rows: list[dict[str, Any]]
+
+    def recipe(self, objective: str) -> Recipe:
+        return validate_recipe(
+            {
+                "reference": {"model": str(self.root / "model")},
+                "features": [{"sae": str(self.root / "sae"), "hookpoint": HOOKPOINT, "self_check": False}],
+                "data": {"source": str(self.root / "pairs.jsonl"), "max_length": MAX_LENGTH},
+                "cache": {"top_logits": 64},
+                "objective": {"name": objective, **OBJECTIVES[objective]},
+                "training": SHARED,
+            },
+            "benchmark",
+        )
+
+    def model(self) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.root / "model", dtype=torch.float32)
+        return model
+
+
+def build_world(root: Path, pairs: Path, tokenizer: str, kind: str, steps: int) -> World:
+    """A random model, a random SAE and the first pairs of the file."""
+    lines = itertools.islice(pairs.read_text(encoding="utf-8").splitlines(), steps * BATCH)
+    rows = [json.loads(line) for line in lines]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.pad_token = loaded.pad_token or loaded.eos_token
+    loaded.save_pretrained(root / "model")
+    torch.manual_seed(0)
+    config = CONFIGS[kind](len(loaded))
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
+    write_sae(root / "sae", config.hidden_size)
+    return World(root, rows)
+
+
+def _llama(vocabulary: int) -> LlamaConfig:
+    """33M parameters."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+    )
+
+
+def _gemma2(vocabulary: int) -> Gemma2Config:
+    """Soft-capping, windows, and a vocabulary of 256 thousand, of which the tokenizer uses a part."""
+    return Gemma2Config(
+        vocab_size=max(256_000, vocabulary),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=256,
+        max_position_embeddings=1024,
+    )
+
+
+CONFIGS: dict[str, Callable[[int], Any]] = {"llama": _llama, "gemma2": _gemma2}
+
+
+def write_sae(folder: Path, width: int) -> None:
+    """A random SAE with ReLU in SAELens' format, a few per cent of its features active."""
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(1)
+    encoder = torch.randn(width, D_SAE, generator=draw) / width**0.5
+    tensors = {
+        "W_enc": encoder,
+        "W_dec": encoder.T.contiguous(),
+        "b_enc": torch.full((D_SAE,), -2.0),
+        "b_dec": torch.zeros(width),
+    }
+    save_file(tensors, folder / "sae_weights.safetensors")
+    settings = {
+        "architecture": "standard",
+        "d_in": width,
+        "d_sae": D_SAE,
+        "dtype": "float32",
+        "apply_b_dec_to_input": False,
+    }
+    (folder / "cfg.json").write_text(json.dumps({**settings, "hook_name": HOOKPOINT, "normalize_activations": "none"}))
+
+
+class Clock(TrainerCallback):
+    """CPU time of all steps of a trainer."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.process_time() - self.started
+
+
+def from_cache(world: World, objective: str) -> float:
+    recipe = world.recipe(objective)
+    cache = find_cache(recipe, world.root / "store")
+    with tempfile.TemporaryDirectory() as run:
+        args = training_arguments(recipe, Path(run), cache)
+        meter = ObjectiveMeter.of(recipe)
+        stream = PairStream(cache, seed=args.seed, per_device=BATCH, objective=recipe.objective)
+        model, tokenizer = load_policy(recipe, meter, Path(run)), AutoTokenizer.from_pretrained(world.root / "model")
+        trainer = PairTrainer(model, args, stream, meter, tokenizer, Path(run) / "metrics.jsonl", StopRequest())
+        return clocked(trainer)
+
+
+def trl(world: World, *, precomputed: bool) -> float:
+    from trl import DPOConfig, DPOTrainer
+
+    with tempfile.TemporaryDirectory() as run:
+        settings = {"gradient_checkpointing": False, "bf16": False, "disable_tqdm": True, "max_length": MAX_LENGTH}
+        trainer = DPOTrainer(
+            model=world.model(),
+            ref_model=world.model(),
+            args=DPOConfig(output_dir=run, beta=BETA, precompute_ref_log_probs=precomputed, **settings, **SHARED),
+            train_dataset=Dataset.from_list(world.rows),
+            processing_class=AutoTokenizer.from_pretrained(world.root / "model"),
+        )
+        return clocked(trainer)
+
+
+def clocked(trainer: Any) -> float:
+    clock = Clock()
+    trainer.add_callback(clock)
+    gc.freeze()  # a collection goes over what this step has made, not over all that the libraries hold
+    trainer.train()
+    return clock.seconds
+
+
+def padded(world: World) -> float:
+    """Chosen and rejected as padded rows, policy and reference; only completions reach the head."""
+    cache = find_cache(world.recipe("dpo"), world.root / "store")
+    policy, reference = world.model().train(), world.model()
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=SHARED["learning_rate"])
+    started = time.process_time()
+    for ids, mask, scored in _padded_batches(cache):
+        with torch.no_grad():
+            ref = _row_logps(reference, ids, mask, scored)
+        logratios = (_row_logps(policy, ids, mask, scored) - ref).view(2, -1)
+        loss = -functional.logsigmoid(BETA * (logratios[0] - logratios[1])).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimiser.step()
+    return time.process_time() - started
+
+
+def _padded_batches(cache: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Token ids, which are none of padding, and which are scored: chosen rows, then rejected ones."""
+    stream = PairStream(cache, seed=0, per_device=BATCH)
+    for groups, _ in stream._micro_batches(0):
+        parts = [groups.input_ids[a:b].astype(np.int64) for a, b in itertools.pairwise(groups.splits.astype(int))]
+        rows = [(parts[3 * pair], parts[3 * pair + side]) for side in (1, 2) for pair in range(len(groups))]
+        width = max(len(prompt) + len(completion) for prompt, completion in rows)
+        ids, mask, scored = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+        for row, (prompt, completion) in enumerate(rows):
+            size = len(prompt) + len(completion)
+            ids[row, :size] = torch.from_numpy(np.concatenate([prompt, completion]))
+            mask[row, :size] = 1
+            scored[row, len(prompt) : size] = 1
+        yield ids, mask, scored
+
+
+def _row_logps(model: PreTrainedModel, ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    rows, columns = scored[:, 1:].nonzero(as_tuple=True)
+    logits = model.get_output_embeddings()(hidden[rows, columns])
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    logps = logits.gather(-1, ids[rows, columns + 1][:, None])[:, 0] - logits.logsumexp(-1)
+    return logps.new_zeros(len(ids)).index_add(0, rows, logps)
+
+
+@torch.no_grad()
+def floor(world: World) -> float:
+    """The products of our step alone: every linear layer over all tokens, the head over scored ones; three of each."""
+    cache = find_cache(world.recipe("dpo"), world.root / "store")
+    model = world.model()
+    head = model.get_output_embeddings()
+    layers = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    seconds = 0.0
+    for groups, _ in PairStream(cache, seed=0, per_device=BATCH)._micro_batches(0):
+        shapes = [(len(groups.input_ids), layers), (len(groups.token_logps), [head.weight])]
+        for rows, weights in shapes:
+            for weight in weights:
+                here, there = torch.randn(rows, weight.shape[1]), torch.randn(rows, weight.shape[0])
+                started = time.process_time()
+                _ = here @ weight.T, there @ weight, there.T @ here
+                seconds += time.process_time() - started
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--model", choices=CONFIGS, default="llama")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        world = build_world(Path(folder), options.pairs, options.tokenizer, options.model, options.steps)
+        build_caches(world.recipe("fpo"), world.root / "store")
+        sides: dict[str, Callable[[], float]] = {
+            **{name: lambda name=name: from_cache(world, name) for name in OBJECTIVES},  # type: ignore[misc]
+            "floor": lambda: floor(world),
+            "padded": lambda: padded(world),
+        }
+        if find_spec("trl") is not None:
+            sides["trl precomputed"] = lambda: trl(world, precomputed=True)
+            sides["trl"] = lambda: trl(world, precomputed=False)
+        rounds = [{name: side() for name, side in sides.items()} for _ in range(options.rounds)]
+    report(rounds, options)
+
+
+def report(rounds: list[dict[str, float]], options: argparse.Namespace) -> None:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl") if find_spec(name))
+    pairs = options.steps * BATCH
+    print(f"{options.pairs.name}, {options.model}, {pairs} pairs in batches of {BATCH}, one thread; {versions}\n")
+    print("| side | CPU s | to dpo from the cache |\n|---|---|---|")
+    for name in rounds[0]:
+        ratios = sorted(times[name] / times["dpo"] for times in rounds)
+        middle = ratios[len(ratios) // 2]
+        print(
+            f"| {name} | {min(times[name] for times in rounds):.2f} | {middle:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) |"
+        )
+    over = sorted(times["fpo"] / times["simpo"] for times in rounds)
+    print(f"\nfpo / simpo: {over[len(over) // 2]:.3f} ({over[0]:.3f}-{over[-1]:.3f})")
+
+
+if __name__ == "__main__":
+    main()
