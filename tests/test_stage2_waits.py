@@ -279,3 +279,28 @@ def test_rows_do_not_wait(world: TinyWorld, tmp_path: Path, monkeypatch: pytest.
     """But for transformers itself, which asks once a forward whether the positions of its own making begin again."""
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     check_step(world, world.recipe(), tmp_path, Layout.ROWS)
+
+
+@pytest.mark.parametrize(("gpu", "asked"), [(True, True), (True, False), (False, True)])
+def test_batches_are_pinned_where_there_is_a_gpu(gpu: bool, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    trainer: Any = SimpleNamespace(stream=[], args=SimpleNamespace(dataloader_pin_memory=asked))
+    assert PairTrainer.get_train_dataloader(trainer).pin_memory == (gpu and asked)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_pinned_batch_is_moved_without_a_wait(pinned: bool) -> None:
+    moves: list[bool] = []
+
+    class Host(Tensor):
+        def is_pinned(self, *_: Any) -> bool:
+            return pinned
+
+        def to(self, device: str, *, non_blocking: bool) -> Tensor:  # type: ignore[override]
+            moves.append(non_blocking)
+            return self.as_subclass(Tensor)
+
+    trainer: Any = object.__new__(PairTrainer)
+    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device="cpu"), False
+    trainer._prepare_inputs({"weight": torch.ones(2).as_subclass(Host)})
+    assert moves == [pinned]
