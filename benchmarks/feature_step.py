@@ -2,18 +2,19 @@
 What the feature term costs: its operations, and a step of FPO against one of SimPO, in CPU time and in peak memory.
 
     python benchmarks/feature_step.py --pairs pairs.jsonl --tokenizer gpt2-folder [--batches 3] [--rounds 5]
-    python benchmarks/feature_step.py ... --only fpo        (or simpo: its peak memory alone)
 
 Both train a random 33M-parameter Llama with AdamW on one torch thread, on the same batches of 8 pairs, which are packed
-in the measured time. FPO's features are of a random ReLU SAE of 4096 features, 64 of them cached per completion.
+in the measured time; so does SimPO a second time, which says what the ratio of equal steps is. FPO's features are of a
+random ReLU SAE of 4096 features, 64 of them cached per completion.
 Operations are those that reach torch's dispatcher, forward and backward.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -35,6 +37,7 @@ from fpo.store import Features, Groups
 
 HIDDEN, D_SAE, CACHED = 512, 4096, 64
 HOOKPOINT = "model.layers.1"
+AGAIN = " again"
 
 
 class Operations(TorchDispatchMode):
@@ -54,39 +57,50 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     tokens = tokenise(read_groups(str(options.pairs), "train[:400]").dataset, tokenizer, 512)
     groups = _groups(tokens.input_ids, tokens.splits)
-    if options.only is None:
-        for size in (8, 32):
-            some = groups.take(np.arange(size))
-            simpo, fpo = (_loss_alone(name, some) for name in ("simpo", "fpo"))
-            print(
-                f"{size} pairs: {fpo.operations - simpo.operations} operations of the feature term, "
-                f"{fpo.views - simpo.views} of them views; {1e3 * (fpo.seconds - simpo.seconds):.1f} ms, "
-                f"to pack {1e3 * (fpo.packing - simpo.packing):.2f} ms",
-                flush=True,
-            )
-    sides = {
-        name: _Side(name, len(tokenizer)) for name in ("simpo", "fpo") if options.only is None or name == options.only
-    }
+    for size in (8, 32):
+        some = groups.take(np.arange(size))
+        simpo, fpo = (_loss_alone(name, some) for name in ("simpo", "fpo"))
+        print(
+            f"{size} pairs: {fpo.operations - simpo.operations} operations of the feature term, "
+            f"{fpo.views - simpo.views} of them views; {1e3 * (fpo.seconds - simpo.seconds):.1f} ms, "
+            f"to pack {1e3 * (fpo.packing - simpo.packing):.2f} ms",
+            flush=True,
+        )
+    vocabulary = len(tokenizer)
     batches = [groups.take(np.arange(8 * n, 8 * n + 8)) for n in range(options.batches)]
-    least, ratios = {name: [float("inf")] * len(batches) for name in sides}, []
-    for round_number in range(options.rounds):
-        spent = dict.fromkeys(sides, 0.0)
-        for number, batch in enumerate(batches):
-            # Alternately first: what the other left in the caches falls to both.
-            for name in sorted(sides, reverse=(round_number + number) % 2 == 1):
-                seconds = sides[name].step(batch)
-                spent[name] += seconds
-                least[name][number] = min(least[name][number], seconds)
-        said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in sorted(spent.items()))
-        if options.only is None:
-            ratios.append(spent["fpo"] / spent["simpo"])
-            said += f", ratio {ratios[-1]:.4f}"
-        print(f"round {round_number}: {said}", flush=True)
-    if ratios:
-        fastest = sum(least["fpo"]) / sum(least["simpo"])
-        print(f"ratio of the fastest steps {fastest:.4f}, of the rounds' {statistics.median(ratios):.4f}", end=" ")
-        print(f"[{min(ratios):.4f}-{max(ratios):.4f}]")
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.1f} MiB")
+    peaks = {name: _peak_bytes(name, vocabulary, batches) for name in ("simpo", "fpo")}
+    said = ", ".join(f"{name} {peak / 2**20:.1f} MiB" for name, peak in peaks.items())
+    print(f"peak of tensors: {said}, ratio {peaks['fpo'] / peaks['simpo']:.4f}", flush=True)
+    sides = {name: _Side(name.removesuffix(AGAIN), vocabulary) for name in ("simpo", "fpo", f"simpo{AGAIN}")}
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(options.rounds * len(batches)):
+        # One after the other first: what each leaves in the caches falls to all.
+        order = sorted(sides)[number % 3 :] + sorted(sides)[: number % 3]
+        for name in order:
+            spent[name].append(sides[name].step(batches[number % len(batches)]))
+    print(f"{len(spent['simpo'])} steps of {statistics.median(spent['simpo']):.2f} s")
+    for name in ("fpo", f"simpo{AGAIN}"):
+        ratios = sorted(one / other for one, other in zip(spent[name], spent["simpo"], strict=True))
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name} by simpo: total {sum(spent[name]) / sum(spent['simpo']):.4f}, step by step", end=" ")
+        print(f"median {middle:.4f}, quartiles {low:.4f}-{high:.4f}")
+
+
+def _peak_bytes(name: str, vocabulary: int, batches: list[Groups]) -> int:
+    """Most that tensors held at once, from the model's making on, with the SAE, whose memory is numpy's."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        side = _Side(name, vocabulary)
+        for batch in batches:
+            side.step(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads((Path(folder) / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    totals = [event["args"]["Total Allocated"] for event in memory]
+    # What an earlier profile saw allocated and not freed is still in the totals.
+    held = max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
+    saes = [vars(hookpoint.sae).values() for hookpoint in side.meter.hookpoints]
+    return int(held + sum(tensor.nbytes for values in saes for tensor in values if isinstance(tensor, torch.Tensor)))
 
 
 class _Side:
@@ -226,7 +240,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("fpo", "simpo"))
     return parser.parse_args()
 
 
