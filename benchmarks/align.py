@@ -3,10 +3,10 @@ Stage 2 against what it replaces: the same pairs, the same random model, one epo
 
     python benchmarks/align.py PAIRS.jsonl --tokenizer FOLDER [--model llama|gemma2] [--steps 4] [--rounds 3]
 
-Sides: runs from one cache (dpo, simpo, fpo, tdpo2); TRL's DPOTrainer with the reference in memory, and its log-probs
-computed before (both where trl is installed); a plain loop with chosen and rejected as padded rows, which gathers before it
-normalises; and the floor, the bare matrix products of our step's own shapes. Each is the CPU time from the first step's
-begin to the last one's end. Printed are the least of the rounds and the ratios with their range over the rounds.
+Sides: runs from one cache (dpo, simpo, fpo, tdpo2); TRL's DPOTrainer with the reference in memory, and with its
+log-probs computed before (both where trl is installed); a plain loop with chosen and rejected as padded rows, which
+gathers before it normalises; and the floor, the bare matrix products of our step's own shapes. Each is the CPU time
+from the first step's begin to the last one's end. Printed are the least of the rounds and the ratios with their range.
 """
 
 from __future__ import annotations

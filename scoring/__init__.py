@@ -15,6 +15,7 @@ from fpo.scoring.configs import model_config, positions, significant_config
 from fpo.scoring.families import silence_dropout
 from fpo.scoring.features import (
     ColumnSet,
+    KnownColumns,
     PooledFeatures,
     SparseRows,
     look_up,
@@ -38,12 +39,13 @@ from fpo.scoring.models import (
 )
 from fpo.scoring.packing import Layout, Packed, pack
 from fpo.scoring.routers import router_coefficient
-from fpo.scoring.sae import Sae, load_sae
+from fpo.scoring.sae import Sae, TokenGrid, load_sae
 from fpo.scoring.scorer import Scores, install_scoring, mixed_precision, ordinary_forward
 
 __all__ = [
     "LOGPS_TOLERANCE",
     "ColumnSet",
+    "KnownColumns",
     "Layout",
     "OwnLogits",
     "Packed",
@@ -51,6 +53,7 @@ __all__ = [
     "Sae",
     "Scores",
     "SparseRows",
+    "TokenGrid",
     "adapter_folder",
     "adapter_weight_files",
     "choose_layout",

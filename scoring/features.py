@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fpo.scoring.sae import MEMORY_BUDGET, Sae
+from fpo.scoring.sae import MEMORY_BUDGET, Sae, owners
 
 
 class PooledFeatures(NamedTuple):
@@ -39,7 +39,7 @@ class PooledFeatures(NamedTuple):
 
 
 class SparseRows(NamedTuple):
-    """Pooled features of completions as the cache gives them, on the device of the step."""
+    """Pooled features of completions as the cache gives them; indices ascend inside a completion."""
 
     indices: Int[Tensor, " kept"]
     acts: Float[Tensor, " kept"]
@@ -51,6 +51,15 @@ class ColumnSet(NamedTuple):
 
     columns: Int[Tensor, "C K"]
     valid: Bool[Tensor, "C K"]
+
+
+class KnownColumns(NamedTuple):
+    """A ColumnSet with what the reference says of it."""
+
+    columns: Int[Tensor, "C K"]
+    valid: Bool[Tensor, "C K"]
+    acts: Float[Tensor, "C K"]
+    """0 where a column does not count or the cache does not hold it."""
 
 
 @torch.no_grad()
@@ -91,28 +100,37 @@ def _keep(pooled: Float[Tensor, "block F"], top_k: int | Literal["all"]) -> Pool
     return PooledFeatures(indices, pooled[rows, indices], kept.sum(-1), active, tail_sq)
 
 
-def reference_top(reference: SparseRows, k: int) -> ColumnSet:
-    """The k largest cached features of each completion (ties: the lower index)."""
-    counts = reference.counts.tolist()
-    columns = reference.indices.new_zeros(len(counts), k)
-    valid = torch.zeros(len(counts), k, dtype=torch.bool, device=columns.device)
-    parts = zip(reference.indices.split(counts), reference.acts.split(counts), strict=True)
-    for row, (indices, acts) in enumerate(parts):
-        size = min(k, len(indices))
-        best = torch.sort(acts, descending=True, stable=True).indices[:size]
-        columns[row, :size] = indices[best]
-        valid[row, :size] = True
-    return ColumnSet(columns, valid)
+def reference_top(reference: SparseRows, k: int) -> KnownColumns:
+    """
+    The k largest cached features of each completion (ties: the lower index), largest first; K is as many as the
+    completion that has most of them has. By numpy, before anything is on a device.
+    """
+    indices, acts, counts = (array.numpy() for array in reference)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    # Stable, and indices ascend.
+    order = np.lexsort((-acts, rows))
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape = len(counts), min(k, int(counts.max(initial=0)))
+    columns, valid, known = np.zeros(shape, np.int64), np.zeros(shape, np.bool_), np.zeros(shape, np.float32)
+    kept = place < k
+    at = rows[kept], place[kept]
+    columns[at], valid[at], known[at] = indices[order[kept]], True, acts[order[kept]]
+    return KnownColumns(*map(torch.from_numpy, (columns, valid, known)))
 
 
 @torch.no_grad()
 def policy_top(sae: Sae, residual: Float[Tensor, "N D"], lengths: Int[Tensor, " C"], k: int) -> ColumnSet:
-    """The k largest of the policy's own pooled features of each completion; needs the whole encoder."""
-    parts = []
-    for pooled in _pooled_blocks(sae, residual, lengths):
-        best = pooled.topk(min(k, pooled.shape[-1]), dim=-1)
-        parts.append((best.indices, best.values > 0))
-    return ColumnSet(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    """
+    The k largest of the policy's own pooled features of each completion; needs the whole encoder.
+
+    Holds C x F sums and MEMORY_BUDGET of activations, and asks the device for nothing.
+    """
+    sums = torch.zeros(len(lengths), sae.facts.d_sae, device=residual.device)
+    step = max(1, MEMORY_BUDGET // (4 * sae.facts.d_sae))
+    for tokens, rows in zip(residual.split(step), owners(lengths, len(residual)).split(step), strict=True):
+        sums.index_add_(0, rows, sae.encode(tokens))
+    best = sums.div_(lengths.clamp(min=1)[:, None]).topk(min(k, sae.facts.d_sae), dim=-1)
+    return ColumnSet(best.indices, best.values > 0)
 
 
 def union(first: ColumnSet, second: ColumnSet) -> ColumnSet:
@@ -126,21 +144,15 @@ def look_up(reference: SparseRows, columns: Int[Tensor, "C K"], d_sae: int) -> F
     """Cached activations at `columns`; a feature that is not in the cache counts as 0."""
     if len(reference.indices) == 0:
         return torch.zeros(columns.shape, dtype=torch.float32, device=columns.device)
-    rows = torch.arange(len(columns), device=columns.device)
-    # (row, feature) as one ascending number: indices ascend inside a row.
-    stored = torch.repeat_interleave(rows, reference.counts) * d_sae + reference.indices
-    wanted = rows[:, None] * d_sae + columns
+    # (row, feature) as one ascending number.
+    stored = owners(reference.counts, len(reference.indices)) * d_sae + reference.indices
+    wanted = torch.arange(len(columns), device=columns.device)[:, None] * d_sae + columns
     at = torch.searchsorted(stored, wanted).clamp_(max=len(stored) - 1)
     return torch.where(stored[at] == wanted, reference.acts[at], 0.0)
 
 
-def sparse_rows(
-    indices: np.ndarray, acts: np.ndarray, splits: np.ndarray, device: torch.device | None = None
-) -> SparseRows:
+def sparse_rows(indices: np.ndarray, acts: np.ndarray, splits: np.ndarray) -> SparseRows:
     """SparseRows from the arrays of a cache."""
     counts = np.diff(splits.astype(np.int64))
-    return SparseRows(
-        torch.from_numpy(indices.astype(np.int64)).to(device),
-        torch.from_numpy(np.ascontiguousarray(acts, dtype=np.float32)).to(device),
-        torch.from_numpy(counts).to(device),
-    )
+    arrays = indices.astype(np.int64), np.ascontiguousarray(acts, dtype=np.float32), counts
+    return SparseRows(*map(torch.from_numpy, arrays))

@@ -7,12 +7,13 @@ Dimension key:  U units of n completions   C completions   N scored tokens   K c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fpo.errors import RecipeError
@@ -29,14 +30,15 @@ from fpo.objectives import (
 from fpo.recipe import Recipe
 from fpo.scoring import (
     ColumnSet,
+    KnownColumns,
     Packed,
     Sae,
     Scores,
     SparseRows,
+    TokenGrid,
     load_sae,
     look_up,
     policy_top,
-    reference_top,
     sum_logps,
     union,
 )
@@ -139,11 +141,13 @@ class ObjectiveMeter:
         term = self.objective.needs.features
         if term is None:
             return None
-        found = [
-            feature_distances(hookpoint, term, packed.counting(residual), packed, cached_features(batch, number), batch)
-            for number, (hookpoint, residual) in enumerate(zip(self.hookpoints, scores.residuals, strict=True))
-        ]
-        return torch.stack(found).sum(0)[batch["units"]]
+        grid = TokenGrid(batch["feature_places"], batch["feature_shares"], packed.counts)
+        found = []
+        for number, (hookpoint, residual) in enumerate(zip(self.hookpoints, scores.residuals, strict=True)):
+            counted = packed.counting(residual)
+            known = _feature_set(hookpoint.sae, term, counted, packed.counts, batch, number)
+            found.append(feature_distances(hookpoint, term, counted, grid, known))
+        return sum(found[1:], found[0])[batch["units"]]
 
 
 def _typicality(scores: Scores, packed: Packed, units: Tensor) -> Float[Tensor, "U n"] | None:
@@ -178,48 +182,41 @@ def _mismatched(logps: Float[Tensor, " C"], batch: dict[str, Any], world: int) -
     return every[0] / every[1]
 
 
-def cached_features(batch: dict[str, Any], number: int) -> SparseRows:
-    """What the cache says of the hookpoint with this number among the objective's."""
-    return SparseRows(*(batch[f"ref_{name}_{number}"] for name in ("indices", "acts", "counts")))
-
-
 def feature_distances(
-    hookpoint: Hookpoint,
-    term: FeatureTerm,
-    residual: Float[Tensor, "N D"],
-    packed: Packed,
-    reference: SparseRows,
-    batch: dict[str, Any],
+    hookpoint: Hookpoint, term: FeatureTerm, residual: Float[Tensor, "N D"], grid: TokenGrid, known: KnownColumns
 ) -> Float[Tensor, " C"]:
     """
-    D of every completion of a unit (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective
-    needs; 0 of one that is in none.
+    D of every completion (Eq. 10 of https://arxiv.org/abs/2411.07618) over the feature set that an objective needs.
 
-    Completions that no unit rejects carry no gradient: the chosen side enters the objective detached.
+    residual  hookpoint output at the positions that predict tokens that count, which are those of the grid
     """
-    sae = hookpoint.sae
-    columns = _feature_set(sae, term, residual, packed, reference)
-    weights = columns.valid.float()
+    weights = known.valid.float()
     if hookpoint.weights is not None:
-        weights = weights * hookpoint.weights[columns.columns]
-    stored = look_up(reference, columns.columns, sae.facts.d_sae)
-    distances = stored.new_zeros(len(stored))
-    for side in ("chosen", "rejected"):
-        own, tokens = batch[f"{side}_only"], batch[f"{side}_tokens"]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and side == "rejected"):
-            acts = sae.pooled_columns(residual[tokens], packed.counts[own].tolist(), columns.columns[own])
-            found = feature_distance(acts, stored[own], weights[own], k=term.k, distance=term.distance)
-            distances = distances.index_copy(0, own, found)
-    return distances
+        weights = weights * hookpoint.weights[known.columns]
+    acts = hookpoint.sae.mean_columns(residual, grid, known.columns)
+    return feature_distance(acts, known.acts, weights, k=term.k, distance=term.distance)
 
 
 def _feature_set(
-    sae: Sae, term: FeatureTerm, residual: Float[Tensor, "N D"], packed: Packed, reference: SparseRows
-) -> ColumnSet:
+    sae: Sae,
+    term: FeatureTerm,
+    residual: Float[Tensor, "N D"],
+    counts: Int[Tensor, " C"],
+    batch: dict[str, Any],
+    number: int,
+) -> KnownColumns:
+    """The features that a distance is over, at the hookpoint with this number among the objective's."""
+
+    def given(*names: str) -> Iterator[Tensor]:
+        return (batch[f"ref_{name}_{number}"] for name in names)
+
     if term.feature_set == "reference":
-        return reference_top(reference, term.k)
-    own = policy_top(sae, residual.detach(), packed.counts, term.k)
-    return own if term.feature_set == "policy" else union(own, reference_top(reference, term.k))
+        return KnownColumns(*given("columns", "column_valid", "column_acts"))
+    own = policy_top(sae, residual.detach(), counts, term.k)
+    if term.feature_set == "union":
+        own = union(own, ColumnSet(*given("columns", "column_valid")))
+    reference = SparseRows(*given("indices", "acts", "counts"))
+    return KnownColumns(*own, look_up(reference, own.columns, sae.facts.d_sae))
 
 
 def counted_groups(batch: dict[str, Any]) -> Float[Tensor, " U"]:

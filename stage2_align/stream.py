@@ -15,12 +15,11 @@ import torch
 from torch.utils.data import IterableDataset
 
 from fpo.errors import DataError
-from fpo.objectives import DEFAULT_OBJECTIVE, Objective
-from fpo.scoring import Layout, pack
+from fpo.objectives import DEFAULT_OBJECTIVE, FeatureTerm, Objective
+from fpo.scoring import Layout, TokenGrid, pack, reference_top, sparse_rows
 from fpo.stage2_align.order import BLOCK_SHARDS, Block, cut_batches, epoch_blocks
-from fpo.stage2_align.units import Units, desirable, draws, unit_tokens, units_of, with_mismatched
+from fpo.stage2_align.units import desirable, draws, unit_tokens, units_of, with_mismatched
 from fpo.store import Cache, Features, Groups, Mismatched, TopLogits
-from fpo.store.format.ragged import gather, starts_of
 
 T = TypeVar("T")
 
@@ -149,37 +148,32 @@ def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: E
     if needs.draws:
         per_unit = groups.counted[units.completions].sum(1)
         arrays["draws"], arrays["token_draws"] = draws(groups, units, per_unit, epoch.seed, epoch.number)
+    features: Batch = {}
     if needs.features is not None:
-        arrays |= _sides(groups, units, preferred)
+        grid = TokenGrid.of(groups.counted)
+        features = {"feature_places": grid.places, "feature_shares": grid.shares}
     for number, column in enumerate(groups.columns):
         match column:
             case Features():
-                arrays[f"ref_indices_{number}"] = column.indices.astype(np.int64)
-                arrays[f"ref_acts_{number}"] = column.acts
-                arrays[f"ref_counts_{number}"] = column.lengths
-                arrays[f"ref_tail_sq_{number}"] = column.tail_sq
+                assert needs.features is not None
+                known = _reference_features(column, needs.features)
+                features |= {f"ref_{name}_{number}": tensor for name, tensor in known.items()}
             case TopLogits():
                 arrays["ref_top_logps"] = column.logps
-    return {**packed._asdict(), **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+    return {**packed._asdict(), **{name: torch.from_numpy(array) for name, array in arrays.items()}, **features}
 
 
-def _sides(groups: Groups, units: Units, preferred: np.ndarray | None) -> dict[str, np.ndarray]:
+def _reference_features(column: Features, term: FeatureTerm) -> Batch:
     """
-    Completions that some unit rejects, whose features get a gradient, and those that are only chosen; and which of the
-    tokens that count are theirs.
-
-    preferred  (U,) of single completions, which are desirable; None of other units
+    What a distance over this feature set needs of the reference: its top k, and where the policy's own features are in
+    the set, all that the cache holds, to look those up in.
     """
-    if preferred is None:
-        rejected = np.unique(units.completions[:, 1:][units.present[:, 1:]])
-    else:
-        rejected = units.completions[~preferred, 0]
-    chosen = np.setdiff1d(units.completions[units.present], rejected)
-    counted = starts_of(groups.counted)
-    sides = {"chosen": chosen, "rejected": rejected}
-    return {f"{side}_only": completions for side, completions in sides.items()} | {
-        f"{side}_tokens": gather(counted, completions)[0] for side, completions in sides.items()
-    }
+    rows = sparse_rows(column.indices, column.acts, column.splits)
+    found = {"tail_sq": torch.from_numpy(column.tail_sq)}
+    if term.feature_set != "policy":
+        top = reference_top(rows, term.k)
+        found |= {"columns": top.columns, "column_valid": top.valid, "column_acts": top.acts}
+    return found if term.feature_set == "reference" else found | rows._asdict()
 
 
 class PairStream(IterableDataset[Batch | None]):

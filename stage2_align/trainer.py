@@ -96,7 +96,17 @@ class PairTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch | None]:
         """The stream as it is: it does the shuffling, batching and the split over processes."""
-        return DataLoader(self.stream, batch_size=None, collate_fn=_unchanged)
+        pinned = self.args.dataloader_pin_memory and torch.cuda.is_available()
+        return DataLoader(self.stream, batch_size=None, collate_fn=_unchanged, pin_memory=pinned)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # A copy from memory that is not pinned waits until the device has done all that it was given before.
+        moved = {
+            name: value.to(self.args.device, non_blocking=value.is_pinned()) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        prepared: Batch = super()._prepare_inputs(moved)
+        return prepared
 
     def compute_loss(
         self,

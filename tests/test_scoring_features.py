@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fpo.scoring import features
 from fpo.scoring.features import (
     ColumnSet,
     SparseRows,
@@ -16,7 +19,7 @@ from fpo.scoring.features import (
     sparse_rows,
     union,
 )
-from fpo.scoring.sae import Sae, SaeArrays, SaeFacts
+from fpo.scoring.sae import Sae, SaeArrays, SaeFacts, TokenGrid, owners
 
 
 def relu_identity(size: int = 5) -> Sae:
@@ -81,6 +84,38 @@ def cached() -> SparseRows:
 def test_the_references_top_k_is_smaller_where_fewer_features_are_active() -> None:
     top = reference_top(cached(), 2)
     assert [row[valid].tolist() for row, valid in zip(top.columns, top.valid, strict=True)] == [[3, 0], [1]]
+
+
+def test_the_references_top_k_is_largest_first_with_the_lower_index_of_equal_ones_and_padded_to_the_widest() -> None:
+    """Rows {1: 2, 4: 3, 6: 3, 9: 1}, none and {7: 5}; of the first, the third largest comes last."""
+    indices, acts = np.array([1, 4, 6, 9, 7], np.uint32), np.array([2, 3, 3, 1, 5], np.float32)
+    rows = sparse_rows(indices, acts, np.array([0, 4, 4, 5], np.uint64))
+    top = reference_top(rows, 3)
+    assert top.columns.tolist() == [[4, 6, 1], [0, 0, 0], [7, 0, 0]]
+    assert top.acts.tolist() == [[3.0, 3.0, 2.0], [0.0, 0.0, 0.0], [5.0, 0.0, 0.0]]
+    assert top.valid.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert reference_top(rows, 1).columns.tolist() == [[4], [0], [7]]
+    assert reference_top(rows, 50).columns.shape == (3, 4)
+    nothing = sparse_rows(np.empty(0, np.uint32), np.empty(0, np.float32), np.zeros(3, np.uint64))
+    assert reference_top(nothing, 3).columns.shape == (2, 0)
+
+
+@given(st.lists(st.integers(0, 5)))
+def test_a_grid_holds_every_token_once_in_the_row_of_its_completion(lengths: list[int]) -> None:
+    grid = TokenGrid.of(np.array(lengths, np.int64))
+    held = [row[shares > 0].tolist() for row, shares in zip(grid.places, grid.shares, strict=True)]
+    assert held == [part.tolist() for part in torch.arange(sum(lengths)).split(lengths)] if lengths else held == []
+    assert grid.places.numel() == 0 or 0 <= grid.places.min() <= grid.places.max() < sum(lengths)
+    torch.testing.assert_close(grid.shares.sum(1), (grid.lengths > 0).float())
+    assert [rows.tolist() for rows in owners(grid.lengths, sum(lengths)).split(lengths)] == [
+        [row] * length for row, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_the_policys_top_k_is_the_same_in_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MEMORY_BUDGET", tokens * 5 * 4)
+    test_the_policys_top_k_leaves_out_zeros()
 
 
 def test_the_policys_top_k_leaves_out_zeros() -> None:

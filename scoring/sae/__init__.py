@@ -4,7 +4,7 @@ Sparse autoencoders: files of every format, read into one canonical encoder.
     encoder    the encoder in torch         formats    which format a source has
     arrays     the canonical encoder        format     what a format answers; one module for each format
     files      found here or on the hub     tensors    shapes and values in a weights file
-    page       docs/saes.md
+    grid       which token is whose         page       docs/saes.md
 """
 
 from fpo.scoring.sae.arrays import Decoder, SaeArrays, SaeFacts
@@ -17,6 +17,7 @@ from fpo.scoring.sae.formats import (
     sae_weight_files,
     sae_weights_digest,
 )
+from fpo.scoring.sae.grid import TokenGrid, owners
 
 __all__ = [
     "MEMORY_BUDGET",
@@ -24,7 +25,9 @@ __all__ = [
     "Sae",
     "SaeArrays",
     "SaeFacts",
+    "TokenGrid",
     "load_sae",
+    "owners",
     "read_decoder",
     "read_sae",
     "sae_config",

@@ -6,7 +6,7 @@ Everything is computed in float32, whatever the model's dtype and autocast say: 
 the active features. An elementwise SAE (ReLU, JumpReLU, gated) gives single features from single columns of
 the encoder. A coupled one (TopK, GroupMax) needs all columns to know which features are active.
 
-Dimension key:  N tokens   D d_in   F d_sae   K columns   R completions
+Dimension key:  N tokens   D d_in   F d_sae   K columns   R completions   T tokens of the longest
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fpo.scoring.sae.arrays import Decoder, SaeArrays
 from fpo.scoring.sae.formats import read_sae
+from fpo.scoring.sae.grid import TokenGrid, owners
 
 # Bytes of dense float32 activations (tokens x d_sae) that the chunked methods hold at a time.
 MEMORY_BUDGET = 256 * 2**20
@@ -74,10 +75,8 @@ class Sae:
         """
         with _full_precision(x):
             x = self._normalised(x)
-            if self.facts.elementwise:
-                return self._elementwise(x, columns)
-            active_NK = self._active(x, columns)
-            return functional.linear(x, self.weight_FD[columns], self.bias_F[columns]).relu() * active_NK
+            active_NK = None if self.facts.elementwise else self._active(x, columns.expand(len(x), -1))
+            return self._columns(x, columns, active_NK)
 
     @torch.no_grad()
     def pooled_mean(self, x: Float[Tensor, "N D"], lengths: Sequence[int]) -> Float[Tensor, "R F"]:
@@ -104,9 +103,28 @@ class Sae:
     ) -> Float[Tensor, "R K"]:
         """Mean activations of each completion's own `columns` over its tokens; else as pooled_mean."""
         _check_lengths(x, lengths)
-        completions = zip(torch.split_with_sizes(x, list(lengths)), columns, strict=True)
-        sums_RK = torch.stack([self.encode_columns(tokens, own).sum(0) for tokens, own in completions])
-        return sums_RK / _divisors(lengths, x.device)
+        grid = TokenGrid.of(np.asarray(lengths, dtype=np.int64))
+        return self.mean_columns(x, TokenGrid(*(part.to(x.device) for part in grid)), columns)
+
+    def mean_columns(
+        self, x: Float[Tensor, "N D"], grid: TokenGrid, columns: Int[Tensor, "R K"]
+    ) -> Float[Tensor, "R K"]:
+        """
+        pooled_columns for a grid that is on the device already: one product for all completions, whose tokens are
+        padded to MEMORY_BUDGET at a time, and nothing that makes the host wait.
+        """
+        with _full_precision(x):
+            x = self._normalised(x)
+            active_NK = None if self.facts.elementwise else self._active(x, columns[owners(grid.lengths, len(x))])
+            block = max(1, MEMORY_BUDGET // max(1, 4 * grid.places.shape[1] * x.shape[1]))
+            rows = zip(grid.places.split(block), grid.shares.split(block), columns.split(block), strict=True)
+            pooled = []
+            for places_RT, shares_RT, own_RK in rows:
+                # Not x[places]: the backward of that sorts them.
+                x_RTD = x.index_select(0, places_RT.flatten()).view(*places_RT.shape, -1)
+                f_RTK = self._columns(x_RTD, own_RK, None if active_NK is None else active_NK[places_RT])
+                pooled.append(torch.bmm(shares_RT[:, None], f_RTK).squeeze(1))
+            return torch.cat(pooled)
 
     @torch.no_grad()
     def fvu_and_l0(self, x: Float[Tensor, "N D"], decoder: Decoder) -> tuple[float, float]:
@@ -149,16 +167,30 @@ class Sae:
         offset, scale = self._offset_and_scale(x)
         return (x - offset) / scale
 
+    def _columns(self, x: Tensor, columns: Tensor, active: Tensor | None) -> Tensor:
+        """
+        Activations of a normalised x (..., N, D) at columns (..., K).
+
+        active  which of them a coupled SAE lets through, (..., N, K); None of an elementwise one
+        """
+        if active is None:
+            return self._elementwise(x, columns)
+        return _affine(x, self.weight_FD[columns], self.bias_F[columns]).relu() * active
+
     def _elementwise(self, x: Tensor, columns: Tensor | slice) -> Tensor:
-        """Activations of these columns, from a normalised x."""
+        """The same of an elementwise SAE; a slice gives its columns for all of x."""
         weight_KD, bias_K = self.weight_FD[columns], self.bias_F[columns]
         if self.gain_F is not None:
             assert self.magnitude_bias_F is not None
-            u_NK = functional.linear(x, weight_KD)
-            magnitude_NK = (u_NK * self.gain_F[columns] + self.magnitude_bias_F[columns]).relu()
-            return magnitude_NK * (u_NK + bias_K > 0)
-        h_NK = functional.linear(x, weight_KD, bias_K)
-        return h_NK.relu() if self.threshold_F is None else h_NK.relu() * (h_NK > self.threshold_F[columns])
+            u_NK = x @ weight_KD.mT
+            gain_1K, magnitude_bias_1K, bias_1K = (
+                values.unsqueeze(-2) for values in (self.gain_F[columns], self.magnitude_bias_F[columns], bias_K)
+            )
+            return (u_NK * gain_1K + magnitude_bias_1K).relu() * (u_NK + bias_1K > 0)
+        h_NK = _affine(x, weight_KD, bias_K)
+        if self.threshold_F is None:
+            return h_NK.relu()
+        return h_NK.relu() * (h_NK > self.threshold_F[columns].unsqueeze(-2))
 
     def _support(self, h_NF: Tensor) -> Bool[Tensor, "N F"]:
         """Which features a coupled SAE lets through."""
@@ -172,11 +204,12 @@ class Sae:
 
     @torch.no_grad()
     def _active(self, x: Tensor, columns: Tensor) -> Bool[Tensor, "N K"]:
-        """Which of these columns a coupled SAE lets through, from a normalised x."""
-        active_NK = torch.empty(len(x), len(columns), dtype=torch.bool, device=x.device)
+        """Which of each token's columns (N, K) a coupled SAE lets through, from a normalised x."""
+        active_NK = torch.empty(columns.shape, dtype=torch.bool, device=x.device)
         for start, chunk in self._chunks(x):
             h_NF = functional.linear(chunk, self.weight_FD, self.bias_F)
-            active_NK[start : start + len(chunk)] = self._support(h_NF)[:, columns]
+            own = slice(start, start + len(chunk))
+            active_NK[own] = self._support(h_NF).gather(1, columns[own])
         return active_NK
 
     def _chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -192,6 +225,13 @@ def load_sae(source: str, hookpoint: str | None = None) -> Sae:
     Raises SaeError for what is missing or not supported.
     """
     return Sae(read_sae(source, hookpoint))
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight.T + bias; where they have a further axis in front, each with its own."""
+    if weight.ndim == 2:
+        return functional.linear(x, weight, bias)
+    return torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
 
 
 def _tensor(array: NDArray[np.float32]) -> Tensor:
