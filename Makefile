@@ -71,9 +71,9 @@ docs: $(VENV)/installed  ## write docs/recipe.md and docs/saes.md from the code
 families: $(VENV)/installed-test  ## write docs/families.md: how each model family is laid out
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/family_models.py
 
-bench: $(VENV)/installed  ## a step from the cache against a padded two-model step; the store against other formats
+bench: $(VENV)/installed  ## steps from the cache against padded two-model steps; the store against other formats
 	$(BIN)/python -m fpo.demo.build
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/align_step.py --pairs demo-world/pairs/train.jsonl --tokenizer demo-world/model
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/align.py demo-world/pairs/train.jsonl --tokenizer demo-world/model
 	$(BIN)/python benchmarks/store.py
 
 clean:  ## remove environments and what the demo made; caches elsewhere stay

@@ -1,12 +1,13 @@
 """
-Stage 2 against what it replaces: the same pairs, the same random model, one epoch each, in one process on one thread.
+Stage 2 against what it replaces: the same pairs, the same random model, one epoch each, in one process.
 
-    python benchmarks/align.py PAIRS.jsonl --tokenizer FOLDER [--model llama|gemma2] [--steps 4] [--rounds 3]
+    python benchmarks/align.py PAIRS.jsonl --tokenizer FOLDER [--model llama] [--steps 4] [--rounds 3] [--gpu]
 
 Sides: runs from one cache (dpo, simpo, fpo, tdpo2); TRL's DPOTrainer with the reference in memory, and with its
 log-probs computed before (both where trl is installed); a plain loop with chosen and rejected as padded rows, which
-gathers before it normalises; and the floor, the bare matrix products of our step's own shapes. Each is the CPU time
-from the first step's begin to the last one's end. Printed are the least of the rounds and the ratios with their range.
+gathers before it normalises; and the floor, the bare matrix products of our step's own shapes. Each is the time of all
+steps: of the processor on one thread in float32, or on a GPU of the clock, in mixed precision, with the peak of its
+memory. Printed are the least of the rounds and the ratios with their range.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import gc
 import itertools
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,12 +37,13 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     PreTrainedModel,
-    TrainerCallback,
+    Qwen2Config,
 )
 from transformers.utils import logging
 
 from fpo.interrupts import StopRequest
 from fpo.recipe import Recipe, validate_recipe
+from fpo.scoring import mixed_precision
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align.arguments import training_arguments
 from fpo.stage2_align.measure import ObjectiveMeter
@@ -56,9 +59,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "fpo": {"k": 50},
     "tdpo2": {"beta": BETA},
 }
-# What every trainer is given; AdamW in float32.
+# What every trainer is given.
 SHARED: dict[str, Any] = {
-    "use_cpu": True,
     "per_device_train_batch_size": BATCH,
     "num_train_epochs": 1,
     "learning_rate": 1e-5,
@@ -69,31 +71,68 @@ SHARED: dict[str, Any] = {
 }
 
 
+class Cost(NamedTuple):
+    """What a side took."""
+
+    seconds: float
+    peak: int
+    """Bytes of GPU memory; 0 on a CPU."""
+
+
 class World(NamedTuple):
     """Files of the experiment: `model`, `sae`, `pairs.jsonl`, `store`."""
 
     root: Path
     rows: list[dict[str, Any]]
+    device: torch.device
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Arguments of every trainer."""
+        return {**SHARED, "use_cpu": not self.gpu, "bf16": self.gpu}
+
+    def cost(self, work: Callable[[], None]) -> Cost:
+        """Of something that is done here."""
+        gc.collect()
+        gc.freeze()  # a collection goes over what this side has made, not over all that the libraries hold
+        if not self.gpu:
+            started = time.process_time()
+            work()
+            return Cost(time.process_time() - started, 0)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return Cost(time.perf_counter() - started, torch.cuda.max_memory_allocated())
+
+    def autocast(self) -> Any:
+        return mixed_precision(self.device, "bfloat16" if self.gpu else None)
 
     def recipe(self, objective: str) -> Recipe:
         return validate_recipe(
             {
-                "reference": {"model": str(self.root / "model")},
+                "reference": {"model": str(self.root / "model"), "autocast": "bfloat16" if self.gpu else None},
                 "features": [{"sae": str(self.root / "sae"), "hookpoint": HOOKPOINT, "self_check": False}],
                 "data": {"source": str(self.root / "pairs.jsonl"), "max_length": MAX_LENGTH},
                 "cache": {"top_logits": 64},
                 "objective": {"name": objective, **OBJECTIVES[objective]},
-                "training": SHARED,
+                "training": self.training,
             },
             "benchmark",
         )
 
     def model(self) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.root / "model", dtype=torch.float32)
-        return model
+        return model.to(self.device)
 
 
-def build_world(root: Path, pairs: Path, tokenizer: str, kind: str, steps: int) -> World:
+def build_world(root: Path, pairs: Path, tokenizer: str, kind: str, steps: int, device: torch.device) -> World:
     """A random model, a random SAE and the first pairs of the file."""
     lines = itertools.islice(pairs.read_text(encoding="utf-8").splitlines(), steps * BATCH)
     rows = [json.loads(line) for line in lines]
@@ -105,7 +144,7 @@ def build_world(root: Path, pairs: Path, tokenizer: str, kind: str, steps: int) 
     config = CONFIGS[kind](len(loaded))
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
     write_sae(root / "sae", config.hidden_size)
-    return World(root, rows)
+    return World(root, rows, device)
 
 
 def _llama(vocabulary: int) -> LlamaConfig:
@@ -137,7 +176,38 @@ def _gemma2(vocabulary: int) -> Gemma2Config:
     )
 
 
-CONFIGS: dict[str, Callable[[int], Any]] = {"llama": _llama, "gemma2": _gemma2}
+def _gemma2_2b(vocabulary: int) -> Gemma2Config:
+    """The shapes of google/gemma-2-2b."""
+    return Gemma2Config(
+        vocab_size=max(256_000, vocabulary),
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+    )
+
+
+def _qwen2_half_b(vocabulary: int) -> Qwen2Config:
+    """The shapes of Qwen/Qwen2.5-0.5B."""
+    return Qwen2Config(
+        vocab_size=max(151_936, vocabulary),
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+
+
+CONFIGS: dict[str, Callable[[int], Any]] = {
+    "llama": _llama,
+    "gemma2": _gemma2,
+    "gemma2-2b": _gemma2_2b,
+    "qwen2-0.5b": _qwen2_half_b,
+}
 
 
 def write_sae(folder: Path, width: int) -> None:
@@ -162,17 +232,7 @@ def write_sae(folder: Path, width: int) -> None:
     (folder / "cfg.json").write_text(json.dumps({**settings, "hook_name": HOOKPOINT, "normalize_activations": "none"}))
 
 
-class Clock(TrainerCallback):
-    """CPU time of all steps of a trainer."""
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.process_time()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.process_time() - self.started
-
-
-def from_cache(world: World, objective: str) -> float:
+def from_cache(world: World, objective: str) -> Cost:
     recipe = world.recipe(objective)
     cache = find_cache(recipe, world.root / "store")
     with tempfile.TemporaryDirectory() as run:
@@ -181,48 +241,47 @@ def from_cache(world: World, objective: str) -> float:
         stream = PairStream(cache, seed=args.seed, per_device=BATCH, objective=recipe.objective)
         model, tokenizer = load_policy(recipe, meter, Path(run)), AutoTokenizer.from_pretrained(world.root / "model")
         trainer = PairTrainer(model, args, stream, meter, tokenizer, Path(run) / "metrics.jsonl", StopRequest())
-        return clocked(trainer)
+        return world.cost(trainer.train)
 
 
-def trl(world: World, *, precomputed: bool) -> float:
+def trl(world: World, *, precomputed: bool) -> Cost:
     from trl import DPOConfig, DPOTrainer
 
     with tempfile.TemporaryDirectory() as run:
-        settings = {"gradient_checkpointing": False, "bf16": False, "disable_tqdm": True, "max_length": MAX_LENGTH}
+        settings = {"gradient_checkpointing": False, "disable_tqdm": True, "max_length": MAX_LENGTH, **world.training}
         trainer = DPOTrainer(
             model=world.model(),
             ref_model=world.model(),
-            args=DPOConfig(output_dir=run, beta=BETA, precompute_ref_log_probs=precomputed, **settings, **SHARED),
+            args=DPOConfig(output_dir=run, beta=BETA, precompute_ref_log_probs=precomputed, **settings),
             train_dataset=Dataset.from_list(world.rows),
             processing_class=AutoTokenizer.from_pretrained(world.root / "model"),
         )
-        return clocked(trainer)
+        if precomputed:  # here rather than when training begins
+            loader = trainer.get_train_dataloader()
+            trainer.get_train_dataloader = lambda: loader
+        return world.cost(trainer.train)
 
 
-def clocked(trainer: Any) -> float:
-    clock = Clock()
-    trainer.add_callback(clock)
-    gc.freeze()  # a collection goes over what this step has made, not over all that the libraries hold
-    trainer.train()
-    return clock.seconds
-
-
-def padded(world: World) -> float:
+def padded(world: World) -> Cost:
     """Chosen and rejected as padded rows, policy and reference; only completions reach the head."""
     cache = find_cache(world.recipe("dpo"), world.root / "store")
     policy, reference = world.model().train(), world.model()
     optimiser = torch.optim.AdamW(policy.parameters(), lr=SHARED["learning_rate"])
-    started = time.process_time()
-    for ids, mask, scored in _padded_batches(cache):
-        with torch.no_grad():
-            ref = _row_logps(reference, ids, mask, scored)
-        logratios = (_row_logps(policy, ids, mask, scored) - ref).view(2, -1)
-        loss = -functional.logsigmoid(BETA * (logratios[0] - logratios[1])).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimiser.step()
-    return time.process_time() - started
+
+    def train() -> None:
+        for batch in _padded_batches(cache):
+            rows = [tensor.to(world.device) for tensor in batch]
+            with world.autocast():
+                with torch.no_grad():
+                    ref = _row_logps(reference, *rows)
+                logratios = (_row_logps(policy, *rows) - ref).view(2, -1)
+            loss = -functional.logsigmoid(BETA * (logratios[0] - logratios[1])).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimiser.step()
+
+    return world.cost(train)
 
 
 def _padded_batches(cache: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -242,32 +301,35 @@ def _padded_batches(cache: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _row_logps(model: PreTrainedModel, ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-    rows, columns = scored[:, 1:].nonzero(as_tuple=True)
-    logits = model.get_output_embeddings()(hidden[rows, columns])
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    logps = logits.gather(-1, ids[rows, columns + 1][:, None])[:, 0] - logits.logsumexp(-1)
-    return logps.new_zeros(len(ids)).index_add(0, rows, logps)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    logps = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+    return (logps * scored[:, 1:]).sum(-1)
 
 
 @torch.no_grad()
-def floor(world: World) -> float:
+def floor(world: World) -> Cost:
     """The products of our step alone: every linear layer over all tokens, the head over scored ones; three of each."""
     cache = find_cache(world.recipe("dpo"), world.root / "store")
     model = world.model()
     head = model.get_output_embeddings()
     layers = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    seconds = 0.0
+    dtype = torch.bfloat16 if world.gpu else torch.float32
+    costs = []
     for groups, _ in PairStream(cache, seed=0, per_device=BATCH)._micro_batches(0):
-        shapes = [(len(groups.input_ids), layers), (len(groups.token_logps), [head.weight])]
-        for rows, weights in shapes:
+        for rows, weights in ((len(groups.input_ids), layers), (len(groups.token_logps), [head.weight])):
             for weight in weights:
-                here, there = torch.randn(rows, weight.shape[1]), torch.randn(rows, weight.shape[0])
-                started = time.process_time()
-                _ = here @ weight.T, there @ weight, there.T @ here
-                seconds += time.process_time() - started
-    return seconds
+                costs.append(world.cost(_products(weight.to(dtype), rows)))
+    return Cost(sum(cost.seconds for cost in costs), max(cost.peak for cost in costs))
+
+
+def _products(weight: Tensor, rows: int) -> Callable[[], None]:
+    """A layer's products in forward and backward."""
+    here, there = (torch.randn(rows, size, device=weight.device, dtype=weight.dtype) for size in weight.shape[::-1])
+
+    def multiply() -> None:
+        _ = here @ weight.T, there @ weight, there.T @ here
+
+    return multiply
 
 
 def main() -> None:
@@ -277,13 +339,16 @@ def main() -> None:
     parser.add_argument("--model", choices=CONFIGS, default="llama")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    device = torch.device("cuda" if options.gpu else "cpu")
+    if not options.gpu:
+        torch.set_num_threads(1)
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        world = build_world(Path(folder), options.pairs, options.tokenizer, options.model, options.steps)
+        world = build_world(Path(folder), options.pairs, options.tokenizer, options.model, options.steps, device)
         build_caches(world.recipe("fpo"), world.root / "store")
-        sides: dict[str, Callable[[], float]] = {
+        sides: dict[str, Callable[[], Cost]] = {
             **{name: lambda name=name: from_cache(world, name) for name in OBJECTIVES},  # type: ignore[misc]
             "floor": lambda: floor(world),
             "padded": lambda: padded(world),
@@ -295,19 +360,23 @@ def main() -> None:
     report(rounds, options)
 
 
-def report(rounds: list[dict[str, float]], options: argparse.Namespace) -> None:
+def report(rounds: list[dict[str, Cost]], options: argparse.Namespace) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl") if find_spec(name))
     pairs = options.steps * BATCH
-    print(f"{options.pairs.name}, {options.model}, {pairs} pairs in batches of {BATCH}, one thread; {versions}\n")
-    print("| side | CPU s | to dpo from the cache |\n|---|---|---|")
+    where = torch.cuda.get_device_name() if options.gpu else "one thread"
+    print(f"{options.pairs.name}, {options.model}, {pairs} pairs in batches of {BATCH}, {where}; {versions}\n")
+    print("| side | seconds | to dpo from the cache | peak MiB |\n|---|---|---|---|")
     for name in rounds[0]:
-        ratios = sorted(times[name] / times["dpo"] for times in rounds)
-        middle = ratios[len(ratios) // 2]
-        print(
-            f"| {name} | {min(times[name] for times in rounds):.2f} | {middle:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) |"
-        )
-    over = sorted(times["fpo"] / times["simpo"] for times in rounds)
-    print(f"\nfpo / simpo: {over[len(over) // 2]:.3f} ({over[0]:.3f}-{over[-1]:.3f})")
+        least = min(costs[name].seconds for costs in rounds)
+        peak = f"{max(costs[name].peak for costs in rounds) / 2**20:,.0f}" if options.gpu else "-"
+        print(f"| {name} | {least:.2f} | {ratio(rounds, name, 'dpo')} | {peak} |")
+    print(f"\nfpo / simpo: {ratio(rounds, 'fpo', 'simpo')}")
+
+
+def ratio(rounds: list[dict[str, Cost]], one: str, other: str) -> str:
+    """Median over the rounds, and range."""
+    ratios = sorted(costs[one].seconds / costs[other].seconds for costs in rounds)
+    return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})"
 
 
 if __name__ == "__main__":
