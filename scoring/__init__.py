@@ -15,8 +15,10 @@ from fpo.scoring.configs import model_config, positions, significant_config
 from fpo.scoring.families import silence_dropout
 from fpo.scoring.features import (
     ColumnSet,
+    Kept,
     PooledFeatures,
     SparseRows,
+    keep_top_features,
     look_up,
     policy_top,
     pool_top_features,
@@ -44,6 +46,7 @@ from fpo.scoring.scorer import Scores, install_scoring, mixed_precision, ordinar
 __all__ = [
     "LOGPS_TOLERANCE",
     "ColumnSet",
+    "Kept",
     "Layout",
     "OwnLogits",
     "Packed",
@@ -57,6 +60,7 @@ __all__ = [
     "extremes",
     "install_scoring",
     "is_quantised",
+    "keep_top_features",
     "load_model",
     "load_sae",
     "load_tokenizer",

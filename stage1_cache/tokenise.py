@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -32,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from fpo.errors import DataError, ModelError
 from fpo.progress import progress_bar
 from fpo.scoring import template_text
+from fpo.stage1_cache.ahead import one_ahead
 from fpo.stage1_cache.drops import DROPPED, DropReport
 from fpo.stage1_cache.masks import Masks, shared_prefix
 from fpo.stage1_cache.read import Group, Layout, as_conversation, layout_of
@@ -178,9 +178,10 @@ def tokenise(
     def encoded(batch: _Batch) -> list[list[int]]:
         return _encode(tokenizer, batch.texts, add_special_tokens=not conversational)
 
+    # A tokenizer in Rust encodes on threads of its own, without the interpreter's lock.
     groups = _Builder(layout, max_length, tokenizer.bos_token_id, folder)
     with progress_bar(len(dataset), layout.unit, "tokenise") as progress:
-        for batch, sequences in _one_ahead(map(prepared, _batches(dataset, batch_size)), encoded):
+        for batch, sequences in one_ahead(map(prepared, _batches(dataset, batch_size)), encoded):
             groups.add_batch(batch, sequences)
             progress.update(batch.n_rows)
             if sign_of_life is not None:
@@ -199,24 +200,6 @@ class _Batch:
     """Row, group, and which tokens of each completion count (None: all of them)."""
     texts: list[str] = field(default_factory=list)
     """Of the groups that are kept: the prompt, then the prompt with each completion."""
-
-
-def _one_ahead(
-    batches: Iterable[_Batch], work: Callable[[_Batch], list[list[int]]]
-) -> Iterator[tuple[_Batch, list[list[int]]]]:
-    """
-    Each batch with what `work` makes of it, which a thread does while the next batch is read and the last one is used:
-    a tokenizer in Rust encodes on threads of its own, without the interpreter's lock.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        before: tuple[_Batch, Future[list[list[int]]]] | None = None
-        for batch in batches:
-            job = pool.submit(work, batch)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = batch, job
-        if before is not None:
-            yield before[0], before[1].result()
 
 
 def tokenizer_identity(path: str, *, revision: str | None = None, chat_template: str | None = None) -> dict[str, Any]:
