@@ -8,7 +8,6 @@ BIN := $(VENV)/bin
 ORACLES := .venv-oracles
 # Where caches live unless FPO_STORE says otherwise; the bare `fpo` command uses ~/.cache/fpo.
 export FPO_STORE ?= $(CURDIR)/caches
-export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo cache align evaluate test test-long test-store test-families test-oracles families check lint docs bench clean

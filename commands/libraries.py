@@ -9,7 +9,8 @@ import warnings
 
 def quiet_libraries() -> None:
     """Loading bars and chatter of the libraries off: one progress bar at a time is ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Said aloud, tokenizers encode on all cores and do not warn where a process forks after that; none of ours does.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # peft 0.21 asks transformers 5.23 by the old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

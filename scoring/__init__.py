@@ -15,9 +15,11 @@ from fpo.scoring.configs import model_config, positions, significant_config
 from fpo.scoring.families import silence_dropout
 from fpo.scoring.features import (
     ColumnSet,
+    Kept,
     KnownColumns,
     PooledFeatures,
     SparseRows,
+    keep_top_features,
     look_up,
     policy_top,
     pool_top_features,
@@ -45,6 +47,7 @@ from fpo.scoring.scorer import Scores, install_scoring, mixed_precision, ordinar
 __all__ = [
     "LOGPS_TOLERANCE",
     "ColumnSet",
+    "Kept",
     "KnownColumns",
     "Layout",
     "OwnLogits",
@@ -60,6 +63,7 @@ __all__ = [
     "extremes",
     "install_scoring",
     "is_quantised",
+    "keep_top_features",
     "load_model",
     "load_sae",
     "load_tokenizer",

@@ -12,7 +12,7 @@ Dimension key:  N tokens that count   D d_in   F d_sae   C completions   K colum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fpo.scoring.sae import MEMORY_BUDGET, Sae, owners
+from fpo.scoring.sae.encoder import TILE
 
 
 class PooledFeatures(NamedTuple):
@@ -62,7 +63,31 @@ class KnownColumns(NamedTuple):
     """0 where a column does not count or the cache does not hold it."""
 
 
-@torch.no_grad()
+class Kept(NamedTuple):
+    """The kept features of completions, in no order, as a device finds them without making the host wait."""
+
+    rows: Int[Tensor, " entries"]
+    """Whose each entry is."""
+    indices: Int[Tensor, " entries"]
+    acts: Float[Tensor, " entries"]
+    """Mean activation, float32; an entry of 0 is none."""
+    active: Int[Tensor, " C"]
+    tail_sq: Float[Tensor, " C"]
+
+    def cpu(self) -> Kept:
+        """On the host, once they are computed."""
+        return Kept(*(tensor.cpu() for tensor in self))
+
+    def ragged(self) -> PooledFeatures:
+        """Completion by completion, without the entries that are none."""
+        found = self.acts != 0
+        rows, indices, acts = self.rows[found], self.indices[found], self.acts[found]
+        order = indices.argsort()
+        order = order[rows[order].argsort(stable=True)]
+        counts = torch.bincount(rows, minlength=len(self.active))
+        return PooledFeatures(indices[order], acts[order], counts, self.active, self.tail_sq)
+
+
 def pool_top_features(
     sae: Sae, residual: Float[Tensor, "N D"], lengths: Int[Tensor, " C"], top_k: int | Literal["all"]
 ) -> PooledFeatures:
@@ -72,8 +97,65 @@ def pool_top_features(
     residual  hookpoint output at the positions that predict tokens that count, completion by completion
     lengths   how many of them each completion has
     """
-    parts = [_keep(pooled, top_k) for pooled in _pooled_blocks(sae, residual, lengths)]
-    return PooledFeatures(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return keep_top_features(sae, residual, lengths.tolist(), top_k).ragged()
+
+
+@torch.no_grad()
+def keep_top_features(
+    sae: Sae, residual: Float[Tensor, "N D"], lengths: Sequence[int], top_k: int | Literal["all"]
+) -> Kept:
+    """
+    As `pool_top_features`, of lengths that the host knows, so that it need not wait for the device; with "all" it does.
+    Of pooled activations, as of dense ones, a few MEMORY_BUDGETs are held, however many completions and features.
+    """
+    # Float32, the same without what is kept, both in float64 and its squares: 24 bytes for each.
+    block = max(1, MEMORY_BUDGET // (24 * min(sae.facts.d_sae, TILE)))
+    parts, start = [], 0
+    for first in range(0, max(len(lengths), 1), block):
+        sizes = lengths[first : first + block]
+        stop = start + sum(sizes)
+        if top_k == "all" or top_k >= sae.facts.d_sae:
+            kept = _keep_all(sae, residual[start:stop], sizes)
+        else:
+            kept = _keep_largest(sae, residual[start:stop], sizes, top_k)
+        parts.append(kept._replace(rows=kept.rows + first))
+        start = stop
+    return Kept(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _keep_all(sae: Sae, residual: Float[Tensor, "N D"], lengths: Sequence[int]) -> Kept:
+    """Every feature that is not zero, of one block of completions."""
+    active = residual.new_zeros(len(lengths), dtype=torch.long)
+    parts = []
+    for tile, pooled in sae.pooled_tiles(residual, lengths):
+        rows, columns = pooled.nonzero(as_tuple=True)
+        active += (pooled != 0).sum(-1)
+        parts.append((rows, columns + tile.start, pooled[rows, columns]))
+    rows, indices, acts = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Kept(rows, indices, acts, active, torch.zeros_like(active, dtype=torch.float32))
+
+
+def _keep_largest(sae: Sae, residual: Float[Tensor, "N D"], lengths: Sequence[int], k: int) -> Kept:
+    """The k largest of one block of completions: tile by tile, the largest so far carried along."""
+    active = residual.new_zeros(len(lengths), dtype=torch.long)
+    tail_sq = residual.new_zeros(len(lengths), dtype=torch.float64)
+    acts, indices = tail_sq.new_zeros(len(lengths), 0, dtype=torch.float32), active.new_zeros(len(lengths), 0)
+    for tile, pooled in sae.pooled_tiles(residual, lengths):
+        active += (pooled != 0).sum(-1)
+        best = pooled.topk(min(k, pooled.shape[-1]), dim=-1)
+        tail_sq += _squares_without(pooled, best.indices)
+        acts, indices = torch.cat([acts, best.values], 1), torch.cat([indices, best.indices + tile.start], 1)
+        if acts.shape[1] > k:
+            best = acts.topk(k, dim=-1)
+            tail_sq += _squares_without(acts, best.indices)
+            acts, indices = best.values, indices.gather(1, best.indices)
+    rows = torch.arange(len(lengths), device=acts.device)[:, None].expand_as(acts)
+    return Kept(rows.reshape(-1), indices.reshape(-1), acts.reshape(-1), active, tail_sq.float())
+
+
+def _squares_without(acts: Float[Tensor, "C K"], kept: Int[Tensor, "C kept"]) -> Float[Tensor, " C"]:
+    """Sum of squares, float64, of what is not kept."""
+    return acts.scatter(1, kept, 0).double().square().sum(-1)
 
 
 def _pooled_blocks(
@@ -86,18 +168,6 @@ def _pooled_blocks(
         stop = start + int(sizes.sum())
         yield sae.pooled_mean(residual[start:stop], sizes.tolist())
         start = stop
-
-
-def _keep(pooled: Float[Tensor, "block F"], top_k: int | Literal["all"]) -> PooledFeatures:
-    nonzero = pooled != 0
-    active = nonzero.sum(-1)
-    kept = nonzero
-    if top_k != "all" and top_k < pooled.shape[-1]:
-        best = pooled.topk(top_k, dim=-1).indices
-        kept = torch.zeros_like(nonzero).scatter_(1, best, True) & nonzero
-    rows, indices = kept.nonzero(as_tuple=True)
-    tail_sq = pooled.masked_fill(kept, 0).double().square().sum(-1).float()
-    return PooledFeatures(indices, pooled[rows, indices], kept.sum(-1), active, tail_sq)
 
 
 def reference_top(reference: SparseRows, k: int) -> KnownColumns:

@@ -130,7 +130,7 @@ def build_caches(
     Raises FpoError for what a user can cause, before the model is loaded wherever that can be told.
     """
     check_inputs(recipe)
-    identities = cache_identities(recipe)
+    identities = cache_identities(recipe, None if is_url(store) else Store(store))
     lazy = _LazyScorer(recipe, batch_tokens, identities[0])
     siblings = {cache_key(identity.key_recipe) for identity in identities}
     rebuilt = [_rebuild(identity, store, lazy) if rebuild else 0 for identity in identities]
@@ -155,7 +155,9 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
         raise RecipeError(
             "data.eval_split is not set, so there are no held-out pairs; name a split: --set data.eval_split=test"
         )
-    identity = cache_identities(recipe)[1 if held_out else 0]
+    # A store that is not there yet is not made by looking for a cache in it.
+    sharing = Store(store) if not is_url(store) and Store(store).root.is_dir() else None
+    identity = cache_identities(recipe, sharing)[1 if held_out else 0]
     try:
         cache = open_cache(store, cache_key(identity.key_recipe))
     except CacheMissing:

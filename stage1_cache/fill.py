@@ -13,7 +13,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +24,7 @@ import torch
 
 from fpo.progress import progress_bar
 from fpo.scoring.hookpoints import canonical_hookpoint
+from fpo.stage1_cache.ahead import one_ahead
 from fpo.stage1_cache.identity import CacheIdentity
 from fpo.stage1_cache.mismatched import score_mismatched
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
@@ -126,52 +127,107 @@ def fill(
     parts   one per want of `reusable`, in its order
     scorer  gives the reference, and loads it the first time; not called where every missing row can be copied
     """
-    unwritten = sorted({sid for part in parts for sid in _behind(part, part.writer.missing())})
-    pending = own_share_first(unwritten, *own_place())
-    sizes = [int(identity.tokens.n_completions[rows].sum()) for rows in plan]
-    done = sum(sizes) - sum(sizes[sid] for sid in pending)
-    filled = Filled()
-    with progress_bar(sum(sizes), "completions", f"cache {identity.split}", initial=done, smoothing=0.05) as progress:
+    return _Filling(identity, parts, plan, reusable, claims, scorer).run()
 
-        def advance(claim: Claim, n_completions: int, n_tokens: int) -> None:
-            claim.renew()
-            filled.scored, filled.tokens = filled.scored + n_completions, filled.tokens + n_tokens
-            progress.update(n_completions)
-            progress.set_postfix_str(f"{filled.tokens / max(progress.elapsed, 1e-9):,.0f} tokens/s")
 
+@dataclass(frozen=True)
+class _Known:
+    """A shard of the base of which everything is known that has to be written."""
+
+    sid: int
+    claim: Claim
+    columns: list[tuple[Part, Column, dict[str, Any]]]
+    """Parts with their rows and how these came to be."""
+
+
+class _Filling:
+    """One call of `fill`: shards are scored here and written by a thread, one behind the other."""
+
+    def __init__(
+        self,
+        identity: CacheIdentity,
+        parts: Sequence[Part],
+        plan: list[np.ndarray],
+        reusable: Reusable,
+        claims: Claims,
+        scorer: Callable[[], ReferenceScorer],
+    ) -> None:
+        self.identity, self.parts, self.plan = identity, parts, plan
+        self.reusable, self.claims, self.scorer = reusable, claims, scorer
+        unwritten = sorted({sid for part in parts for sid in _behind(part, part.writer.missing())})
+        self.pending = own_share_first(unwritten, *own_place())
+        self.sizes = [int(identity.tokens.n_completions[rows].sum()) for rows in plan]
+        total = sum(self.sizes)
+        done = total - sum(self.sizes[sid] for sid in self.pending)
+        self.progress = progress_bar(total, "completions", f"cache {identity.split}", initial=done, smoothing=0.05)
+        self.filled = Filled()
+
+    def run(self) -> Filled:
+        with self.progress:
+            # A shard is compressed and written while the next one is scored.
+            for _ in one_ahead(self._shards(), self._write):
+                self.filled.shards += 1
+        return self.filled
+
+    def _shards(self) -> Iterator[_Known]:
+        """The shards that nobody else computes, until all are there."""
         copies = dict[int, list[Copied]]()
+        pending = self.pending
         while pending:
-            waiting = []
+            waiting: list[int] = []
             for place, sid in enumerate(pending):
-                claim = claims.take(sid) if any(part.unwritten(sid) for part in parts) else None
+                claim = self.claims.take(sid) if self._unwritten(sid) else None
                 # Asked again under the claim: its last holder may have written the shard just before.
-                behind = [part for part in parts if part.unwritten(sid)]
-                if not behind:
-                    progress.update(sizes[sid])
-                    filled.by_others += 1
-                elif claim is None:
+                behind = self._unwritten(sid)
+                if behind and claim is not None:
+                    if sid not in copies:
+                        rest = [*pending[place:], *waiting]
+                        copies = _gathered(self.identity, self.plan, self.reusable, rest)
+                    yield self._known(sid, claim, behind, copies.pop(sid))
+                    continue
+                if behind:
                     waiting.append(sid)
                 else:
-                    if sid not in copies:
-                        copies = _gathered(identity, plan, reusable, [*pending[place:], *waiting])
-                    copied = copies.pop(sid)
-                    before = (filled.scored, filled.tokens)
-                    columns = completed(identity, plan[sid], reusable.wants, copied, scorer, partial(advance, claim))
-                    scored, ran = filled.scored - before[0], filled.tokens > before[1]
-                    progress.update(sizes[sid] - scored)
-                    for part, column, own in zip(parts, columns, copied, strict=True):
-                        if part in behind:
-                            made_of = inputs(identity, part.want)
-                            facts = provenance(made_of, own, len(column), scorer if ran else None)
-                            part.write(identity, sid, plan[sid], column, facts)
-                            filled.layout = facts.get("layout", filled.layout)
-                    filled.shards, filled.reused = filled.shards + 1, filled.reused + sizes[sid] - scored
+                    self.progress.update(self.sizes[sid])
+                    self.filled.by_others += 1
                 if claim is not None:
                     claim.end()
             if waiting == pending:
                 time.sleep(_PAUSE_SECONDS)
             pending = waiting
-    return filled
+
+    def _unwritten(self, sid: int) -> list[Part]:
+        return [part for part in self.parts if part.unwritten(sid)]
+
+    def _known(self, sid: int, claim: Claim, behind: list[Part], copied: Sequence[Copied]) -> _Known:
+        """Score what was not copied of a shard."""
+        filled, wants = self.filled, self.reusable.wants
+        before = (filled.scored, filled.tokens)
+        advance = partial(self._advance, claim)
+        columns = completed(self.identity, self.plan[sid], wants, copied, self.scorer, advance)
+        scored, ran = filled.scored - before[0], filled.tokens > before[1]
+        self.progress.update(self.sizes[sid] - scored)
+        filled.reused += self.sizes[sid] - scored
+        known = _Known(sid, claim, [])
+        for part, column, own in zip(self.parts, columns, copied, strict=True):
+            if part in behind:
+                made_of = inputs(self.identity, part.want)
+                facts = provenance(made_of, own, len(column), self.scorer if ran else None)
+                known.columns.append((part, column, facts))
+                filled.layout = facts.get("layout", filled.layout)
+        return known
+
+    def _advance(self, claim: Claim, n_completions: int, n_tokens: int) -> None:
+        claim.renew()
+        filled = self.filled
+        filled.scored, filled.tokens = filled.scored + n_completions, filled.tokens + n_tokens
+        self.progress.update(n_completions)
+        self.progress.set_postfix_str(f"{filled.tokens / max(self.progress.elapsed, 1e-9):,.0f} tokens/s")
+
+    def _write(self, shard: _Known) -> None:
+        for part, column, facts in shard.columns:
+            part.write(self.identity, shard.sid, self.plan[shard.sid], column, facts)
+        shard.claim.end()
 
 
 def _behind(part: Part, missing: Sequence[int]) -> list[int]:

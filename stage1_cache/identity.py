@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,11 +37,13 @@ from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_ho
 from fpo.scoring.sae import sae_config, sae_facts, sae_weights_digest
 from fpo.scoring.weights import weights_digest
 from fpo.stage1_cache.read import data_fingerprint, read_groups
+from fpo.stage1_cache.shared import SharedTokens
 from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
 from fpo.store import (
     FORMAT_VERSION,
     Groups,
     Spec,
+    Store,
     TokenLogps,
     Wanting,
     cache_key,
@@ -67,6 +69,8 @@ class CacheIdentity:
 
     recipe: Recipe
     split: str
+    store: Store | None = None
+    """Whose processes share the token ids; None shares them with nobody."""
 
     @cached_property
     def scorer(self) -> dict[str, Any]:
@@ -113,12 +117,22 @@ class CacheIdentity:
         return remember(self._asked(), self._groups_and_drops, self._asked)
 
     def _asked(self) -> dict[str, Any]:
-        """What decides the tokens, without reading the data: the question that the memo answers."""
-        data, options = self.recipe.data, self.recipe.cache
-        name, revision = tokenizer_source(self.recipe)
+        """What decides tokens and shards, without reading the data: the question that the memo answers."""
+        options = self.recipe.cache
         return {
+            **self._asked_of_tokens(),
             "what": "tokenised groups, digest by shard",
             "format": FORMAT_VERSION,
+            "shard_pairs": options.shard_pairs,
+            "seed": options.seed,
+        }
+
+    def _asked_of_tokens(self) -> dict[str, Any]:
+        """What decides the tokens, without reading the data."""
+        data = self.recipe.data
+        name, revision = tokenizer_source(self.recipe)
+        return {
+            "what": "token ids of groups",
             "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
             "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
             "columns": data.columns,
@@ -126,8 +140,6 @@ class CacheIdentity:
             "today": data.today,
             "score": [data.score, data.turns, data.as_messages],
             "max_length": data.max_length,
-            "shard_pairs": options.shard_pairs,
-            "seed": options.seed,
         }
 
     @property
@@ -148,7 +160,14 @@ class CacheIdentity:
 
     @cached_property
     def tokens(self) -> TokenisedGroups:
-        """The groups as token ids; reads the data."""
+        """The groups as token ids; reads the data, unless a process of the store has done so."""
+        return self._tokenised(None, None) if self._shared is None else self._shared.get(self._tokenised)
+
+    @cached_property
+    def _shared(self) -> SharedTokens | None:
+        return None if self.store is None else SharedTokens(self.store, self._asked_of_tokens)
+
+    def _tokenised(self, folder: Path | None, sign_of_life: Callable[[], None] | None) -> TokenisedGroups:
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
         dataset, columns = read_groups(data.source, self.split, data.subset, data.revision, data.columns)
@@ -161,6 +180,8 @@ class CacheIdentity:
             score=data.score,
             turns=data.turns,
             as_messages=data.as_messages,
+            folder=folder,
+            sign_of_life=sign_of_life,
         )
         tokens.drops.of_columns(*columns)
         return tokens
@@ -205,6 +226,8 @@ class CacheIdentity:
         named, made = self.remembered["groups"]["digest"], self._groups_digest()
         if made != named:
             forget(self._asked())
+            if self._shared is not None:
+                self._shared.forget()
             raise DataError(
                 f"{self.recipe.data.source}, split {self.split!r}: the same data, tokenizer and chat template gave "
                 f"other tokens than before (digest {named[:12]}, now {made[:12]}), so the key would name what is not "
@@ -385,10 +408,14 @@ def shared_groups(one: CacheIdentity, other: CacheIdentity) -> int:
     return int(remember({"what": "shared groups", "digests": digests}, count)["shared"])
 
 
-def cache_identities(recipe: Recipe) -> list[CacheIdentity]:
-    """The caches that a recipe asks for: the training split's, then the held-out split's if there is one."""
+def cache_identities(recipe: Recipe, store: Store | None = None) -> list[CacheIdentity]:
+    """
+    The caches that a recipe asks for: the training split's, then the held-out split's if there is one.
+
+    store  whose processes share the token ids; None shares them with nobody
+    """
     splits = [recipe.data.split] + ([recipe.data.eval_split] if recipe.data.eval_split else [])
-    return [CacheIdentity(recipe, split) for split in splits]
+    return [CacheIdentity(recipe, split, store) for split in splits]
 
 
 def check_inputs(recipe: Recipe) -> None:

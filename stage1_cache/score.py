@@ -23,22 +23,26 @@ from torch import Tensor
 from fpo.errors import ModelError
 from fpo.recipe import Arithmetic
 from fpo.scoring import (
+    Kept,
     Layout,
     Packed,
-    PooledFeatures,
     Sae,
     Scores,
     choose_layout,
     install_scoring,
     is_quantised,
+    keep_top_features,
     load_model,
     mixed_precision,
     pack,
-    pool_top_features,
 )
+from fpo.stage1_cache.ahead import one_ahead
 from fpo.store import Column, Features, HiddenGram, PromptFeatures, Spec, TokenLogps, TopLogits, Want
 from fpo.store.format.groups import group_sizes, scored_splits, segment_lengths, segments_of
 from fpo.store.format.ragged import gather, starts_of
+
+Fetch = Callable[[], Column]
+"""Fetches from the device what was launched there, and waits for it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,9 @@ class ReferenceScorer:
         pieces, owners = cut_long(groups, self.batch_tokens)
         parts: list[list[Column]] = []
         batches = list(micro_batches(pieces, self.batch_tokens))
-        for rows in batches:
-            batch = take(pieces, rows)
-            parts.append(self._score_batch(batch, wants))
+        launched = ((batch := take(pieces, rows), self._score_batch(batch, wants)) for rows in batches)
+        for (batch, _), columns in one_ahead(launched, lambda item: [fetch() for fetch in item[1]]):
+            parts.append(columns)
             if progress is not None:
                 progress(int(batch.n_completions.sum()), len(batch.input_ids))
         return [_of_groups(column, groups, owners) for column in _in_order(pieces, batches, parts)]
@@ -137,40 +141,49 @@ class ReferenceScorer:
                 )
 
     @torch.inference_mode()
-    def _score_batch(self, groups: TokenGroups, wants: Sequence[Want]) -> list[Column]:
+    def _score_batch(self, groups: TokenGroups, wants: Sequence[Want]) -> list[Fetch]:
+        """Forward and encode. Another thread fetches what is launched here: the next batch need not wait for it."""
         prompts = any(want is not None and want["kind"] == "prompt_features" for want in wants)
-        packed = self.packed(groups, prompts)
+        host = self._pack(groups, prompts)
+        packed = host.to(self.device)
         with mixed_precision(self.device, self.arithmetic.autocast):
             scores: Scores = self.model(**packed._asdict())
-        return [self._column(want, scores, packed) for want in wants]
+        return [self._column(want, scores, packed, host) for want in wants]
 
-    def _column(self, want: Want, scores: Scores, packed: Packed) -> Column:
+    def _column(self, want: Want, scores: Scores, packed: Packed, host: Packed) -> Fetch:
+        """How the rows of a want get from the device to the host."""
+        splits = _splits(host.lengths)
         if want is None:
-            return TokenLogps(_splits(packed.lengths), _numpy(scores.token_logps, np.float32))
+            token_logps = scores.token_logps
+            return lambda: TokenLogps(splits, _numpy(token_logps, np.float32))
         match want["kind"]:
             case "features":
                 residual = packed.counting(scores.residuals[self._place(want)])
-                return _features(Features, self._pooled(want, residual, packed.counts))
+                kept = self._kept(want, residual, host.counts)
+                return lambda: _features(Features, kept)
             case "prompt_features":
-                residual = scores.prompt_residuals[self._place(want)]
-                return _features(PromptFeatures, self._pooled(want, residual, packed.prompt_lengths))
+                kept = self._kept(want, scores.prompt_residuals[self._place(want)], host.prompt_lengths)
+                return lambda: _features(PromptFeatures, kept)
             case "top_logits":
                 indices, logps = scores.top_indices[:, : want["m"]], scores.top_logps[:, : want["m"]]
-                return TopLogits(_splits(packed.lengths), _numpy(indices, np.uint32), _numpy(logps, np.float32))
+                return lambda: TopLogits(splits, _numpy(indices, np.uint32), _numpy(logps, np.float32))
             case "hidden_gram":
                 assert scores.hidden_sums is not None
-                sums = _numpy(scores.hidden_sums, np.float32)
-                return HiddenSums(np.arange(len(sums) + 1, dtype=np.uint64), sums)
+                sums = scores.hidden_sums
+                return lambda: HiddenSums(np.arange(len(sums) + 1, dtype=np.uint64), _numpy(sums, np.float32))
         raise AssertionError(want)
 
     def _place(self, spec: Spec) -> int:
         return list(self.saes).index(spec["hookpoint"])
 
-    def _pooled(self, spec: Spec, residual: Tensor, lengths: Tensor) -> PooledFeatures:
-        return pool_top_features(self.saes[spec["hookpoint"]], residual, lengths, spec["top_k"])
+    def _kept(self, spec: Spec, residual: Tensor, lengths: Tensor) -> Kept:
+        return keep_top_features(self.saes[spec["hookpoint"]], residual, lengths.tolist(), spec["top_k"])
 
-    def packed(self, groups: TokenGroups, prompts: bool = False) -> Packed:
+    def packed(self, groups: TokenGroups) -> Packed:
         """The groups as the model reads them, on its device."""
+        return self._pack(groups, prompts=False).to(self.device)
+
+    def _pack(self, groups: TokenGroups, prompts: bool) -> Packed:
         return pack(
             groups.input_ids,
             groups.splits,
@@ -178,7 +191,7 @@ class ReferenceScorer:
             self.layout,
             score_mask=groups.score_mask,
             prompts=prompts,
-        ).to(self.device)
+        )
 
 
 def take(groups: TokenGroups, rows: np.ndarray) -> TokenGroups:
@@ -273,7 +286,8 @@ def hidden_gram(sums: np.ndarray, n_completions: np.ndarray) -> HiddenGram:
     return HiddenGram(starts_of([len(part) for part in products]).astype(np.uint64), np.concatenate(products))
 
 
-def _features(kind: type[Features], pooled: PooledFeatures) -> Features:
+def _features(kind: type[Features], kept: Kept) -> Features:
+    pooled = kept.cpu().ragged()
     return kind(
         splits=_splits(pooled.counts),
         indices=_numpy(pooled.indices, np.uint32),

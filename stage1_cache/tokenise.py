@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from fpo.errors import DataError, ModelError
 from fpo.progress import progress_bar
 from fpo.scoring import template_text
+from fpo.stage1_cache.ahead import one_ahead
 from fpo.stage1_cache.drops import DROPPED, DropReport
 from fpo.stage1_cache.masks import Masks, shared_prefix
 from fpo.stage1_cache.read import Group, Layout, as_conversation, layout_of
@@ -52,6 +53,18 @@ _TOKENIZER_FILES = [
 ]
 
 
+ARRAYS: dict[str, type[np.generic]] = {
+    "group_id": np.uint64,
+    "n_completions": np.uint32,
+    "input_ids": np.uint32,
+    "splits": np.uint64,
+    "score_mask": np.uint8,
+    "score": np.float32,
+    "weight": np.float32,
+}
+"""The arrays of `TokenisedGroups`."""
+
+
 @dataclass(frozen=True)
 class TokenisedGroups:
     """G groups with K completions as token ids, each prompt followed by its completions."""
@@ -71,6 +84,11 @@ class TokenisedGroups:
     weight: npt.NDArray[np.float32]
     """(G,)"""
     drops: DropReport
+
+    @staticmethod
+    def of(arrays: dict[str, Any], drops: DropReport) -> TokenisedGroups:
+        """From `ARRAYS`, of which the mask may be missing."""
+        return TokenisedGroups(**{"score_mask": None, **arrays}, drops=drops)
 
     def __len__(self) -> int:
         return len(self.group_id)
@@ -108,6 +126,8 @@ def tokenise(
     score: str = "completion",
     turns: Sequence[int | None] | None = None,
     as_messages: bool = False,
+    folder: Path | None = None,
+    sign_of_life: Callable[[], None] | None = None,
     batch_size: int = 256,
 ) -> TokenisedGroups:
     """
@@ -115,7 +135,8 @@ def tokenise(
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
     path of one, in place of the tokenizer's own; `today`: the ISO date that a template gets which asks for it.
-    `score`, `turns`, `as_messages`: as the recipe's `data` has them.
+    `score`, `turns`, `as_messages`: as the recipe's `data` has them. `folder`: where the arrays are written, a file
+    each, and mapped; None holds them in memory. `sign_of_life` is called after each batch of `batch_size` rows.
     Raises `DataError` without a chat template for messages or an end token for text, for a template that is no
     Jinja, where the template refuses a row, where masks need messages or cannot be told exactly, and where nothing
     is left; `RecipeError` for a template that lacks its date.
@@ -134,33 +155,51 @@ def tokenise(
             "must end; set one in its tokenizer_config.json, or another data.tokenizer"
         )
 
-    groups = _Builder(layout, max_length, tokenizer.bos_token_id)
+    def prepared(rows: list[tuple[int, dict[str, Any]]]) -> _Batch:
+        batch = _Batch(len(rows))
+        for number, row in rows:
+            group = layout.group(row)
+            if as_messages:
+                group = as_conversation(group)
+            if reason := _unusable(group, conversational):
+                batch.unusable.append((reason, number))
+                continue
+            if conversational:
+                texts = template.rendered(group, row, number)
+                sides = zip(group.completions, texts[1:], strict=True)
+                counted = [masks.of(group.prompt, one, text, row, number) for one, text in sides]
+            else:
+                texts = with_end_token(group.prompt, group.completions, tokenizer.eos_token)
+                counted = [None] * len(group.completions)
+            batch.kept.append((number, group, counted))
+            batch.texts += texts
+        return batch
+
+    def encoded(batch: _Batch) -> list[list[int]]:
+        return _encode(tokenizer, batch.texts, add_special_tokens=not conversational)
+
+    # A tokenizer in Rust encodes on threads of its own, without the interpreter's lock.
+    groups = _Builder(layout, max_length, tokenizer.bos_token_id, folder)
     with progress_bar(len(dataset), layout.unit, "tokenise") as progress:
-        for batch in _batches(dataset, batch_size):
-            kept: list[tuple[int, Group, list[bytearray | None]]] = []
-            texts: list[str] = []
-            for number, row in batch:
-                group = layout.group(row)
-                if as_messages:
-                    group = as_conversation(group)
-                if reason := _unusable(group, conversational):
-                    groups.report.drop(reason, number)
-                    continue
-                if conversational:
-                    new = template.rendered(group, row, number)
-                    sides = zip(group.completions, new[1:], strict=True)
-                    counted = [masks.of(group.prompt, one, text, row, number) for one, text in sides]
-                    kept.append((number, group, counted))
-                else:
-                    new = with_end_token(group.prompt, group.completions, tokenizer.eos_token)
-                    kept.append((number, group, [None] * len(group.completions)))
-                texts += new
-            encoded = iter(_encode(tokenizer, texts, add_special_tokens=not conversational))
-            for number, group, counted in kept:
-                alone = next(encoded)
-                groups.add(number, group, alone, list(islice(encoded, len(group.completions))), counted)
-            progress.update(len(batch))
+        for batch, sequences in one_ahead(map(prepared, _batches(dataset, batch_size)), encoded):
+            groups.add_batch(batch, sequences)
+            progress.update(batch.n_rows)
+            if sign_of_life is not None:
+                sign_of_life()
     return groups.result()
+
+
+@dataclass
+class _Batch:
+    """Rows on their way to token ids."""
+
+    n_rows: int
+    unusable: list[tuple[str, int]] = field(default_factory=list)
+    """Why and which rows are dropped before anything is encoded."""
+    kept: list[tuple[int, Group, list[bytearray | None]]] = field(default_factory=list)
+    """Row, group, and which tokens of each completion count (None: all of them)."""
+    texts: list[str] = field(default_factory=list)
+    """Of the groups that are kept: the prompt, then the prompt with each completion."""
 
 
 def tokenizer_identity(path: str, *, revision: str | None = None, chat_template: str | None = None) -> dict[str, Any]:
@@ -188,16 +227,44 @@ def tokenizer_identity(path: str, *, revision: str | None = None, chat_template:
 
 
 class _Builder:
-    """Parts of groups appended to typed buffers: 4 bytes a token, however many groups."""
+    """Groups appended batch by batch to `ARRAYS`, in a folder's files or in memory: 5 bytes a token."""
 
-    def __init__(self, layout: Layout, max_length: int | None, bos: int | None) -> None:
+    def __init__(self, layout: Layout, max_length: int | None, bos: int | None, folder: Path | None) -> None:
         self.whole, self.max_length, self.bos = layout.whole, max_length, bos
         self.report = DropReport(unit=layout.unit)
-        self.group_id, self.n_completions, self.splits = array("Q"), array("I"), array("Q", [0])
+        self.folder = folder
+        self.memory = {name: bytearray() for name in ARRAYS}
+        """Of each array the bytes, where there is no folder."""
+        self.n_tokens = 0
+        self.masked = False
+        """Whether a scored token does not count."""
+        self._begin([0])
+
+    def _begin(self, splits: Sequence[int] = ()) -> None:
+        """Empty buffers for the next batch."""
+        self.group_id, self.n_completions, self.splits = array("Q"), array("I"), array("Q", splits)
         self.input_ids = array("I")
         self.score, self.weight = array("f"), array("f")
-        self.scored = 0
-        self.score_mask: bytearray | None = None
+        self.score_mask = bytearray()
+
+    def add_batch(self, batch: _Batch, encoded: list[list[int]]) -> None:
+        """Keep or drop these rows, given what their texts became."""
+        for reason, number in batch.unusable:
+            self.report.drop(reason, number)
+        rest = iter(encoded)
+        for number, group, counted in batch.kept:
+            alone = next(rest)
+            self.add(number, group, alone, list(islice(rest, len(group.completions))), counted)
+        self._flush()
+
+    def _flush(self) -> None:
+        for name, held in self.memory.items():
+            if self.folder is None:
+                held += getattr(self, name)
+            else:
+                with (self.folder / name).open("ab") as file:
+                    file.write(getattr(self, name))
+        self._begin()
 
     def add(
         self,
@@ -249,24 +316,22 @@ class _Builder:
         self.group_id.append(row)
         self.n_completions.append(len(left))
         self.weight.append(group.weight)
-        self.input_ids.extend(prompt)
-        self.splits.append(len(self.input_ids))
+        self._append_tokens(prompt)
         for place, ids, mask in left:
             self.score.append(group.scores[place])
             kept = ids[len(prompt) : self.max_length]
-            self.input_ids.extend(kept)
-            self.splits.append(len(self.input_ids))
-            size = len(kept) if prompt else len(kept) - 1
-            if mask is not None or self.score_mask is not None:
-                self._append_mask(size, None if mask is None else mask[len(prompt) or 1 : self.max_length])
-            self.scored += size
+            self._append_tokens(kept)
+            if mask is None:
+                self.score_mask += b"\1" * (len(kept) if prompt else len(kept) - 1)
+            else:
+                counted = mask[len(prompt) or 1 : self.max_length]
+                self.masked = self.masked or 0 in counted
+                self.score_mask += counted
 
-    def _append_mask(self, size: int, mask: bytearray | None) -> None:
-        """The mask of one completion's scored tokens; nothing is held before the first token that does not count."""
-        if self.score_mask is None and mask is not None and 0 in mask:
-            self.score_mask = bytearray(b"\1") * self.scored
-        if self.score_mask is not None:
-            self.score_mask += bytearray(b"\1") * size if mask is None else mask
+    def _append_tokens(self, ids: list[int]) -> None:
+        self.input_ids.extend(ids)
+        self.n_tokens += len(ids)
+        self.splits.append(self.n_tokens)
 
     def _note(self, row: int, group: Group, alone: list[int], shared: int, sequences: list[list[int]]) -> None:
         note = self.report.note
@@ -290,16 +355,20 @@ class _Builder:
             total, *reasons = self.report.lines()
             unit = self.report.unit.removesuffix("s")
             raise DataError("\n".join([f"no {unit} is left to score: {total}{advice}", *reasons]))
-        return TokenisedGroups(
-            group_id=np.frombuffer(self.group_id, np.uint64),
-            n_completions=np.frombuffer(self.n_completions, np.uint32),
-            input_ids=np.frombuffer(self.input_ids, np.uint32),
-            splits=np.frombuffer(self.splits, np.uint64),
-            score_mask=None if self.score_mask is None else np.frombuffer(self.score_mask, np.uint8),
-            score=np.frombuffer(self.score, np.float32),
-            weight=np.frombuffer(self.weight, np.float32),
-            drops=self.report,
-        )
+        self._flush()
+        names = [name for name in ARRAYS if name != "score_mask" or self.masked]
+        if self.folder is None:
+            arrays = {name: np.frombuffer(self.memory[name], ARRAYS[name]) for name in names}
+        else:
+            arrays = {name: mapped(self.folder, name) for name in names}
+            if not self.masked:
+                (self.folder / "score_mask").unlink()
+        return TokenisedGroups.of(arrays, self.report)
+
+
+def mapped(folder: Path, name: str) -> np.ndarray:
+    """One of `ARRAYS` from its file, of which a page is read when it is looked at. Raises OSError, ValueError."""
+    return np.asarray(np.memmap(folder / name, ARRAYS[name], mode="r"))
 
 
 def _batches(dataset: Dataset, batch_size: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:

@@ -27,6 +27,10 @@ USES = f"{STATE}/uses"
 NAMES = f"{STATE}/names"
 """What unfinished caches are made from, in words: no record of theirs may say it yet."""
 _MAX_NAMES_BYTES = 2**16
+TOKENS = f"{STATE}/tokens"
+"""Token ids of data that caches are made from, a folder each; only time is lost without them."""
+TOKENS_JSON = "tokens.json"
+"""Makes such a folder whole; its modification time is the last use."""
 
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)", re.IGNORECASE)
 """Scheme and rest. One slash is what a Path leaves of two."""

@@ -6,6 +6,8 @@ the cheap ways to some of them (columns, pooled) say what the dense encoder says
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from tiny_saes import (
 )
 
 import fpo.scoring.sae.encoder as sae_module
+from fpo.scoring import pool_top_features
 from fpo.scoring.sae import Sae, load_sae, read_decoder
 
 Float64 = NDArray[np.float64]
@@ -230,6 +233,63 @@ def test_pooled_activations_are_means_over_each_completion(kind, chunk, tmp_path
     columns = torch.stack([torch.randperm(D_SAE)[:4] for _ in lengths])
     pooled = sae.pooled_columns(x, lengths, columns)
     torch.testing.assert_close(pooled, expected.gather(1, columns), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SAES)
+@pytest.mark.parametrize("tile", [1, 5, 8, 23])
+def test_tiles_of_features_pool_and_keep_what_all_features_at_once_do(kind, tile, tmp_path, monkeypatch):
+    """24 features in tiles that divide them or not, in chunks of tokens that cut completions; the same 4 are kept."""
+    sae, lengths = build(kind, tmp_path), torch.tensor([3, 0, 17, 1, 19])
+    x = torch.from_numpy(random_tokens())
+    expected = sae.pooled_mean(x, lengths.tolist())
+    kept = [pool_top_features(sae, x, lengths, top_k) for top_k in (4, "all")]
+    monkeypatch.setattr(sae_module, "TILE", tile)
+    monkeypatch.setattr(sae_module, "MEMORY_BUDGET", 7 * tile * 4)
+    tiles = [tile for tile, _ in sae.pooled_tiles(x, lengths.tolist())]
+    assert len(tiles) > 1
+    assert [tile.start for tile in tiles] + [D_SAE] == [0] + [tile.stop for tile in tiles]
+    torch.testing.assert_close(sae.pooled_mean(x, lengths.tolist()), expected, rtol=1e-6, atol=1e-6)
+    for top_k, whole in zip((4, "all"), kept, strict=True):
+        tiled = pool_top_features(sae, x, lengths, top_k)
+        for name in ("indices", "counts", "active"):
+            assert torch.equal(getattr(tiled, name), getattr(whole, name)), (name, top_k)
+        torch.testing.assert_close(tiled.acts, whole.acts, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(tiled.tail_sq, whole.tail_sq, rtol=1e-6, atol=1e-6)
+
+
+PEAK = """
+import resource, sys
+import numpy as np
+import torch
+from fpo.scoring import features, pool_top_features
+from fpo.scoring.sae import Sae, SaeArrays, SaeFacts, encoder
+kind, d_in, d_sae, n_tokens = sys.argv[1], *map(int, sys.argv[2:])
+encoder.TILE = features.TILE = 2**13
+encoder.MEMORY_BUDGET = features.MEMORY_BUDGET = 2**24
+torch.set_num_threads(1)
+rng = np.random.default_rng(0)
+facts = SaeFacts(d_in, d_sae, kind, kind == "relu", "test", None, None, False)
+W = rng.standard_normal((d_in, d_sae), dtype=np.float32)
+sae = Sae(SaeArrays(facts, W, np.zeros(d_sae, np.float32), kind, "none", **({} if kind == "relu" else {"k": 32})))
+del W
+x = torch.randn(n_tokens, d_in)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+kept = pool_top_features(sae, x, torch.full((n_tokens // 32,), 32), 64)
+assert kept.counts.tolist() == [64] * (n_tokens // 32)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_a_wide_sae_takes_no_more_memory_than_its_budget_allows(kind):
+    """
+    131,072 features of 1,024 tokens would be 512 MiB dense. Of a budget of 16 MiB, dense activations are one, what
+    decides of them a quarter, pooled ones and their squares one; 32 MiB are left for the rest.
+    """
+    command = [sys.executable, "-c", PEAK, kind, "256", str(2**17), "1024"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 2.25 * 2**24 + 2**25
 
 
 @pytest.mark.parametrize("kind", ["gemma_scope", "topk"])

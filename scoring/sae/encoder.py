@@ -6,13 +6,18 @@ Everything is computed in float32, whatever the model's dtype and autocast say: 
 the active features. An elementwise SAE (ReLU, JumpReLU, gated) gives single features from single columns of
 the encoder. A coupled one (TopK, GroupMax) needs all columns to know which features are active.
 
-Dimension key:  N tokens   D d_in   F d_sae   K columns   R completions   T tokens of the longest
+All features of many tokens are encoded in tiles, so many features and so many tokens at a time: an SAE of a million
+features never stands there as tokens x d_sae, and a tile's weights are read once for all its tokens.
+
+Dimension key:  N tokens   D d_in   F d_sae   T features of a tile   K columns, or active features of a token
+                R completions
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +30,12 @@ from fpo.scoring.sae.arrays import Decoder, SaeArrays
 from fpo.scoring.sae.formats import read_sae
 from fpo.scoring.sae.grid import TokenGrid, owners
 
-# Bytes of dense float32 activations (tokens x d_sae) that the chunked methods hold at a time.
+# Bytes of dense float32 activations (tokens x features) that the chunked methods make at a time. What decides which of
+# them are active takes a quarter of it besides, for gated and GroupMax SAEs and single columns two and a quarter times.
 MEMORY_BUDGET = 256 * 2**20
+
+TILE = 2**16
+"""Most features that are encoded at a time, but for a GroupMax of larger groups; a wider SAE goes in several tiles."""
 
 
 class Sae:
@@ -86,17 +95,28 @@ class Sae:
         x holds the completions back to back, `lengths` tokens each; ValueError where they do not add up to N.
         Beside the result, at most MEMORY_BUDGET of activations is held.
         """
+        return torch.cat([means_RT for _, means_RT in self.pooled_tiles(x, lengths)], dim=1)
+
+    @torch.no_grad()
+    def pooled_tiles(self, x: Float[Tensor, "N D"], lengths: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+        """`pooled_mean` in tiles: which features, and (R, T) their means. What is kept of them the caller holds."""
         _check_lengths(x, lengths)
-        sums_RF = torch.zeros(len(lengths), self.facts.d_sae, device=x.device)
+        strongest = self._strongest(x) if self.activation == "topk" else None
         ends = np.cumsum(lengths)
-        for start, chunk in self._chunks(x):
-            f_NF = self.encode(chunk)
-            for row in range(int(np.searchsorted(ends, start, side="right")), len(lengths)):
-                first, last = int(ends[row]) - lengths[row] - start, int(ends[row]) - start
-                if first >= len(chunk):
-                    break
-                sums_RF[row] += f_NF[max(first, 0) : last].sum(0)
-        return sums_RF / _divisors(lengths, x.device)
+        tiles = self._tiles()
+        chunks = list(self._chunks(x, tiles[0].stop))
+        buffer = x.new_empty(len(chunks[0][1]) * tiles[0].stop if chunks else 0, dtype=torch.float32)
+        for tile in tiles:
+            sums_RT = torch.zeros(len(lengths), tile.stop - tile.start, device=x.device)
+            for start, chunk in chunks:
+                own = None if strongest is None else strongest.of(start, len(chunk))
+                f_NT = self._tile(chunk, tile, own, buffer)
+                for row in range(int(np.searchsorted(ends, start, side="right")), len(lengths)):
+                    first, last = int(ends[row]) - lengths[row] - start, int(ends[row]) - start
+                    if first >= len(chunk):
+                        break
+                    sums_RT[row] += f_NT[max(first, 0) : last].sum(0)
+            yield tile, sums_RT / _divisors(lengths, x.device)
 
     def pooled_columns(
         self, x: Float[Tensor, "N D"], lengths: Sequence[int], columns: Int[Tensor, "R K"]
@@ -138,7 +158,7 @@ class Sae:
         missed, active = 0.0, 0
         with _full_precision(x):
             target = self._centred(x.float())
-            for _, chunk in self._chunks(target):
+            for _, chunk in self._chunks(target, self.facts.d_sae):
                 f_NF = self.encode(chunk)
                 offset, scale = self._offset_and_scale(chunk)
                 error = (f_NF @ W_dec + b_dec) * scale + offset - chunk
@@ -198,24 +218,108 @@ class Sae:
         mask_NF = torch.zeros_like(h_NF, dtype=torch.bool)
         if self.activation == "topk":
             return mask_NF.scatter_(1, h_NF.detach().topk(self.k, sorted=False).indices, True)
-        groups = (len(h_NF), self.k, self.facts.d_sae // self.k)
+        groups = (len(h_NF), -1, self._group)
         mask_NF.view(groups).scatter_(2, h_NF.detach().view(groups).argmax(2, keepdim=True), True)
         return mask_NF
+
+    @property
+    def _group(self) -> int:
+        """Features of a group of which the largest is active (GroupMax)."""
+        assert self.k is not None
+        return self.facts.d_sae // self.k
+
+    def _tiles(self) -> list[slice]:
+        """All features, in as few tiles as TILE allows, the last one the smallest; no group of a GroupMax is cut."""
+        size = TILE if self.activation != "groupmax" else max(TILE // self._group, 1) * self._group
+        return [slice(first, min(first + size, self.facts.d_sae)) for first in range(0, self.facts.d_sae, size)]
+
+    def _tile(self, x: Tensor, tile: slice, strongest: _Strongest | None, buffer: Tensor) -> Float[Tensor, "N T"]:
+        """
+        Activations of a tile's features, no gradient, as `encode` gives them.
+
+        strongest  what a TopK lets through of these tokens
+        buffer     room for N x T numbers, which are overwritten: fresh memory costs a CPU half of a matmul
+        """
+        with _full_precision(x):
+            if strongest is not None:
+                return strongest.dense(tile)
+            x = self._normalised(x)
+            if self.activation == "gated":
+                return self._elementwise(x, tile)
+            h_NT = buffer[: len(x) * (tile.stop - tile.start)].view(len(x), -1)
+            torch.addmm(self.bias_F[tile], x, self.weight_FD[tile].T, out=h_NT)
+            if self.activation == "groupmax":
+                return h_NT.relu() * self._support(h_NT)
+            if self.threshold_F is None:
+                return h_NT.relu_()
+            return h_NT.masked_fill_(h_NT <= self.threshold_F[tile].clamp_min(0), 0)
+
+    def _strongest(self, x: Tensor) -> _Strongest:
+        """The k features that a TopK lets through of each token, from one pass over all tiles."""
+        assert self.k is not None
+        found = []
+        tiles = self._tiles()
+        for _, chunk in self._chunks(x, tiles[0].stop):
+            with _full_precision(x):
+                normalised = self._normalised(chunk)
+                best = _Strongest.none(len(chunk), x.device)
+                for tile in tiles:
+                    h_NT = functional.linear(normalised, self.weight_FD[tile], self.bias_F[tile])
+                    best = best.or_of(h_NT, tile, self.k)
+                found.append(best)
+        if not found:
+            return _Strongest.none(0, x.device)
+        return _Strongest(torch.cat([best.h_NK for best in found]), torch.cat([best.indices_NK for best in found]))
 
     @torch.no_grad()
     def _active(self, x: Tensor, columns: Tensor) -> Bool[Tensor, "N K"]:
         """Which of each token's columns (N, K) a coupled SAE lets through, from a normalised x."""
         active_NK = torch.empty(columns.shape, dtype=torch.bool, device=x.device)
-        for start, chunk in self._chunks(x):
+        for start, chunk in self._chunks(x, self.facts.d_sae):
             h_NF = functional.linear(chunk, self.weight_FD, self.bias_F)
             own = slice(start, start + len(chunk))
             active_NK[own] = self._support(h_NF).gather(1, columns[own])
         return active_NK
 
-    def _chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first token, tokens) in pieces whose dense activations fit the memory budget."""
-        step = max(1, MEMORY_BUDGET // (4 * self.facts.d_sae))
+    def _chunks(self, x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
+        """(first token, tokens) in pieces whose dense activations, of so many features, fit the memory budget."""
+        step = max(1, MEMORY_BUDGET // (4 * width))
         return ((start, x[start : start + step]) for start in range(0, len(x), step))
+
+
+class _Strongest(NamedTuple):
+    """The largest pre-activations of each token, in no order."""
+
+    h_NK: Tensor
+    indices_NK: Tensor
+
+    @staticmethod
+    def none(n_tokens: int, device: torch.device) -> _Strongest:
+        """Before the first tile."""
+        empty = torch.empty(n_tokens, 0, device=device)
+        return _Strongest(empty, empty.long())
+
+    def of(self, start: int, n_tokens: int) -> _Strongest:
+        """Of these tokens."""
+        return _Strongest(*(part[start : start + n_tokens] for part in self))
+
+    def or_of(self, h_NT: Tensor, tile: slice, k: int) -> _Strongest:
+        """The k largest of these and of a tile's."""
+        best = h_NT.topk(min(k, h_NT.shape[1]), sorted=False)
+        h_NK = torch.cat([self.h_NK, best.values], dim=1)
+        indices_NK = torch.cat([self.indices_NK, best.indices + tile.start], dim=1)
+        if h_NK.shape[1] <= k:
+            return _Strongest(h_NK, indices_NK)
+        kept = h_NK.topk(k, sorted=False).indices
+        return _Strongest(h_NK.gather(1, kept), indices_NK.gather(1, kept))
+
+    def dense(self, tile: slice) -> Float[Tensor, "N T"]:
+        """Their activations where they are a tile's, 0 elsewhere."""
+        inside_NK = (self.indices_NK >= tile.start) & (self.indices_NK < tile.stop)
+        places_NK = torch.where(inside_NK, self.indices_NK - tile.start, 0)
+        # Others add nothing to feature 0; of its own a token has at most one, so no order of additions is open.
+        f_NT = torch.zeros(len(places_NK), tile.stop - tile.start, device=places_NK.device)
+        return f_NT.scatter_add_(1, places_NK, self.h_NK.relu() * inside_NK)
 
 
 def load_sae(source: str, hookpoint: str | None = None) -> Sae:

@@ -1,7 +1,8 @@
 """
-Collecting what nobody needs: what killed processes left, unfinished caches and columns that nobody works on, caches
-that nobody uses. Looks first, removes only when told to, and never what is in use, tagged or damaged. A complete column
-goes with its cache alone: who reads a cache says so of the whole, so nobody can tell whether a column is unused.
+Collecting what nobody needs: what killed processes left, unfinished caches and columns that nobody works on, token ids
+that nobody reads, caches that nobody uses. Looks first, removes only when told to, and never what is in use, tagged or
+damaged. A complete column goes with its cache alone: who reads a cache says so of the whole, so nobody can tell whether
+a column is unused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fpo.store.beside import column_keys
 from fpo.store.files import TMP, Folder, explained
 from fpo.store.format.key import is_key
 from fpo.store.format.manifest import COLUMNS, MANIFEST, RECIPE, RECORDS
-from fpo.store.local import NAMES, USES, Store
+from fpo.store.local import NAMES, TOKENS, TOKENS_JSON, USES, Store
 from fpo.store.summaries import is_begun, look_at_column
 from fpo.store.upkeep.manage import REMOVED, bytes_in, remove_cache, remove_column
 from fpo.store.upkeep.tags import TAGS, read_tag, remove_tag
@@ -78,9 +79,10 @@ def gc(
 ) -> Collection:
     """
     Collect what killed processes left, tags of caches that are no more, unfinished caches and columns that nobody
-    worked on for `unfinished_days` and complete caches that nobody opened for `unused_days`; None keeps them all.
-    Damaged caches and those with a tag are kept in any case: remove them by name. So is, for now, a cache whose uses
-    some of its readers could not note: silence is no disuse, it is counted from this collection on.
+    worked on and token ids that nobody read for `unfinished_days`, and complete caches that nobody opened for
+    `unused_days`; None keeps them all. Damaged caches and those with a tag are kept in any case: remove them by name.
+    So is, for now, a cache whose uses some of its readers could not note: silence is no disuse, it is counted from this
+    collection on.
 
     on_item(item) is called for each thing found, after it is removed unless this is a dry run.
     Raises CacheError where the store cannot be listed; what fails later is in `problems`.
@@ -114,8 +116,9 @@ class _Collector:
         self._attempt(self._graves)
         for name in sorted(set(tags) - {name for name, key in tags.items() if key in set(keys)}):
             self._attempt(partial(self._dangling, name, tags[name]))
-        for place in (TAGS, USES, NAMES):
+        for place in (TAGS, USES, NAMES, TOKENS):
             self._attempt(partial(self._unfinished_notes, place))
+        self._attempt(self._tokens)
         if not self.collection.dry_run:
             self._attempt(self._forget_uses)
         return self.collection
@@ -229,6 +232,20 @@ class _Collector:
             item = Garbage("temporary", path, bytes_in(path), "left by a removal that was killed")
             self._found(item, partial(self.folder.delete, f"{REMOVED}/{name}"))
 
+    def _tokens(self) -> None:
+        """Token ids of data, which are there to be read again soon."""
+        limit = self.limits[False]
+        for name in self.folder.names(TOKENS):
+            path = self.store.root / TOKENS / name
+            if name.startswith(".") or limit is None:
+                continue
+            with explained("read", path):
+                used = path / TOKENS_JSON if os.path.lexists(path / TOKENS_JSON) else path
+                days = (time.time() - os.lstat(used).st_mtime) / _DAY
+            if days >= limit:
+                item = Garbage("temporary", path, bytes_in(path), f"token ids that nobody read for {days:.0f} days")
+                self._found(item, partial(self.folder.delete, f"{TOKENS}/{name}"))
+
     def _dangling(self, name: str, key: str) -> None:
         item = Garbage("tag", self.store.root / TAGS / name, 0, f"a tag of {key[:12]}, which is not here")
         self._found(item, partial(self._untag, item, name, key))
@@ -257,7 +274,7 @@ class _Collector:
                 self.collection.problems.append(f"cannot read {path}: {error.strerror}; see the reason")
                 continue
             if name.startswith(start) and time.time() - facts.st_mtime >= _TEMPORARY_AGE:
-                item = Garbage("temporary", path, facts.st_size, reason, key, column)
+                item = Garbage("temporary", path, bytes_in(path), reason, key, column)
                 self._found(item, partial(self._delete_temporary, f"{place}/{name}", key))
 
     def _delete_temporary(self, name: str, key: str | None) -> None:
