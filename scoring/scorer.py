@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from fpo.errors import ModelError
 from fpo.scoring.families import (
     FamilyHead,
+    adjusted_embeddings,
     moving_rope_limit,
     packed_row_limit,
     path_of,
@@ -96,6 +97,7 @@ def install_scoring(
         pass  # resolves every name
 
     decoder_path = path_of(model, text_decoder(model))
+    adjusted = adjusted_embeddings(model, decoder_path)
     row_limit = packed_row_limit(model)
     moving_rope = moving_rope_limit(model) is not None
 
@@ -116,8 +118,8 @@ def install_scoring(
             output = _decoder_output(text_decoder(self), packed, prompt, extras)
         columns = output.last_hidden_state.shape[1]
         hidden = output.last_hidden_state.flatten(0, 1)[packed.predictors]
-        head = FamilyHead(self, decoder_path)
-        scored = token_logps(hidden, packed.targets, head, asked=packed.asked, top=top_logits, squares=squares)
+        head = FamilyHead(self, decoder_path, adjusted)
+        scored = token_logps(hidden, packed.targets, head, asked=packed.asked, top=top_logits)
         given = [_output(outputs, name).flatten(0, 1) for name in hookpoints]
         of_prompts = given if len(packed.prompt_lengths) else []
         return Scores(

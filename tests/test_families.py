@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fpo.scoring import Layout, pack
+from fpo.scoring.families import FamilyHead, adjusted_embeddings, path_of, text_decoder
 
 pytestmark = pytest.mark.families
 
@@ -46,6 +47,19 @@ def test_a_family_is_measured_as_by_separate_forwards_or_refused(case: str) -> N
     largest = max(float(grad.abs().max()) for grad in expected_grads.values())
     for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-4 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_in_two_steps_is_the_familys_own(case: str) -> None:
+    model = build(case)
+    decoder = path_of(model, text_decoder(model))
+    adjusted = adjusted_embeddings(model, decoder)
+    head, whole = FamilyHead(model, decoder, adjusted), FamilyHead(model, decoder, None)
+    hidden = torch.randn(5, model.get_output_embeddings().weight.shape[1])
+    assert torch.equal(head.adjust(head.project(hidden)), whole.project(hidden))
+    capped = getattr(model.config, "final_logit_softcapping", None)
+    assert adjusted is not None or capped is None
 
 
 def test_the_page_says_what_was_measured() -> None:
