@@ -81,6 +81,18 @@ class FamilyHead:
         with _answering(self.model, self._adjusted, lambda *_: answers.pop()):
             return self._logits(projected.new_empty(0, 0))
 
+    def row_bytes(self, hidden: Float[Tensor, "N D"]) -> int:
+        """
+        What autograd keeps of each row that is as wide as the vocabulary. Not by trying: FSDP2 counts the head's calls,
+        and has let go of the final norm's weights when backward comes to it after a call more.
+        """
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        # DoRA keeps what the weights and what the adapter give, for the gradient of its magnitudes.
+        dora = bool(getattr(self.model.get_output_embeddings(), "lora_magnitude_vector", None))
+        vocabulary: int = self.model.config.get_text_config().vocab_size
+        return (3 if dora else 1) * vocabulary * dtype.itemsize
+
     @property
     def draws(self) -> bool:
         """Whether anything behind the decoder draws random numbers, as an adapter's dropout does."""

@@ -10,8 +10,6 @@ Dimension key:  N scored completion tokens   D hidden   V vocabulary   M most li
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,13 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fpo.scoring.packing import Packed
 
-# What a step may keep of its logits for backward. Of what is beyond it the head runs again in backward, in chunks: a
-# third more time for those rows, but the step fits at a 256k vocabulary. Backward needs as much again beside it.
+# What a step may keep of its logits for backward, which makes as much again of gradient. Beyond it the head runs again
+# in backward, in chunks: a third more time for it, but the step fits at a 256k vocabulary. Chunks of 256 MiB take a
+# quarter less time than those of 32, for each adds to the gradient of 256k rows of weights; larger ones gain little.
 LOGITS_BUDGET_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 28
 
-# Float32 logits that are summarised at a time. On a CPU they stay in a core's cache, so that all statistics together
-# take less than one logsumexp over all rows (docs/log.md); a GPU would wait for the starts of its kernels: not timed.
+# Float32 logits that are summarised at a time. On a CPU they stay in its cache, so that all statistics together take
+# less than one logsumexp over all rows (docs/log.md); a GPU would wait for the starts of its kernels: not timed.
 BLOCK_BYTES = 1 << 21
 GPU_BLOCK_BYTES = 1 << 26
 
@@ -46,6 +45,9 @@ class Head(Protocol):
 
     def adjust(self, projected: Tensor) -> Tensor:
         """The logits of some of these rows, such as soft-capped ones; without weights, so that backward can redo it."""
+
+    def row_bytes(self, hidden: Tensor) -> int:
+        """What autograd keeps of (N, V), of each row: what `project` gives, and where that needs more copies, these."""
 
     @property
     def draws(self) -> bool:
@@ -90,14 +92,15 @@ def token_logps(
     """
     columns = targets[:, None] if asked is None else torch.cat([targets[:, None], asked], dim=1)
     score = functools.partial(_score, head, top)
-    row_bytes = _kept_bytes(score, hidden, columns)
-    kept = LOGITS_BUDGET_BYTES // row_bytes if torch.is_grad_enabled() else 0
-    # What is kept comes last: backward begins with it, and has let it go when the chunks run again.
-    again = max(0, len(hidden) - kept)
-    chunk = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=head.draws)
-    bounds = [*range(0, again, max(1, CHUNK_BYTES // row_bytes)), again]
-    parts = [chunk(hidden[start:end], columns[start:end]) for start, end in itertools.pairwise(bounds)]
-    parts.append(score(hidden[again:], columns[again:]))
+    row_bytes, training = head.row_bytes(hidden), torch.is_grad_enabled()
+    if len(hidden) * row_bytes <= (LOGITS_BUDGET_BYTES if training else CHUNK_BYTES):
+        return score(hidden, columns)
+    # All rows in chunks, or none: FSDP2 lets go of the weights when one of several calls has gone backward, so every
+    # other call has to gather them again.
+    again = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=head.draws)
+    rows = max(1, CHUNK_BYTES // row_bytes)
+    chunks = zip(hidden.split(rows), columns.split(rows), strict=True)
+    parts = [again(*chunk) if training else score(*chunk) for chunk in chunks]
     return TokenLogps(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -111,24 +114,6 @@ def _score(head: Head, top: int, hidden: Float[Tensor, "N D"], columns: Int[Tens
     found = _GatheredLogSoftmax.apply(head.project(hidden), columns, head.adjust, top)  # type: ignore[no-untyped-call]
     logps, said, top_indices, top_logps = found
     return TokenLogps(logps[:, 0], logps[:, 1:], top_indices, top_logps, *said.unbind(-1))
-
-
-def _kept_bytes(score: Callable[[Tensor, Tensor], TokenLogps], hidden: Tensor, columns: Tensor) -> int:
-    """
-    What autograd keeps of each row that is scored, whatever the head is made of: counted where no rows are scored, for
-    a tensor of no rows has a size per row and costs nothing. Only the mask of a dropout, as wide as D, goes uncounted.
-    """
-    kept = []
-
-    def count(tensor: Tensor) -> Tensor:
-        if tensor.numel() == 0:
-            kept.append(math.prod(size for size in tensor.shape if size) * tensor.element_size())
-        return tensor
-
-    saved = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), saved:
-        score(hidden.new_empty(0, hidden.shape[1], requires_grad=True), columns.new_empty(0, columns.shape[1]))
-    return sum(kept)
 
 
 def _block_rows(projected: Tensor) -> int:

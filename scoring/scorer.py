@@ -88,7 +88,7 @@ def install_scoring(
     top_logits   how many most likely tokens to report at each position
     routers      whether to report the load-balancing loss, where the model's config asks for it
     hidden_sums  whether to report each completion's summed last hidden states
-    squares      whether to report log_sum_squares
+    squares      whether to report log_sum_squares, which is known in any case
     Raises ModelError for a hookpoint that the model does not have.
     """
     balance = router_loss(model) if routers else None

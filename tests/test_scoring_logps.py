@@ -19,12 +19,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fpo.scoring import logps as logps_module
 from fpo.scoring.families import FamilyHead, adjusted_embeddings
-from fpo.scoring.logps import Head, sum_logps, token_logps
+from fpo.scoring.logps import sum_logps, token_logps
 from fpo.scoring.packing import pack
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "head.py"
-# What of 13 rows runs again in backward, and in how many rows at a time.
-CHUNKED = [(0, 13), (8, 3), (13, 3)]
 
 
 class Plain:
@@ -32,8 +30,11 @@ class Plain:
 
     draws = False
 
-    def __init__(self, linear: nn.Module, softcap: float | None = None) -> None:
+    def __init__(self, linear: nn.Linear, softcap: float | None = None) -> None:
         self.linear, self.softcap = linear, softcap
+
+    def row_bytes(self, hidden: Tensor) -> int:
+        return 4 * self.linear.out_features
 
     def project(self, hidden: Tensor) -> Tensor:
         projected: Tensor = self.linear(hidden)
@@ -43,22 +44,16 @@ class Plain:
         return projected if self.softcap is None else self.softcap * torch.tanh(projected / self.softcap)
 
 
-def row_bytes(head: Head, width: int) -> int:
-    score = lambda hidden, columns: logps_module._score(head, 0, hidden, columns)  # noqa: E731
-    return logps_module._kept_bytes(score, torch.empty(0, width), torch.empty(0, 1, dtype=torch.long))
-
-
-def split_up(monkeypatch: pytest.MonkeyPatch, head: Head, again: int, rows: int, width: int = 8) -> None:
-    """Of 13 rows, `again` run again in backward, `rows` at a time."""
-    size = row_bytes(head, width)
-    monkeypatch.setattr(logps_module, "LOGITS_BUDGET_BYTES", (13 - again) * size)
-    monkeypatch.setattr(logps_module, "CHUNK_BYTES", rows * size)
+def split_up(monkeypatch: pytest.MonkeyPatch, rows: int, row_bytes: int, budget: int = 0) -> None:
+    """`rows` at a time where what all of them keep is beyond the budget."""
+    monkeypatch.setattr(logps_module, "LOGITS_BUDGET_BYTES", budget)
+    monkeypatch.setattr(logps_module, "CHUNK_BYTES", rows * row_bytes)
 
 
 @pytest.mark.parametrize("blocks", [1, 5])
-@pytest.mark.parametrize(("again", "rows"), CHUNKED)
+@pytest.mark.parametrize("chunked", [False, True])
 def test_what_is_said_of_all_logits_is_said_without_gradient(
-    again: int, rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+    chunked: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits near 1000, where an entropy that is the difference of large numbers has lost three digits."""
     torch.manual_seed(0)
@@ -67,7 +62,8 @@ def test_what_is_said_of_all_logits_is_said_without_gradient(
     hidden = torch.randn(13, 8, requires_grad=True)
     logits = linear(hidden).detach()
     targets = torch.where(torch.arange(13) % 2 == 0, logits.argmax(-1), logits.argmin(-1))
-    split_up(monkeypatch, Plain(linear), again, rows)
+    if chunked:
+        split_up(monkeypatch, 7, 31 * 4)
     monkeypatch.setattr(logps_module, "BLOCK_BYTES", 13 * 31 * 4 // blocks)
     found = token_logps(hidden, targets, Plain(linear))
     found.logps.sum().backward()
@@ -82,9 +78,9 @@ def test_what_is_said_of_all_logits_is_said_without_gradient(
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(("again", "rows"), CHUNKED)
+@pytest.mark.parametrize("chunked", [False, True])
 def test_log_probs_and_gradients_equal_log_softmax(
-    again: int, rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    chunked: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(8, 31)
@@ -98,7 +94,8 @@ def test_log_probs_and_gradients_equal_log_softmax(
     grads = torch.autograd.grad((expected * weights).sum(), [hidden, linear.weight, linear.bias])
 
     head = Plain(linear, softcap)
-    split_up(monkeypatch, head, again, rows)
+    if chunked:
+        split_up(monkeypatch, 3, 31 * 4)
     monkeypatch.setattr(logps_module, "BLOCK_BYTES", 2 * 31 * 4)
     scored = token_logps(hidden, columns[:, 0], head, asked=columns[:, 1:], top=4)
     found = torch.cat([scored.logps[:, None], scored.asked_logps], dim=1)
@@ -114,20 +111,21 @@ def test_log_probs_and_gradients_equal_log_softmax(
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_chunks_never_hold_all_logits(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradient, 8 of 13 rows run again in backward; without, nothing is kept and all run in chunks."""
+    """What fits the budget to the byte is kept; without gradient nothing is, and the budget does not count."""
     linear = nn.Linear(8, 31)
     hidden, targets = torch.randn(13, 8), torch.zeros(13, dtype=torch.long)
-    split_up(monkeypatch, Plain(linear), 8, 3)
     rows: list[int] = []
-    linear.register_forward_hook(lambda module, args, output: rows.append(len(output)) if len(output) else None)
-    with mode():
-        logps = token_logps(hidden, targets, Plain(linear)).logps
-    if not logps.requires_grad:
-        assert rows == [3, 3, 3, 3, 1]
-        return
-    logps.sum().backward()
-    assert rows[:4] == [3, 3, 2, 5]
-    assert sorted(rows[4:]) == [2, 3, 3]
+    linear.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    for budget in (13 * 31 * 4, 13 * 31 * 4 - 1):
+        split_up(monkeypatch, 3, 31 * 4, budget)
+        rows.clear()
+        with mode():
+            logps = token_logps(hidden, targets, Plain(linear)).logps
+        if logps.requires_grad:
+            logps.sum().backward()
+        kept = mode is torch.enable_grad and budget == 13 * 31 * 4
+        assert rows[:5] == ([13] if kept else [3, 3, 3, 3, 1])
+        assert sorted(rows[5:]) == ([1, 3, 3, 3, 3] if logps.requires_grad and not kept else [])
 
 
 def family_head(family: str, **overrides: object) -> FamilyHead:
@@ -156,30 +154,24 @@ HEADS = {
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for name in HEADS if "autograd" not in name])
 def test_the_budget_counts_what_autograd_keeps(name: str, autocast: bool) -> None:
     head, hidden = HEADS[name](), torch.randn(64, 32, requires_grad=True)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.dim() and 64 in tensor.shape:  # rows; the others are weights
+        if tensor.shape[-2:] == (64, 97):
             kept[tensor.data_ptr()] = tensor
         return tensor
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        counted = row_bytes(head, 32)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logps = token_logps(hidden, torch.zeros(64, dtype=torch.long), head).logps
-    assert logps.requires_grad
-    held = sum(tensor.nbytes for tensor in kept.values())
-    assert held <= 64 * counted
-    logits = 97 * (2 if autocast else 4)
-    if name in ("plain", "soft-capped", "modules_to_save"):
-        # The product, the hidden states that it was of, one target and one logsumexp of each row.
-        assert counted == logits + 32 * (2 if autocast else 4) + 8 + 4
-        assert held == 64 * counted
-    else:
-        assert counted > logits
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        counted = head.row_bytes(hidden)
+        token_logps(hidden, torch.zeros(64, dtype=torch.long), head)
+    assert sum(tensor.nbytes for tensor in kept.values()) == 64 * counted
+    assert counted == (3 if name == "dora" else 1) * 97 * (2 if autocast else 4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -187,7 +179,7 @@ def test_the_budget_counts_what_autograd_keeps(name: str, autocast: bool) -> Non
 def test_log_probs_and_gradients_are_those_of_the_familys_own_forward(
     name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probs bit by bit where no chunk has other rows; weights' gradients under autocast are rounded per chunk."""
+    """Log-probs bit by bit where no product has other rows; under autocast each chunk's weight gradient is rounded."""
     head = HEADS[name]()
     hidden, targets, weights = torch.randn(13, 32, requires_grad=True), torch.randint(97, (13,)), torch.randn(13)
     trained = [hidden, *(p for p in head.model.get_output_embeddings().parameters() if p.requires_grad)]
@@ -202,10 +194,11 @@ def test_log_probs_and_gradients_are_those_of_the_familys_own_forward(
         return (logits.gather(-1, targets[:, None]) - logits.logsumexp(-1, keepdim=True))[:, 0]
 
     expected, *expected_grads = both(own)
-    for again in (0, 8):
-        split_up(monkeypatch, head, again, 3, width=32)
+    for chunked in (False, True):
+        if chunked:
+            split_up(monkeypatch, 3, head.row_bytes(hidden))
         found, *grads = both(lambda: token_logps(hidden, targets, head).logps)
-        if again == 0:
+        if not chunked:
             assert torch.equal(found, expected)
         for one, other in zip(grads, expected_grads, strict=True):
             scale = float(other.abs().max())
@@ -245,7 +238,7 @@ def test_a_head_that_takes_more_than_its_outputs_is_left_to_autograd(
     factor = {"a learned factor": model.scale, "the hidden states": hidden.sum(-1, keepdim=True), "in place": 3}
     logits = logits + logits.square() if kind == "a second call" else logits * factor[kind]
     expected = torch.autograd.grad(logits.log_softmax(-1).gather(-1, targets[:, None]).sum(), trained)
-    split_up(monkeypatch, head, 8, 3, width=32)
+    split_up(monkeypatch, 3, head.row_bytes(hidden))
     found = torch.autograd.grad(token_logps(hidden, targets, head).logps.sum(), trained)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -256,12 +249,11 @@ def test_a_head_that_drops_inputs_drops_the_same_again_in_backward(monkeypatch: 
     assert not head.draws
     head.model.train()
     assert head.draws
-    monkeypatch.setattr(logps_module, "LOGITS_BUDGET_BYTES", 0)
-    monkeypatch.setattr(logps_module, "CHUNK_BYTES", 5 * row_bytes(head, 32))
+    split_up(monkeypatch, 5, 97 * 4)
     given: list[Tensor] = []
     head.model.lm_head.register_forward_hook(lambda module, args, output: given.append(output.detach()))
     found = token_logps(torch.randn(10, 32, requires_grad=True), torch.zeros(10, dtype=torch.long), head)
-    first, second = [logits for logits in given if logits.numel()]
+    first, second = given
     found.logps.sum().backward()
     again_second, again_first = given[-2:]
     assert torch.equal(first, again_first)
@@ -277,19 +269,17 @@ def peak(*arguments: str) -> int:
 
 def test_memory_is_bounded_where_logits_are_not() -> None:
     """
-    1024 x 64000 float32 logits are 250 MiB, which log_softmax behind a soft cap holds four times. Here: 32 MiB that
-    are kept, their gradient, two weight gradients of 4 MiB, and what libraries make on their first call.
+    1024 x 64000 float32 logits are 250 MiB, which log_softmax behind a soft cap holds four times. Here: a chunk of
+    16 MiB and its gradient, two weight gradients of 4 MiB, and what libraries make on their first call.
     """
     head = ["--vocabulary", "64000", "--tokens", "1024", "--hidden", "16", "--softcap", "30"]
     assert peak(*head, "--budget", "32", "--chunk", "16") < 300
 
 
 @pytest.mark.long
-def test_8192_tokens_of_a_256k_vocabulary_stay_below_3_gib() -> None:
-    """
-    Logits of 7.8 GiB, held twice by log_softmax. Here: 1 GiB that is kept and its gradient.
-    """
-    assert peak("--vocabulary", "256000", "--tokens", "8192", "--hidden", "8") < 3072
+def test_8192_tokens_of_a_256k_vocabulary_stay_below_1_gib() -> None:
+    """Logits of 7.8 GiB, which log_softmax and its gradient hold three times; here a chunk of 256 MiB and its own."""
+    assert peak("--vocabulary", "256000", "--tokens", "8192", "--hidden", "8") < 1024
 
 
 def test_sums_go_to_their_completion() -> None:
