@@ -199,8 +199,11 @@ def test_what_does_not_wait_passes() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.autocast knows no meta device, and the SAE's products are out of it."""
+    """torch.autocast knows no meta device; nothing here is in it."""
     monkeypatch.setattr(sae_module, "_full_precision", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
 @pytest.fixture(scope="module")
