@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,55 +46,121 @@ class FamilyHead:
     """
     Hidden states to logits as the family's own forward does it, with its factors, caps and biases: that forward is run
     with a decoder that answers with these hidden states.
+
+    Where the family changes what its output embeddings give, `project` ends with them and `adjust` does the rest, also
+    by the family's own forward: so backward redoes a cap from the one copy of (N, V) that is kept.
     """
 
-    def __init__(self, model: PreTrainedModel, decoder_path: str) -> None:
+    def __init__(self, model: PreTrainedModel, decoder_path: str, adjusted: str | None) -> None:
+        """`adjusted`: what `adjusted_embeddings` says of this model."""
         self.model = model
         self._child, *self._inner = decoder_path.split(".")
+        self._adjusted = adjusted
+
+    def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """What `adjust` makes logits of, in its own dtype: all of the head that has weights."""
+        if self._adjusted is None:
+            return self._logits(hidden)
+        given: list[Tensor] = []
+        real = self.model.get_submodule(self._adjusted)
+
+        def embeddings(states: Tensor) -> Tensor:
+            given.append(real(states))
+            return given[0].detach().narrow(-2, 0, 0)
+
+        with _answering(self.model, self._adjusted, embeddings):
+            self._logits(hidden)
+        return given[0].flatten(0, -2)
+
+    def adjust(self, projected: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """The logits of rows that `project` gave."""
+        if self._adjusted is None:
+            return projected
+        answers = [projected[None]]
+        # To be called once, without hidden states: logits that also depend on anything else are an error here.
+        with _answering(self.model, self._adjusted, lambda *_: answers.pop()):
+            return self._logits(projected.new_empty(0, 0))
+
+    def row_bytes(self, hidden: Float[Tensor, "N D"]) -> int:
+        """
+        What autograd keeps of each row that is as wide as the vocabulary. Not by trying: FSDP2 counts the head's calls,
+        and has let go of the final norm's weights when backward comes to it after a call more.
+        """
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        # DoRA keeps what the weights and what the adapter give, for the gradient of its magnitudes.
+        dora = bool(getattr(self.model.get_output_embeddings(), "lora_magnitude_vector", None))
+        vocabulary: int = self.model.config.get_text_config().vocab_size
+        return (3 if dora else 1) * vocabulary * dtype.itemsize
 
     @property
-    def weight(self) -> Tensor | None:
-        """Of the output embeddings; its first size is the vocabulary's."""
-        head = self.model.get_output_embeddings()
-        return getattr(head, "weight", None)
+    def draws(self) -> bool:
+        """Whether anything behind the decoder draws random numbers, as an adapter's dropout does."""
+        behind = (child for name, child in self.model.named_children() if name != self._child)
+        modules = (module for child in behind for module in child.modules())
+        return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules)
 
-    def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """The logits of these positions."""
+    def _logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "L V"]:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with self._answering(hidden[None]):
+        said = _Hidden(hidden[None])
+        with _answering(self.model, self._child, lambda *_, **__: said, self._inner):
             logits: Tensor = type(self.model).forward(self.model, input_ids=ids, use_cache=False).logits
         # A view: indexing would make backward fill a second tensor of this size.
         return logits.flatten(0, 1)
 
-    @contextmanager
-    def _answering(self, hidden: Tensor) -> Iterator[None]:
-        children = self.model._modules
-        real = children[self._child]
-        assert real is not None
-        children[self._child] = _Answer(real, self._inner, hidden)
-        try:
-            yield
-        finally:
-            children[self._child] = real
+
+def adjusted_embeddings(model: PreTrainedModel, decoder_path: str) -> str | None:
+    """
+    The path of a model's output embeddings, where its forward makes the logits of what they give alone, without further
+    weights, by a cap or a factor; None where nothing is made of it, or where it takes more.
+    """
+    module = model.get_output_embeddings()
+    if module is None:
+        return None
+    path = path_of(model, module)
+    vocabulary = model.config.get_text_config().vocab_size
+    given = torch.linspace(-1, 1, 2 * vocabulary, device=next(model.parameters()).device).view(2, vocabulary)
+    try:
+        with torch.enable_grad():
+            found = FamilyHead(model, decoder_path, path).adjust(given)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+        return None  # it needs the hidden states, or calls its embeddings otherwise
+    if found.shape != given.shape or found.requires_grad or torch.equal(found, given):
+        return None
+    return path
+
+
+@contextmanager
+def _answering(model: nn.Module, path: str, answer: Callable[..., Any], inner: Sequence[str] = ()) -> Iterator[None]:
+    """Inside, `answer` is called in the place of a module of the model, or of one that is `inner` in it."""
+    parent, _, name = path.rpartition(".")
+    children = model.get_submodule(parent)._modules
+    real = children[name]
+    assert real is not None
+    children[name] = _Answer(real, inner, answer)
+    try:
+        yield
+    finally:
+        children[name] = real
 
 
 class _Answer(nn.Module):
-    """Stands where the decoder stands: answers a call with hidden states, and everything else with the real module."""
+    """Stands where a module stands: answers a call as it is told, and everything else with the real module."""
 
-    def __init__(self, real: nn.Module, inner: list[str], hidden: Tensor) -> None:
+    def __init__(self, real: nn.Module, inner: Sequence[str], answer: Callable[..., Any]) -> None:
         super().__init__()
         # Not as a submodule: nothing of the model may be found here a second time.
-        self.__dict__.update(real=real, inner=inner, hidden=hidden)
+        self.__dict__.update(real=real, inner=inner, answer=answer)
 
-    def forward(self, *_: Any, **__: Any) -> _Hidden:
-        return _Hidden(self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("real", "inner", "hidden"):
+        if name in ("real", "inner", "answer"):
             raise AttributeError(name)
         found = getattr(self.real, name)
         # OPT calls `model.decoder`, which is the decoder; the embeddings beside it are real.
-        return _Answer(found, self.inner[1:], self.hidden) if [name] == self.inner[:1] else found
+        return _Answer(found, self.inner[1:], self.answer) if name in self.inner[:1] else found
 
 
 class _Hidden:

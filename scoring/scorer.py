@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from fpo.errors import ModelError
 from fpo.scoring.families import (
     FamilyHead,
+    adjusted_embeddings,
     moving_rope_limit,
     packed_row_limit,
     path_of,
@@ -87,7 +88,7 @@ def install_scoring(
     top_logits   how many most likely tokens to report at each position
     routers      whether to report the load-balancing loss, where the model's config asks for it
     hidden_sums  whether to report each completion's summed last hidden states
-    squares      whether to report log_sum_squares
+    squares      whether to report log_sum_squares, which is known in any case
     Raises ModelError for a hookpoint that the model does not have.
     """
     balance = router_loss(model) if routers else None
@@ -96,6 +97,7 @@ def install_scoring(
         pass  # resolves every name
 
     decoder_path = path_of(model, text_decoder(model))
+    adjusted = adjusted_embeddings(model, decoder_path)
     row_limit = packed_row_limit(model)
     moving_rope = moving_rope_limit(model) is not None
 
@@ -116,8 +118,8 @@ def install_scoring(
             output = _decoder_output(text_decoder(self), packed, prompt, extras)
         columns = output.last_hidden_state.shape[1]
         hidden = output.last_hidden_state.flatten(0, 1)[packed.predictors]
-        head = FamilyHead(self, decoder_path)
-        scored = token_logps(hidden, packed.targets, head, asked=packed.asked, top=top_logits, squares=squares)
+        head = FamilyHead(self, decoder_path, adjusted)
+        scored = token_logps(hidden, packed.targets, head, asked=packed.asked, top=top_logits)
         given = [_output(outputs, name).flatten(0, 1) for name in hookpoints]
         of_prompts = given if len(packed.prompt_lengths) else []
         return Scores(

@@ -13,10 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fpo.scoring import Layout, pack
+from fpo.scoring.families import FamilyHead, adjusted_embeddings, path_of, text_decoder
 
 pytestmark = pytest.mark.families
 
 FOUND: dict[str, str] = {}
+# What caps or scales the outputs of its output embeddings.
+TWO_STEPS = {
+    *("cohere", "cohere2", "cohere2_moe", "gemma2", "gemma3n_text", "granite", "granitemoe", "nanochat"),
+    *("recurrent_gemma", "vaultgemma", "xlstm"),
+}
 
 
 def gradients(model: PreTrainedModel, logps: Tensor, residuals: Tensor) -> dict[str, Tensor]:
@@ -46,6 +52,18 @@ def test_a_family_is_measured_as_by_separate_forwards_or_refused(case: str) -> N
     largest = max(float(grad.abs().max()) for grad in expected_grads.values())
     for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-4 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_in_two_steps_is_the_familys_own(case: str) -> None:
+    model = build(case)
+    decoder = path_of(model, text_decoder(model))
+    adjusted = adjusted_embeddings(model, decoder)
+    head, whole = FamilyHead(model, decoder, adjusted), FamilyHead(model, decoder, None)
+    hidden = torch.randn(5, model.get_output_embeddings().weight.shape[1])
+    assert torch.equal(head.adjust(head.project(hidden)), whole.project(hidden))
+    assert (adjusted is not None) == (case in TWO_STEPS)
 
 
 def test_the_page_says_what_was_measured() -> None:
