@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from fpo.scoring import install_scoring, pack, sum_logps
+from fpo.stage2_align.cost import peak_resident
 
 SHAPE = {
     "vocab_size": 32_000,
@@ -50,7 +50,7 @@ def measure(model_name: str, length: int, *, checkpointing: bool) -> tuple[float
     started = time.process_time()
     logps = sum_logps(model(**packed._asdict()).token_logps, packed)
     (logps[0] - logps[1]).backward()
-    return time.process_time() - started, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return time.process_time() - started, peak_resident() or 0
 
 
 def main() -> None:

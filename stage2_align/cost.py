@@ -69,7 +69,7 @@ def cost_of(recipe: Recipe, weights: Weights, trainer: PairTrainer) -> Cost:
     """The cost of what a trainer has just trained; all processes must ask."""
     tokens = sum(gather_object([trainer.tokens_seen]))
     device = trainer.args.device
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
     peak_of: Literal["device", "resident set"] = "device" if device.type == "cuda" else "resident set"
     if not recipe.objective.needs.reference:
         return Cost(tokens, peak, peak_of, False, None, None)
@@ -98,8 +98,14 @@ def _reference_weights(recipe: Recipe, policy: Weights) -> int | None:
     return total
 
 
-def _peak_resident() -> int | None:
+def peak_resident() -> int | None:
+    """Bytes that this process held at its peak; None where the system does not tell."""
     if sys.platform == "win32":
         return None
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage begins with the peak of whoever started the process.
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny_world import TinyWorld, build_tiny_world
 from fpo.commands.reports import cost_lines
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import AlignReport, Cost, align
+from fpo.stage2_align.cost import peak_resident
 from fpo.stage2_align.run import read_run
 
 ONCE = {"num_train_epochs": 1, "save_strategy": "no"}
@@ -63,9 +65,17 @@ def test_a_reference_would_add_its_weights_and_a_third_of_the_products(
 
 
 def test_the_peak_is_what_the_process_held(world: TinyWorld, tmp_path: Path) -> None:
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Not what its parent held: a process that holds little is started by one that holds much."""
+    before = peak_resident()
     found = cost(world, tmp_path, objective={"name": "sft"})
-    after = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak_resident()
+    assert before is not None
+    assert after is not None
+    ballast = bytearray(after)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    program = "from fpo.stage2_align.cost import peak_resident; print(peak_resident())"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < len(ballast)
     assert found.peak_of == "resident set"
     assert found.peak_bytes is not None
     assert before <= found.peak_bytes <= after
