@@ -32,12 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Gemma2Config,
-    LlamaConfig,
     PreTrainedModel,
-    Qwen2Config,
 )
 from transformers.utils import logging
 
@@ -68,6 +66,66 @@ SHARED: dict[str, Any] = {
     "logging_steps": 1000,
     "save_strategy": "no",
     "report_to": "none",
+}
+
+
+class Shape(NamedTuple):
+    """A random model."""
+
+    family: str
+    vocabulary: int
+    """At least; the tokenizer uses a part of a larger one."""
+    sizes: dict[str, Any]
+
+    def config(self, vocabulary: int) -> Any:
+        return AutoConfig.for_model(self.family, vocab_size=max(self.vocabulary, vocabulary), **self.sizes)
+
+
+SHAPES = {
+    # 33M parameters.
+    "llama": Shape(
+        "llama",
+        0,
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 1024,
+        },
+    ),
+    # Soft caps, windows, and a large vocabulary.
+    "gemma2": Shape(
+        "gemma2",
+        256_000,
+        {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "sliding_window": 256,
+            "max_position_embeddings": 1024,
+        },
+    ),
+    # As google/gemma-2-2b, which are the family's defaults.
+    "gemma2-2b": Shape("gemma2", 256_000, {}),
+    # As Qwen/Qwen2.5-0.5B.
+    "qwen2-0.5b": Shape(
+        "qwen2",
+        151_936,
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
@@ -141,73 +199,10 @@ def build_world(root: Path, pairs: Path, tokenizer: str, kind: str, steps: int, 
     loaded.pad_token = loaded.pad_token or loaded.eos_token
     loaded.save_pretrained(root / "model")
     torch.manual_seed(0)
-    config = CONFIGS[kind](len(loaded))
+    config = SHAPES[kind].config(len(loaded))
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
     write_sae(root / "sae", config.hidden_size)
     return World(root, rows, device)
-
-
-def _llama(vocabulary: int) -> LlamaConfig:
-    """33M parameters."""
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    )
-
-
-def _gemma2(vocabulary: int) -> Gemma2Config:
-    """Soft-capping, windows, and a vocabulary of 256 thousand, of which the tokenizer uses a part."""
-    return Gemma2Config(
-        vocab_size=max(256_000, vocabulary),
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        sliding_window=256,
-        max_position_embeddings=1024,
-    )
-
-
-def _gemma2_2b(vocabulary: int) -> Gemma2Config:
-    """The shapes of google/gemma-2-2b."""
-    return Gemma2Config(
-        vocab_size=max(256_000, vocabulary),
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-    )
-
-
-def _qwen2_half_b(vocabulary: int) -> Qwen2Config:
-    """The shapes of Qwen/Qwen2.5-0.5B."""
-    return Qwen2Config(
-        vocab_size=max(151_936, vocabulary),
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-
-
-CONFIGS: dict[str, Callable[[int], Any]] = {
-    "llama": _llama,
-    "gemma2": _gemma2,
-    "gemma2-2b": _gemma2_2b,
-    "qwen2-0.5b": _qwen2_half_b,
-}
 
 
 def write_sae(folder: Path, width: int) -> None:
@@ -336,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--model", choices=CONFIGS, default="llama")
+    parser.add_argument("--model", choices=SHAPES, default="llama")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpu", action="store_true")
