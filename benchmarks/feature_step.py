@@ -145,9 +145,7 @@ def _loss_alone(name: str, groups: Groups, repeats: int = 20) -> _Loss:
         torch.zeros(n, 0, dtype=torch.long),
         torch.zeros(n, 0),
         (residual,) * len(meter.hookpoints),
-        nothing,
-        nothing,
-        nothing,
+        *[nothing] * 4,
     )
 
     def run() -> None:

@@ -251,10 +251,10 @@ class Policy(Section):
     """What the weights are kept in; float32 where they are trained. For mixed precision set `training.bf16`."""
 
     lora: Lora | None = None
-    """Adapter settings; null, and `prompt` too, trains all weights."""
+    """Adapter settings; without `lora` and `prompt` all weights are trained."""
 
     prompt: Prompt | None = None
-    """Soft prompt or prefix; null is none."""
+    """Soft prompt or prefix, in the place of `lora`."""
 
     same_arithmetic: bool = True
     """Refuse a reference that was computed in another arithmetic than the policy; false goes on regardless."""

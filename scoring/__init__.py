@@ -2,7 +2,7 @@
 What a model says about a group. One package, because reference and policy must be measured by the same code.
 
     packing     groups -> rows, in three layouts    models      files of a model, loading; configs resolves config.json
-    masks       the family's own masks, packed      families    what a family does with its config
+    masks       what stands for a family's masks    families    what a family does with its config
     logps       hidden -> log-probs                 hookpoints  modules by name, their outputs
     scorer      the one forward pass                sae         activations; files of every format
     check       is a model measured rightly         self_check  does the SAE fit the hookpoint
@@ -10,7 +10,7 @@ What a model says about a group. One package, because reference and policy must 
     virtual     soft prompts before the rows        attention   branches of a row
 """
 
-from fpo.scoring.check import OwnLogits, choose_layout, extremes
+from fpo.scoring.check import OwnLogits, choose_layout, extremes, logits_at
 from fpo.scoring.configs import model_config, positions, significant_config
 from fpo.scoring.families import silence_dropout
 from fpo.scoring.features import (
@@ -27,6 +27,7 @@ from fpo.scoring.features import (
     sparse_rows,
     union,
 )
+from fpo.scoring.hookpoints import unwrapped
 from fpo.scoring.logps import LOGPS_TOLERANCE, sum_logps
 from fpo.scoring.models import (
     adapter_folder,
@@ -67,6 +68,7 @@ __all__ = [
     "load_model",
     "load_sae",
     "load_tokenizer",
+    "logits_at",
     "look_up",
     "mixed_precision",
     "model_config",
@@ -85,5 +87,6 @@ __all__ = [
     "template_text",
     "tower_modules",
     "union",
+    "unwrapped",
     "weight_files",
 ]

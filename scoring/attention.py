@@ -31,7 +31,6 @@ from fpo.scoring.packing import Packed, Reach
 BRANCHED = {"sdpa": "fpo_sdpa", "eager": "fpo_eager"}
 """Implementations of transformers -> ours, which attend over branches where they are given some, else as those do."""
 
-
 MASK_ELEMENTS = 1 << 22
 """Of a mask. Branches that would take a larger one are attended to in blocks of queries."""
 
@@ -52,15 +51,17 @@ class Branches:
     What stands in the place of a row's mask. No tuple: what wraps a model takes those apart.
     """
 
-    def __init__(self, packed: Packed, reach: Reach, *, embedded: bool) -> None:
+    def __init__(self, packed: Packed, reach: Reach, width: int) -> None:
         """
-        reach     the family's mask function
-        embedded  whether a soft prompt's tokens, if there are any, are tokens of the row; else keys and values alone
+        reach  the family's mask function
+        width  tokens of the row: a soft prompt's are among them, or are keys and values alone
         """
         self.reach = reach
-        self.virtual = packed.position_ids.shape[1] - packed.input_ids.shape[1]
+        self.virtual = packed.n_virtual
         """Keys of a soft prompt, before all others; every branch sees them."""
-        self.parts = [self.virtual] if embedded and self.virtual else []
+        self.embedded = width == packed.position_ids.shape[1]
+        """Whether these, if there are any, are of tokens of the row."""
+        self.parts = [self.virtual] if self.embedded and self.virtual else []
         """Tokens of each part of the row: the soft prompt, a prompt with its first completion, a further completion."""
         branches = [_Branch(0)] if self.parts else []
         for prompt, *completions in packed.sizes:
@@ -69,9 +70,10 @@ class Branches:
             branches += [_Branch(trunk + place, trunk, prompt) for place in range(1, len(completions))]
             self.parts += [prompt + completions[0], *completions[1:]]
         self.branches = [branch for branch in branches if self.parts[branch.own]]
-        self.keys = self.parts if embedded or not self.virtual else [self.virtual, *self.parts]
+        self.keys = self.parts if self.embedded else [self.virtual, *self.parts]
         """Keys of each part; those of a soft prompt that has no tokens stand before them."""
         self._masks: dict[tuple[int, int], Bool[Tensor, "1 1 Q L"]] = {}
+        self._reaches: dict[int, bool] = {}
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 Q L"]:
         """Which keys the last of them, as queries, see."""
@@ -86,10 +88,12 @@ class Branches:
 
     def is_causal(self, queries: int, keys: int) -> bool:
         """Whether every key is a query, and each sees all before it: as soon as the last one sees the first one."""
-        if queries < keys:
-            return False
-        zero = torch.zeros((), dtype=torch.long)
-        return self.reach is causal_mask_function or bool(self.reach(zero, zero, zero + keys - 1, zero))
+        if queries < keys or self.reach is causal_mask_function:
+            return queries == keys
+        if keys not in self._reaches:  # of any layer: asked once
+            zero = torch.zeros((), dtype=torch.long)
+            self._reaches[keys] = bool(self.reach(zero, zero, zero + keys - 1, zero))
+        return self._reaches[keys]
 
 
 def attend_in_branches(model: PreTrainedModel) -> None:
@@ -136,8 +140,7 @@ def _prompted(states: Float[Tensor, "1 K L D"], branches: Branches) -> tuple[Ten
     parts = list(states.split(branches.keys, dim=2))
     if not branches.virtual:
         return None, parts
-    own = len(branches.keys) == len(branches.parts)
-    return parts[0], parts if own else parts[1:]
+    return parts[0], parts if branches.embedded else parts[1:]
 
 
 def _seen(states: tuple[Tensor | None, list[Tensor]], branch: _Branch) -> Float[Tensor, "1 K L D"]:

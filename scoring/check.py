@@ -232,13 +232,18 @@ def _looked_at(scored: int, model: Model) -> Int[Tensor, " n"]:
     return torch.linspace(0, scored - 1, min(scored, most)).round().long()
 
 
+def logits_at(
+    forward: Callable[..., Any], family: type[Any], sequence: Int[Tensor, "1 L"], at: Int[Tensor, " n"]
+) -> Float[Tensor, "n V"]:
+    """What a forward of a family's model gives at some of its outputs; no others are made where the family can."""
+    keeps = "logits_to_keep" in inspect.signature(family.forward).parameters
+    kept = {"logits_to_keep": at} if keeps else {}
+    logits: Tensor = forward(input_ids=sequence, use_cache=False, **kept).logits[0]
+    return logits if keeps else logits[at]
+
+
 def _family_logits(model: Model, sequence: Int[Tensor, "1 L"], at: Int[Tensor, " n"]) -> Float[Tensor, "n V"]:
-    forward = type(model).forward
-    if "logits_to_keep" in inspect.signature(forward).parameters:
-        kept: Tensor = forward(model, input_ids=sequence, use_cache=False, logits_to_keep=at).logits[0]
-        return kept
-    every: Tensor = forward(model, input_ids=sequence, use_cache=False).logits[0]
-    return every[at]
+    return logits_at(functools.partial(type(model).forward, model), type(model), sequence, at)
 
 
 @contextmanager

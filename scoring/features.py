@@ -12,7 +12,7 @@ Dimension key:  N tokens that count   D d_in   F d_sae   C completions   K colum
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -156,18 +156,6 @@ def _keep_largest(sae: Sae, residual: Float[Tensor, "N D"], lengths: Sequence[in
 def _squares_without(acts: Float[Tensor, "C K"], kept: Int[Tensor, "C kept"]) -> Float[Tensor, " C"]:
     """Sum of squares, float64, of what is not kept."""
     return acts.scatter(1, kept, 0).double().square().sum(-1)
-
-
-def _pooled_blocks(
-    sae: Sae, residual: Float[Tensor, "N D"], lengths: Int[Tensor, " C"]
-) -> Iterator[Float[Tensor, "block F"]]:
-    """Pooled activations, as many completions at a time as the memory budget holds."""
-    block = max(1, MEMORY_BUDGET // (4 * sae.facts.d_sae))
-    start = 0
-    for sizes in lengths.cpu().split(block):
-        stop = start + int(sizes.sum())
-        yield sae.pooled_mean(residual[start:stop], sizes.tolist())
-        start = stop
 
 
 def reference_top(reference: SparseRows, k: int) -> KnownColumns:

@@ -54,7 +54,7 @@ def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
 
     Raises ModelError where there is none, with the nearest names and the range of layers.
     """
-    base = _unwrap(model)
+    base = unwrapped(model)
     layers_path, layers = _decoder_layers(base)
     alias = re.fullmatch(r"model\.layers\.(\d+(?:\.[\w.]+)?)", name)
     for path in (name, f"{layers_path}.{alias[1]}" if alias else ""):
@@ -91,13 +91,13 @@ def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor
 
 def hookpoint_names(model: nn.Module) -> list[str]:
     """The outputs of all decoder layers, first to last, by the paths of the model itself."""
-    path, layers = _decoder_layers(_unwrap(model))
+    path, layers = _decoder_layers(unwrapped(model))
     return [f"{path}.{index}" for index in range(len(layers))]
 
 
 def final_norm_name(model: nn.Module) -> str | None:
     """The norm after the last layer (where `hidden_states[-1]` is taken), or None where there is none."""
-    base = _unwrap(model)
+    base = unwrapped(model)
     path, _ = _decoder_layers(base)
     parent = path.rpartition(".")[0]
     decoder = base.get_submodule(parent)
@@ -174,7 +174,7 @@ def _meant(name: str, number: int, family: str, layers_path: str, count: int | N
     return f"{layers_path}.{number}"
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside DDP (`module`), torch.compile (`_orig_mod`), PEFT (`get_base_model`)."""
     while True:
         for attribute in ("module", "_orig_mod"):

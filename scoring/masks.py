@@ -29,7 +29,7 @@ def masks_for(packed: Packed, width: int) -> Iterator[None]:
 
     width  columns that look: the last ones, since a soft prompt's keys and values are only looked at
     """
-    virtual = packed.position_ids.shape != packed.input_ids.shape
+    virtual = packed.n_virtual > 0
 
     def boolean(*, mask_function: Reach, **_: Any) -> Tensor:
         mask = attention_mask(packed.group, packed.branch, packed.position_ids, mask_function, virtual=virtual)
@@ -45,16 +45,16 @@ def masks_for(packed: Packed, width: int) -> Iterator[None]:
 
 
 @contextmanager
-def branches_for(packed: Packed, *, embedded: bool) -> Iterator[None]:
+def branches_for(packed: Packed, width: int) -> Iterator[None]:
     """
     While open, a family's attention is given Branches.
 
-    embedded  whether the tokens of a soft prompt, if `packed` stands behind one, are tokens of its row
+    width  as in `masks_for`
     Raises ValueError where the family does not call ours.
     """
 
     def branches(*, mask_function: Reach, **_: Any) -> Branches:
-        return Branches(packed, mask_function, embedded=embedded)
+        return Branches(packed, mask_function, width)
 
     def refuse(**_: Any) -> None:
         raise ValueError("its attention is its own")

@@ -92,6 +92,11 @@ class Packed(NamedTuple):
             return Layout.PACKED
         return Layout.MASKED if self.branch.shape == self.position_ids.shape else Layout.ROWS
 
+    @property
+    def n_virtual(self) -> int:
+        """Tokens of the soft prompt that the rows stand behind (see `virtual.behind`)."""
+        return self.position_ids.shape[1] - self.input_ids.shape[1]
+
     def to(self, device: torch.device) -> Packed:
         """On a device, all but what the host must know."""
         moved: dict[str, Any] = {

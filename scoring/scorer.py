@@ -57,6 +57,8 @@ class Scores(NamedTuple):
     """Mean logit over the vocabulary."""
     is_top: Float[Tensor, " N"]
     """1 where no token has a larger logit than the scored one, else 0."""
+    log_sum_squares: Float[Tensor, " N"]
+    """Log of the summed squares of all probabilities."""
     router_loss: Float[Tensor, ""] | None = None
     """Load-balancing loss over the batch's tokens, not multiplied yet; None where it was not asked for."""
     prompt_residuals: tuple[Float[Tensor, "prompt_tokens D"], ...] = ()
@@ -66,8 +68,6 @@ class Scores(NamedTuple):
     Sum of what the head reads (the last hidden states, after the final norm) over the tokens of each completion that
     count, float32; None where it was not asked for.
     """
-    log_sum_squares: Float[Tensor, " N"] | None = None
-    """Log of the summed squares of all probabilities at each scored token; None where it was not asked for."""
     asked_logps: Float[Tensor, "N A"] | None = None
     """Log-probabilities of the tokens that the batch asks for beside each scored one; None: it asks for none."""
 
@@ -79,7 +79,6 @@ def install_scoring(
     *,
     routers: bool = False,
     hidden_sums: bool = False,
-    squares: bool = False,
 ) -> None:
     """
     Make `model(**packed._asdict())` return Scores, with `prompt=` those behind a soft prompt. `model` is the causal LM
@@ -89,7 +88,6 @@ def install_scoring(
     top_logits   how many most likely tokens to report at each position
     routers      whether to report the load-balancing loss, where the model's config asks for it
     hidden_sums  whether to report each completion's summed last hidden states
-    squares      whether to report log_sum_squares, which is known in any case
     Raises ModelError for a hookpoint that the model does not have.
     """
     balance = router_loss(model) if routers else None
@@ -110,7 +108,7 @@ def install_scoring(
             packed = behind(packed, prompt)
         width = packed.position_ids.shape[1]
         if moving_rope:  # such a family asks the device for the longest position itself
-            refuse_moving_rope(self, int(packed.position_ids.max()) + 1, width - packed.input_ids.shape[1])
+            refuse_moving_rope(self, int(packed.position_ids.max()) + 1, packed.n_virtual)
         if row_limit is not None and packed.layout is not Layout.ROWS and width > row_limit:
             raise ModelError(
                 f"{self.config.model_type}: a packed row of {width} tokens, and beyond {row_limit} its attention "
@@ -132,10 +130,10 @@ def install_scoring(
             entropy=scored.entropy,
             mean_logits=scored.mean_logits,
             is_top=scored.is_top,
+            log_sum_squares=scored.log_sum_squares,
             router_loss=None if balance is None else balance(output.router_logits, packed.group[:, -columns:]),
             prompt_residuals=tuple(states[packed.prompt_predictors] for states in of_prompts),
             hidden_sums=_sums(hidden, packed) if hidden_sums else None,
-            log_sum_squares=scored.log_sum_squares if squares else None,
             asked_logps=scored.asked_logps if packed.asked.shape[1] else None,
         )
 
@@ -195,10 +193,9 @@ def _decoder_output(
     if packed.layout is Layout.ROWS:
         # No mask: what stands behind a token cannot reach it, and nothing is padded before one.
         return decoder(**tokens, use_cache=False, **extras)
-    embedded = isinstance(prompt, Tensor)
-    width = (packed.position_ids if embedded else packed.input_ids).shape[1]
-    is_masked = packed.layout is Layout.MASKED
-    with masks_for(packed, width) if is_masked else branches_for(packed, embedded=embedded):
+    width = (packed.position_ids if isinstance(prompt, Tensor) else packed.input_ids).shape[1]
+    sees = masks_for if packed.layout is Layout.MASKED else branches_for
+    with sees(packed, width):
         return decoder(
             **tokens,
             # A mask of ones: without one the family would take the restarts of the positions for new sequences.

@@ -26,7 +26,7 @@ from fpo.scoring.sae import read_decoder
 from fpo.scoring.self_check import check_sae
 from fpo.stage1_cache.drops import DropReport
 from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_check, self_check_of
-from fpo.stage1_cache.fill import Filled, Part, completed, fill, inputs, rows_of, token_groups
+from fpo.stage1_cache.fill import Filled, Filling, Part, completed, inputs, rows_of, token_groups
 from fpo.stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_groups, spelled
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.store import (
@@ -347,7 +347,8 @@ def _filled(
     store.note_names(key, inputs(identity))
     reusable = Reusable(store, identity.scorer, wants, apart_from=key)
     facts = [_facts(identity, part, want, lazy, reusable) for want, part in enumerate(parts)]
-    filled = fill(identity, parts, plan, reusable, Claims(store.folder(key)), lambda: lazy.scorer(identity))
+    claims = Claims(store.folder(key))
+    filled = Filling(identity, parts, plan, reusable, claims, lambda: lazy.scorer(identity)).run()
     # The base last: where it is complete, so are the columns that were begun with it.
     for part, said in reversed(list(zip(parts, facts, strict=True))):
         part.writer.seal(said)

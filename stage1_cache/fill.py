@@ -112,24 +112,6 @@ def rows_of(identity: CacheIdentity, rows: np.ndarray, column: Column) -> Rows:
     return ColumnRows(identity.tokens.group_id[rows], int(identity.tokens.n_completions[rows].sum()), column)
 
 
-def fill(
-    identity: CacheIdentity,
-    parts: Sequence[Part],
-    plan: list[np.ndarray],
-    reusable: Reusable,
-    claims: Claims,
-    scorer: Callable[[], ReferenceScorer],
-) -> Filled:
-    """
-    Write every shard of every part that is missing.
-
-    plan    the groups (positions in `identity.tokens`) of every shard of the base
-    parts   one per want of `reusable`, in its order
-    scorer  gives the reference, and loads it the first time; not called where every missing row can be copied
-    """
-    return _Filling(identity, parts, plan, reusable, claims, scorer).run()
-
-
 @dataclass(frozen=True)
 class _Known:
     """A shard of the base of which everything is known that has to be written."""
@@ -140,8 +122,8 @@ class _Known:
     """Parts with their rows and how these came to be."""
 
 
-class _Filling:
-    """One call of `fill`: shards are scored here and written by a thread, one behind the other."""
+class Filling:
+    """Writes every shard of every part that is missing: it is scored here, and written by a thread meanwhile."""
 
     def __init__(
         self,
@@ -152,6 +134,11 @@ class _Filling:
         claims: Claims,
         scorer: Callable[[], ReferenceScorer],
     ) -> None:
+        """
+        plan    the groups (positions in `identity.tokens`) of every shard of the base
+        parts   one per want of `reusable`, in its order
+        scorer  gives the reference, and loads it the first time; not called where every missing row can be copied
+        """
         self.identity, self.parts, self.plan = identity, parts, plan
         self.reusable, self.claims, self.scorer = reusable, claims, scorer
         unwritten = sorted({sid for part in parts for sid in _behind(part, part.writer.missing())})

@@ -9,7 +9,7 @@ those of one sequence. So the scoring forward reads the prompt itself, once per 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fpo.errors import ModelError, RecipeError
 from fpo.nearest import nearest
 from fpo.recipe import Lora, Prompt
-from fpo.scoring import OwnLogits, Scores, ordinary_forward, positions, tower_modules
+from fpo.scoring import OwnLogits, Scores, logits_at, ordinary_forward, positions, tower_modules, unwrapped
 
 
 def with_lora(model: PreTrainedModel, lora: Lora, base: str, revision: str | None) -> Any:
@@ -148,24 +148,14 @@ def without_prompt(model: Any) -> Iterator[None]:
         model.reads_prompt = True
 
 
-def unwrapped(model: Any) -> PreTrainedModel:
-    """The causal LM itself, with adapters in its modules and without a soft prompt."""
-    base = getattr(model, "get_base_model", None)
-    found: PreTrainedModel = model if base is None else base()
-    return found
-
-
 def own_logits(model: Any) -> OwnLogits:
     """A sequence behind the soft prompt, by PEFT's own forward: what the scores of packed rows are held against."""
-    base = model.get_base_model()
-    keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    base = unwrapped(model)
     columns = n_virtual(model) if model.active_peft_config.peft_type == "PROMPT_TUNING" else 0
 
     def logits(sequence: Tensor, at: Tensor) -> Tensor:
-        kept = {"logits_to_keep": at + columns} if keeps else {}
         with ordinary_forward(base):
-            found: Tensor = type(model).forward(model, input_ids=sequence, use_cache=False, **kept).logits[0]
-        return found if keeps else found[at + columns]
+            return logits_at(functools.partial(type(model).forward, model), type(base), sequence, at + columns)
 
     return logits
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 
 from fpo.errors import RunError
 from fpo.recipe import Recipe
 from fpo.scoring import Packed, Scores
 from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
 from fpo.stage2_align.run import columns_of
-from fpo.stage2_align.stream import PairStream, check_groups
+from fpo.stage2_align.stream import PairStream, check_groups, on_device
 from fpo.stage2_align.sums import MetricSums
 from fpo.store import Cache
 
@@ -77,7 +76,7 @@ def held_out_metrics(
     sums = MetricSums()
     for batch in stream:
         assert batch is not None
-        here = send_to_device(batch, device)
+        here = on_device(batch, device)
         scores = score(**Packed.of(here)._asdict())
         sums.add(batch_metrics(meter.measure(scores, here, stream.world), scores, here))
         scored(len(batch["n_completions"]))

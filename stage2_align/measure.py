@@ -124,7 +124,7 @@ class ObjectiveMeter:
             counts[units].to(logps.dtype),
             self._distances(scores, packed, batch),
             batch["score"][units],
-            typicality=_typicality(scores, packed, units),
+            typicality=_typicality(scores, packed, units) if self.objective.needs.typicality else None,
             tokens=_tokens(scores, packed, batch),
             divergences=_divergences(scores, packed, batch),
             draws=batch.get("draws"),
@@ -150,9 +150,7 @@ class ObjectiveMeter:
         return sum(found[1:], found[0])[batch["units"]]
 
 
-def _typicality(scores: Scores, packed: Packed, units: Tensor) -> Float[Tensor, "U n"] | None:
-    if scores.log_sum_squares is None:
-        return None
+def _typicality(scores: Scores, packed: Packed, units: Tensor) -> Float[Tensor, "U n"]:
     apart = scores.token_logps.detach() - scores.log_sum_squares
     return sum_logps(apart, packed)[units] / packed.counts.clamp(min=1)[units]
 

@@ -30,13 +30,13 @@ from fpo.scoring import (
     load_tokenizer,
     model_folder,
     silence_dropout,
+    unwrapped,
 )
 from fpo.stage2_align.adapters import (
     check_room,
     has_prompt,
     opened_adapter,
     own_logits,
-    unwrapped,
     with_lora,
     with_prompt,
 )
@@ -127,8 +127,7 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: 
 
 
 def _scored(model: PreTrainedModel, meter: ObjectiveMeter, *, routers: bool = False) -> PreTrainedModel:
-    hookpoints = tuple(hookpoint.name for hookpoint in meter.hookpoints)
-    install_scoring(model, hookpoints, routers=routers, squares=meter.objective.needs.typicality)
+    install_scoring(model, tuple(hookpoint.name for hookpoint in meter.hookpoints), routers=routers)
     return model
 
 

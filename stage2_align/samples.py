@@ -16,8 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fpo.errors import DataError, RecipeError
 from fpo.recipe import Generate
-from fpo.scoring import ordinary_forward, positions
-from fpo.stage2_align.adapters import n_virtual, unwrapped
+from fpo.scoring import ordinary_forward, positions, unwrapped
+from fpo.stage2_align.adapters import n_virtual
 from fpo.stage2_align.checkpoints import explained_writes
 from fpo.stage2_align.run import write_whole
 from fpo.stage2_align.trainer import PairTrainer
@@ -34,7 +34,7 @@ class Samples(TrainerCallback):
         folder  where the files go
         """
         self.policy: Any = trainer.model
-        self.model = unwrapped(trainer.model)
+        self.model: Any = unwrapped(trainer.model)
         self.tokenizer = trainer.processing_class
         self.settings, self.folder = settings, folder
         self.prompts = first_prompts(held_out, settings.prompts)

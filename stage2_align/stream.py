@@ -29,6 +29,15 @@ QUEUE_BATCHES = 64
 Batch = dict[str, Any]
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device, but for what the host must know."""
+    # A copy from memory that is not pinned waits until the device has done all that it was given before.
+    return {
+        name: value.to(device, non_blocking=value.is_pinned()) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 def check_groups(cache: Cache, objective: Objective) -> None:
     """
     DataError where the cache's counts tell that a group is no pair, or its first shard that groups lack the scores that

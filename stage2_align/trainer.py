@@ -33,7 +33,7 @@ from fpo.stage2_align.checkpoints import explained_writes, newest_name, rotate, 
 from fpo.stage2_align.finite import FiniteWatch
 from fpo.stage2_align.held_out import held_out_metrics
 from fpo.stage2_align.measure import Metric, ObjectiveMeter, batch_metrics, counted_groups
-from fpo.stage2_align.stream import Batch, PairStream
+from fpo.stage2_align.stream import Batch, PairStream, on_device
 from fpo.stage2_align.sums import AUX_LOSS, TOKENS_READ, MetricSums
 
 
@@ -100,12 +100,7 @@ class PairTrainer(Trainer):
         return DataLoader(self.stream, batch_size=None, collate_fn=_unchanged, pin_memory=pinned)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        # A copy from memory that is not pinned waits until the device has done all that it was given before.
-        moved = {
-            name: value.to(self.args.device, non_blocking=value.is_pinned()) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
-        prepared: Batch = super()._prepare_inputs(moved)
+        prepared: Batch = super()._prepare_inputs(on_device(inputs, self.args.device))
         return prepared
 
     def compute_loss(

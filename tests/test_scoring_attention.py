@@ -78,7 +78,7 @@ def test_the_branches_of_a_row_see_what_its_mask_shows(window: int | None) -> No
     packed = pack(*some_groups(MANY))
     reach: Any = (lambda *_: _[3] <= _[2]) if window is None else sliding_window_causal_mask_function(window)
     whole = attention_mask(packed.group, packed.branch, packed.position_ids, reach)[0, 0]
-    branches = Branches(packed, reach, embedded=False)
+    branches = Branches(packed, reach, packed.input_ids.shape[1])
     starts = np.append(0, np.cumsum(branches.parts))
     shown = torch.zeros_like(whole)
     for own, trunk, prompt in branches.branches:

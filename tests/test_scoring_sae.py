@@ -204,6 +204,11 @@ def build(kind: str, folder: Path) -> Sae:
     return load_sae(source)
 
 
+def columns_of_tokens(sae, x, columns):
+    """`encode(x)[:, columns]`, of tokens that are completions of their own."""
+    return sae.pooled_columns(x, [1] * len(x), columns.expand(len(x), -1))
+
+
 @pytest.mark.parametrize("kind", SAES)
 def test_columns_and_their_gradient_equal_the_dense_encoder(kind, tmp_path, monkeypatch):
     """Columns in any order, repeated ones too; coupled SAEs find their support in chunks of 7 tokens."""
@@ -211,7 +216,7 @@ def test_columns_and_their_gradient_equal_the_dense_encoder(kind, tmp_path, monk
     sae, columns = build(kind, tmp_path), torch.tensor([3, 17, 0, 3, 23, 9])
     dense_x = torch.from_numpy(random_tokens()).requires_grad_()
     sparse_x = dense_x.detach().clone().requires_grad_()
-    dense, sparse = sae.encode(dense_x)[:, columns], sae.encode_columns(sparse_x, columns)
+    dense, sparse = sae.encode(dense_x)[:, columns], columns_of_tokens(sae, sparse_x, columns)
     assert (dense > 0).any()
     torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-6)
     weights = torch.randn_like(dense)
@@ -323,7 +328,7 @@ def test_bfloat16_inputs_and_autocast_change_nothing_but_the_input(kind, tmp_pat
     expected, columns = sae.encode(x.float()), torch.arange(5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(sae.encode(x), expected)
-        torch.testing.assert_close(sae.encode_columns(x, columns), expected[:, :5], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(columns_of_tokens(sae, x, columns), expected[:, :5], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(sae.pooled_mean(x, [40])[0], expected.mean(0), rtol=1e-6, atol=1e-6)
 
 

@@ -94,7 +94,7 @@ def test_every_objective_is_what_its_formula_says_where_the_policy_is_the_refere
     world = scored_world(tmp_path / "world")
     build_caches(world.recipe(cache=EVERYTHING), world.store)
     model = load_policy(world.recipe(), ObjectiveMeter.of(world.recipe()), tmp_path / "run")
-    install_scoring(model, ("model.layers.1",), squares=True)  # what all objectives together ask for
+    install_scoring(model, ("model.layers.1",))
     found, keys = {}, set()
     for name in OBJECTIVES:
         recipe = world.recipe(objective=settings(name), cache=EVERYTHING)

@@ -33,7 +33,7 @@ from fpo.stage1_cache import build_caches
 from fpo.stage2_align.finite import FiniteWatch
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.policy import load_policy
-from fpo.stage2_align.stream import PairStream
+from fpo.stage2_align.stream import PairStream, on_device
 from fpo.stage2_align.sums import MetricSums
 from fpo.stage2_align.trainer import PairTrainer
 
@@ -227,9 +227,9 @@ def check_step(world: TinyWorld, recipe: Recipe, run: Path, layout: Layout = Lay
     trainer: Any = SimpleNamespace(
         meter=meter.to(torch.device("meta")), args=SimpleNamespace(world_size=1), router_coefficient=0.0, sums=sums
     )
-    on_device = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in batch.items()}
+    moved = on_device(batch, torch.device("meta"))
     with no_waits():
-        loss = PairTrainer.compute_loss(trainer, model, on_device)
+        loss = PairTrainer.compute_loss(trainer, model, moved)
         FiniteWatch(run, 1e-4).note(loss, 1)
         loss.backward()
     assert loss.is_meta

@@ -75,18 +75,6 @@ class Sae:
             h_NF = functional.linear(x, self.weight_FD, self.bias_F)
             return h_NF.relu() * self._support(h_NF)
 
-    def encode_columns(self, x: Float[Tensor, "N D"], columns: Int[Tensor, " K"]) -> Float[Tensor, "N K"]:
-        """
-        `encode(x)[:, columns]`, with its gradient.
-
-        An elementwise SAE touches these columns alone; a coupled one also finds out, in chunks of
-        MEMORY_BUDGET and without a gradient, which features are active.
-        """
-        with _full_precision(x):
-            x = self._normalised(x)
-            active_NK = None if self.facts.elementwise else self._active(x, columns.expand(len(x), -1))
-            return self._columns(x, columns, active_NK)
-
     @torch.no_grad()
     def pooled_mean(self, x: Float[Tensor, "N D"], lengths: Sequence[int]) -> Float[Tensor, "R F"]:
         """
