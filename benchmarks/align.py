@@ -1,13 +1,15 @@
 """
 Stage 2 against what it replaces: the same pairs, the same random model, one epoch each, in one process.
 
-    python benchmarks/align.py PAIRS.jsonl --tokenizer FOLDER [--model llama] [--steps 4] [--rounds 3] [--gpu]
+    python benchmarks/align.py PAIRS.jsonl --tokenizer FOLDER [--model llama] [--steps 4] [--rounds 3]
+                               [--gpu] [--attention branches] [--checkpointing]
 
 Sides: runs from one cache (dpo, simpo, fpo, tdpo2); TRL's DPOTrainer with the reference in memory, and with its
 log-probs computed before (both where trl is installed); a plain loop with chosen and rejected as padded rows, which
 gathers before it normalises; and the floor, the bare matrix products of our step's own shapes. Each is the time of all
 steps: of the processor on one thread in float32, or on a GPU of the clock, in mixed precision, with the peak of its
-memory. Printed are the least of the rounds and the ratios with their range.
+memory. Printed are the least of the rounds and the ratios with their range. `--attention` is for a GPU, where branches
+one by one, `varlen`, `flex` and masked rows compete; without it, it is what the house takes.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from transformers.utils import logging
 
 from fpo.interrupts import StopRequest
 from fpo.recipe import Recipe, validate_recipe
-from fpo.scoring import mixed_precision
+from fpo.scoring import Layout, kernels, mixed_precision
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align.arguments import training_arguments
 from fpo.stage2_align.measure import ObjectiveMeter
@@ -56,6 +58,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "simpo": {},
     "fpo": {"k": 50},
     "tdpo2": {"beta": BETA},
+}
+# A GPU's kernels, in the order in which they are asked.
+ATTENTION: dict[str, tuple[kernels.Kernel, ...]] = {
+    "branches": (),
+    "varlen": (kernels.varlen,),
+    "flex": (kernels.flex,),
+    "masked": (),
 }
 # What every trainer is given.
 SHARED: dict[str, Any] = {
@@ -143,6 +152,8 @@ class World(NamedTuple):
     root: Path
     rows: list[dict[str, Any]]
     device: torch.device
+    layout: Layout
+    checkpointing: bool
 
     @property
     def gpu(self) -> bool:
@@ -151,7 +162,7 @@ class World(NamedTuple):
     @property
     def training(self) -> dict[str, Any]:
         """Arguments of every trainer."""
-        return {**SHARED, "use_cpu": not self.gpu, "bf16": self.gpu}
+        return {**SHARED, "use_cpu": not self.gpu, "bf16": self.gpu, "gradient_checkpointing": self.checkpointing}
 
     def cost(self, work: Callable[[], None]) -> Cost:
         """Of something that is done here."""
@@ -190,19 +201,20 @@ class World(NamedTuple):
         return model.to(self.device)
 
 
-def build_world(root: Path, pairs: Path, tokenizer: str, kind: str, steps: int, device: torch.device) -> World:
+def build_world(root: Path, options: argparse.Namespace) -> World:
     """A random model, a random SAE and the first pairs of the file."""
-    lines = itertools.islice(pairs.read_text(encoding="utf-8").splitlines(), steps * BATCH)
+    lines = itertools.islice(options.pairs.read_text(encoding="utf-8").splitlines(), options.steps * BATCH)
     rows = [json.loads(line) for line in lines]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = AutoTokenizer.from_pretrained(options.tokenizer)
     loaded.pad_token = loaded.pad_token or loaded.eos_token
     loaded.save_pretrained(root / "model")
     torch.manual_seed(0)
-    config = SHAPES[kind].config(len(loaded))
+    config = SHAPES[options.model].config(len(loaded))
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
     write_sae(root / "sae", config.hidden_size)
-    return World(root, rows, device)
+    layout = Layout.MASKED if options.attention == "masked" else Layout.PACKED
+    return World(root, rows, torch.device("cuda" if options.gpu else "cpu"), layout, options.checkpointing)
 
 
 def write_sae(folder: Path, width: int) -> None:
@@ -233,7 +245,7 @@ def from_cache(world: World, objective: str) -> Cost:
     with tempfile.TemporaryDirectory() as run:
         args = training_arguments(recipe, Path(run), cache)
         meter = ObjectiveMeter.of(recipe)
-        stream = PairStream(cache, seed=args.seed, per_device=BATCH, objective=recipe.objective)
+        stream = PairStream(cache, seed=args.seed, per_device=BATCH, layout=world.layout, objective=recipe.objective)
         model, tokenizer = load_policy(recipe, meter, Path(run)), AutoTokenizer.from_pretrained(world.root / "model")
         trainer = PairTrainer(model, args, stream, meter, tokenizer, Path(run) / "metrics.jsonl", StopRequest())
         return world.cost(trainer.train)
@@ -243,7 +255,7 @@ def trl(world: World, *, precomputed: bool) -> Cost:
     from trl import DPOConfig, DPOTrainer
 
     with tempfile.TemporaryDirectory() as run:
-        settings = {"gradient_checkpointing": False, "disable_tqdm": True, "max_length": MAX_LENGTH, **world.training}
+        settings = {"disable_tqdm": True, "max_length": MAX_LENGTH, **world.training}
         trainer = DPOTrainer(
             model=world.model(),
             ref_model=world.model(),
@@ -335,13 +347,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--attention", choices=ATTENTION)
+    parser.add_argument("--checkpointing", action="store_true")
     options = parser.parse_args()
-    device = torch.device("cuda" if options.gpu else "cpu")
+    kernels.ON_GPU = ATTENTION.get(options.attention, kernels.ON_GPU)
     if not options.gpu:
         torch.set_num_threads(1)
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        world = build_world(Path(folder), options.pairs, options.tokenizer, options.model, options.steps, device)
+        world = build_world(Path(folder), options)
         build_caches(world.recipe("fpo"), world.root / "store")
         sides: dict[str, Callable[[], Cost]] = {
             **{name: lambda name=name: from_cache(world, name) for name in OBJECTIVES},  # type: ignore[misc]
@@ -359,7 +373,8 @@ def report(rounds: list[dict[str, Cost]], options: argparse.Namespace) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl") if find_spec(name))
     pairs = options.steps * BATCH
     where = torch.cuda.get_device_name() if options.gpu else "one thread"
-    print(f"{options.pairs.name}, {options.model}, {pairs} pairs in batches of {BATCH}, {where}; {versions}\n")
+    how = f"{options.attention or 'default'} attention{', activations computed twice' * options.checkpointing}"
+    print(f"{options.pairs.name}, {options.model}, {pairs} pairs in batches of {BATCH}, {where}, {how}; {versions}\n")
     print("| side | seconds | to dpo from the cache | peak MiB |\n|---|---|---|---|")
     for name in rounds[0]:
         least = min(costs[name].seconds for costs in rounds)

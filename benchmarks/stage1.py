@@ -7,7 +7,8 @@ Stage 1 against what it must compute anyway. One torch thread; random models and
     python benchmarks/stage1.py tokens --tokenizer gpt2-folder [--sizes 4000]
 
 forward  scoring, encoding, top-k, compressing, writing and sealing a cache, against the forwards of the same batches of
-         a 33M-parameter Llama alone; what a matmul of the encoder's size takes; where the main thread's time goes
+         a 33M-parameter Llama alone, and where trl is installed against the pass in which TRL computes them; what a
+         matmul of the encoder's size takes; where the main thread's time goes
 encoder  a wide SAE in tiles against a matmul of its size, and the memory that it takes
 memory   peak memory of a whole build by the number of pairs, a process each; what is mapped from files is told apart
 tokens   pairs per second tokenised, and mapped by whoever comes second
@@ -25,11 +26,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import load_dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import fpo.stage1_cache.build as build
@@ -78,6 +81,9 @@ def forward(options: argparse.Namespace) -> None:
             for clock, found in ratios.items():
                 found.append((whole[clock] - matmul) / bare[clock])
                 found.append(whole[clock] / bare[clock])
+            if find_spec("trl") is not None:
+                theirs = _trl_pass(Path(folder) / "model", options)
+                print(f"         TRL's pass {theirs:.2f} s, {theirs / whole['wall']:.2f} times as long", flush=True)
     for clock, found in ratios.items():
         without, ratio = statistics.median(found[::2]), statistics.median(found[1::2])
         print(f"{clock} time: stage 1 / forwards {ratio:.3f}, without the encoder's matmul {without:.3f}")
@@ -153,6 +159,27 @@ def _bare(identity: CacheIdentity, scorer: score.ReferenceScorer) -> None:
                 scorer.model(**scorer.packed(score.take(pieces, batch))._asdict())
 
 
+def _trl_pass(model: Path, options: argparse.Namespace) -> float:
+    """Seconds in which TRL's DPOTrainer computes log-probs of the same pairs, eight at a time; in memory only."""
+    from trl import DPOConfig, DPOTrainer
+
+    with tempfile.TemporaryDirectory() as run:
+        settings = {"per_device_train_batch_size": 8, "max_length": 512, "report_to": "none", "disable_tqdm": True}
+        trainer = DPOTrainer(
+            model=LlamaForCausalLM.from_pretrained(model),
+            args=DPOConfig(
+                output_dir=run,
+                precompute_ref_log_probs=True,
+                use_cpu=not torch.cuda.is_available(),
+                bf16=False,
+                **settings,
+            ),
+            train_dataset=load_dataset("json", data_files=str(options.pairs), split=options.split),
+            processing_class=AutoTokenizer.from_pretrained(model),
+        )
+        return _timed(trainer.get_train_dataloader)["wall"]
+
+
 @contextmanager
 def _accounts(scorer: score.ReferenceScorer, spent: Counter[str]) -> Iterator[None]:
     """Inside, the main thread's CPU time is added up: forwards, encoder with top-k, and all that is left."""
@@ -183,6 +210,8 @@ def _timed(work: Callable[[], object]) -> dict[str, float]:
     clocks = {"wall": time.perf_counter, "main": time.thread_time, "all": time.process_time}
     before = {name: clock() for name, clock in clocks.items()}
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return {name: clock() - before[name] for name, clock in clocks.items()}
 
 

@@ -4,9 +4,8 @@ Attention over branches: all groups of a batch stand behind each other in one ro
 A completion's keys are its prompt's and its own, so each branch is a small attention of its own: the prompt with the
 first completion, then every further completion behind the prompt. The family calls it as it calls any attention of
 transformers, with its own scale, soft-cap and sinks. Which of its keys a token sees - all before it, a window, a
-chunk - comes from the family's own mask function, which is asked about positions. What holds it, and where the branches
-are, stands in the place of a mask: so it reaches the attention by the family's own way, and does so again where
-activations are computed twice.
+chunk - comes from the family's own mask function, which is asked about positions (see `branches`). On a GPU one kernel
+takes all branches where one can (see `kernels`).
 
 Dimension key:  H heads   K key heads   T tokens of the row   Q queries, L keys of a branch   D head size
 """
@@ -15,85 +14,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-from fpo.scoring.packing import Packed, Reach
+from fpo.scoring.branches import Branch, Branches
+from fpo.scoring.kernels import Settings, in_one_kernel
 
 BRANCHED = {"sdpa": "fpo_sdpa", "eager": "fpo_eager"}
 """Implementations of transformers -> ours, which attend over branches where they are given some, else as those do."""
 
 MASK_ELEMENTS = 1 << 22
 """Of a mask. Branches that would take a larger one are attended to in blocks of queries."""
-
-
-class _Branch(NamedTuple):
-    """Consecutive queries, the last of the keys that they may see."""
-
-    own: int
-    """Which part of the row."""
-    trunk: int | None = None
-    """The part that begins with its group's prompt; None is its own."""
-    prompt: int = 0
-    """Tokens of that prompt."""
-
-
-class Branches:
-    """
-    What stands in the place of a row's mask. No tuple: what wraps a model takes those apart.
-    """
-
-    def __init__(self, packed: Packed, reach: Reach, width: int) -> None:
-        """
-        reach  the family's mask function
-        width  tokens of the row: a soft prompt's are among them, or are keys and values alone
-        """
-        self.reach = reach
-        self.virtual = packed.n_virtual
-        """Keys of a soft prompt, before all others; every branch sees them."""
-        self.embedded = width == packed.position_ids.shape[1]
-        """Whether these, if there are any, are of tokens of the row."""
-        self.parts = [self.virtual] if self.embedded and self.virtual else []
-        """Tokens of each part of the row: the soft prompt, a prompt with its first completion, a further completion."""
-        branches = [_Branch(0)] if self.parts else []
-        for prompt, *completions in packed.sizes:
-            trunk = len(self.parts)
-            branches.append(_Branch(trunk))
-            branches += [_Branch(trunk + place, trunk, prompt) for place in range(1, len(completions))]
-            self.parts += [prompt + completions[0], *completions[1:]]
-        self.branches = [branch for branch in branches if self.parts[branch.own]]
-        self.keys = self.parts if self.embedded else [self.virtual, *self.parts]
-        """Keys of each part; those of a soft prompt that has no tokens stand before them."""
-        self._masks: dict[tuple[int, int], Bool[Tensor, "1 1 Q L"]] = {}
-        self._reaches: dict[int, bool] = {}
-
-    def mask(self, queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 Q L"]:
-        """Which keys the last of them, as queries, see."""
-        found = self._masks.get((queries, keys))
-        if found is None:
-            place = torch.arange(keys, device=device)
-            zero = place.new_zeros(())
-            found = self.reach(zero, zero, place[keys - queries :, None], place[None]).expand(queries, keys)[None, None]
-            if queries * keys <= MASK_ELEMENTS // 8:  # those of short branches come again in every layer
-                self._masks[queries, keys] = found
-        return found
-
-    def is_causal(self, queries: int, keys: int) -> bool:
-        """Whether every key is a query, and each sees all before it: as soon as the last one sees the first one."""
-        if queries < keys or self.reach is causal_mask_function:
-            return queries == keys
-        if keys not in self._reaches:  # of any layer: asked once
-            zero = torch.zeros((), dtype=torch.long)
-            self._reaches[keys] = bool(self.reach(zero, zero, zero + keys - 1, zero))
-        return self._reaches[keys]
 
 
 def attend_in_branches(model: PreTrainedModel) -> None:
@@ -115,8 +54,11 @@ def _branch_attention(
     key: Float[Tensor, "1 K L D"],
     value: Float[Tensor, "1 K L E"],
     branches: Branches,
-    settings: _Settings,
+    settings: Settings,
 ) -> Float[Tensor, "1 T H E"]:
+    output = in_one_kernel(query, key, value, branches, settings)
+    if output is not None:
+        return output
     queries = query.split(branches.parts, dim=2)
     keys, values = (_prompted(states, branches) for states in (key, value))
     outputs = []
@@ -127,14 +69,6 @@ def _branch_attention(
     return torch.cat(outputs, dim=1)
 
 
-class _Settings(NamedTuple):
-    """What a family's layer asks of its attention."""
-
-    scale: float | None
-    softcap: float | None
-    sinks: Float[Tensor, " H"] | None
-
-
 def _prompted(states: Float[Tensor, "1 K L D"], branches: Branches) -> tuple[Tensor | None, list[Tensor]]:
     """A soft prompt's keys or values, and each part's."""
     parts = list(states.split(branches.keys, dim=2))
@@ -143,7 +77,7 @@ def _prompted(states: Float[Tensor, "1 K L D"], branches: Branches) -> tuple[Ten
     return parts[0], parts if branches.embedded else parts[1:]
 
 
-def _seen(states: tuple[Tensor | None, list[Tensor]], branch: _Branch) -> Float[Tensor, "1 K L D"]:
+def _seen(states: tuple[Tensor | None, list[Tensor]], branch: Branch) -> Float[Tensor, "1 K L D"]:
     """The keys or values of a branch: the soft prompt's, its prompt's and its own."""
     soft, parts = states
     found = [parts[branch.own]]
@@ -159,7 +93,7 @@ def _attend(
     key: Float[Tensor, "1 K L D"],
     value: Float[Tensor, "1 K L E"],
     branches: Branches,
-    settings: _Settings,
+    settings: Settings,
 ) -> Float[Tensor, "1 H Q E"]:
     n_queries, n_keys = query.shape[2], key.shape[2]
     plainly = settings.softcap is not None or settings.sinks is not None
@@ -188,7 +122,7 @@ def _attend_masked(
     key: Float[Tensor, "1 K L D"],
     value: Float[Tensor, "1 K L E"],
     branches: Branches,
-    settings: _Settings,
+    settings: Settings,
 ) -> Float[Tensor, "1 H Q E"]:
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.device.type != "cpu":
@@ -206,7 +140,7 @@ def _attend_plainly(
     key: Float[Tensor, "1 K L D"],
     value: Float[Tensor, "1 K L E"],
     branches: Branches,
-    settings: _Settings,
+    settings: Settings,
 ) -> Float[Tensor, "1 H Q E"]:
     """With soft-capped scores and sinks, softmax in float32: no fused kernel takes them."""
     _, heads, n_queries, size = query.shape
@@ -239,7 +173,7 @@ def _or_branches(ordinary: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(attention_mask, Branches):
             found: tuple[Tensor, Tensor | None] = ordinary(module, query, key, value, attention_mask, **kwargs)
             return found
-        settings = _Settings(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
+        settings = Settings(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
         return _branch_attention(query, key, value, attention_mask, settings), None
 
     return attention

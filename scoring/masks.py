@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from fpo.scoring.attention import BRANCHED, Branches
+from fpo.scoring.attention import BRANCHED
+from fpo.scoring.branches import Branches
 from fpo.scoring.packing import Packed, Reach, attention_mask
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from fpo.scoring import Layout, attention, install_scoring, pack
-from fpo.scoring.attention import Branches
+from fpo.scoring.branches import Branches
 from fpo.scoring.packing import attention_mask
 
 MANY = [(20, 30, 25), (1, 1, 6), (0, 40, 3), (30, 12, 5, 7, 9), (2, 2), (25, 18, 20), (7, 33, 1), (16, 16, 16)]
