@@ -105,6 +105,19 @@ SHAPES = {
             "max_position_embeddings": 1024,
         },
     ),
+    # A step of milliseconds.
+    "tiny": Shape(
+        "llama",
+        0,
+        {
+            "hidden_size": 64,
+            "intermediate_size": 172,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 1024,
+        },
+    ),
     # Soft caps, windows, and a large vocabulary.
     "gemma2": Shape(
         "gemma2",

@@ -30,6 +30,20 @@ def test_stage_2_against_what_it_replaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_what_stands_around_a_step(tmp_path: Path) -> None:
+    world = build_tiny_world(tmp_path, 8, 1)
+    pairs, tokenizer = world.root / "pairs" / "train.jsonl", world.root / "model"
+    out = printed("around.py", pairs, "--tokenizer", tokenizer, "--steps", 1, "--model", "tiny")
+    spent = {
+        row[0]: float(row[1])
+        for line in out.splitlines()
+        if len(row := line.split(" | ")) == 3 and row[0] != "| spent on"
+    }
+    assert {"| backward", "| forward and objective", "| optimiser", "| waiting for data"} <= spent.keys()
+    assert all(milliseconds > 0 for milliseconds in spent.values())
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["llama", "gemma2"])
 def test_what_length_costs(model: str) -> None:
     out = printed("context.py", "--lengths", "128,256", "--model", model, "--checkpointing")
