@@ -66,6 +66,11 @@ ATTENTION: dict[str, tuple[kernels.Kernel, ...]] = {
     "flex": (kernels.flex,),
     "masked": (),
 }
+TURNS = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""For messages, where the tokenizer says nothing of them."""
 # What every trainer is given.
 SHARED: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
@@ -221,6 +226,7 @@ def build_world(root: Path, options: argparse.Namespace) -> World:
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     loaded = AutoTokenizer.from_pretrained(options.tokenizer)
     loaded.pad_token = loaded.pad_token or loaded.eos_token
+    loaded.chat_template = loaded.chat_template or TURNS
     loaded.save_pretrained(root / "model")
     torch.manual_seed(0)
     config = SHAPES[options.model].config(len(loaded))
