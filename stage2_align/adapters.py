@@ -124,8 +124,13 @@ def _keys_and_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def opened_adapter(model: PreTrainedModel, folder: Path) -> Any:
     """The adapter or soft prompt in a run or one of its checkpoints, around the weights below it."""
-    opened = _peft("policy").PeftModel.from_pretrained(model, folder)
+    opened = plain_adapter(model, folder)
     return _reading_prompt(opened) if has_prompt(opened) else opened
+
+
+def plain_adapter(model: PreTrainedModel, folder: Path) -> Any:
+    """The same as PEFT opens it."""
+    return _peft("policy").PeftModel.from_pretrained(model, folder)
 
 
 def has_prompt(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ Rows of a dataset to groups.
 """
 
 from fpo.stage1_cache.read.layouts import Group, Layout, as_conversation, extract_prompt, layout_of
-from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_groups
+from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_groups, read_rows
 
 __all__ = [
     "Group",
@@ -18,4 +18,5 @@ __all__ = [
     "extract_prompt",
     "layout_of",
     "read_groups",
+    "read_rows",
 ]

@@ -58,11 +58,16 @@ def read_groups(
     and the completions are whole conversations (UltraFeedback), the conversations count and prompt is left
     out. `columns`: our column names to the dataset's, see `group_columns`. Raises `DataError`.
     """
+    return ReadGroups(*group_columns(read_rows(source, split, subset, revision), source, columns))
+
+
+def read_rows(source: str, split: str, subset: str | None = None, revision: str | None = None) -> Dataset:
+    """The rows of one split as they are, whatever they hold; sources and errors as in `read_groups`."""
     path = _local(source, subset, revision)
     dataset = _from_hub(source, split, subset, revision) if path is None else _from_disk(path, split)
     if len(dataset) == 0:
         raise _no_rows(source, split)
-    return ReadGroups(*group_columns(dataset, source, columns))
+    return dataset
 
 
 def data_fingerprint(source: str, split: str, subset: str | None = None, revision: str | None = None) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""
+`fpo generate`: what a model writes to a prompt set, batch by batch. Rows are appended as they are finished; a run that
+was killed goes on behind them.
+
+    {"row": 7, "sample": 0, "completions": ["...", "..."], "tokens": [31, 20], "ended": [true, true]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fpo.errors import DataError, RunError
+from fpo.evaluation.prompts import Encoder, Message, Prompt
+from fpo.evaluation.sampling import Engine, Sampling, uniforms
+from fpo.progress import progress_bar
+
+
+class Generation(NamedTuple):
+    """A row: what a model wrote to a prompt, a completion for each of its turns."""
+
+    row: int
+    """Its place in the prompt set."""
+    sample: int
+    completions: list[str]
+    """Without special tokens."""
+    tokens: list[int]
+    """How many each is, with the one that ends it."""
+    ended: list[bool]
+    """Whether it ended rather than being cut at the longest length."""
+
+
+def generate(
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    part: Path,
+    *,
+    samples: int = 1,
+    batch_size: int = 16,
+    room: int | None = None,
+    facts: dict[str, Any] | None = None,
+) -> list[Generation]:
+    """
+    Every prompt's completions, in order.
+
+    part     where finished rows are kept; removed by whoever has made use of the result
+    samples  completions of each prompt
+    room     positions that the model has, None where it names no limit
+    facts    of the model and the prompts: what a part must have been written with to be gone on with
+    Raises DataError where a prompt leaves no room for a token, RunError where the part is of something else.
+    """
+    encoder = Encoder(tokenizer)
+    encoder.check(prompts)
+    firsts = [encoder.tokens(prompt.turns[0]) for prompt in prompts]
+    _check_room(firsts, sampling, room)
+    header = {**asdict(sampling), "samples": samples, "prompts": len(prompts), **(facts or {})}
+    done = _finished(part, header)
+    wanted = [(number, sample) for number in range(len(prompts)) for sample in range(samples)]
+    # The longest first: what does not fit in memory shows at once.
+    left = sorted((one for one in wanted if one not in done), key=lambda one: -len(firsts[one[0]]))
+    started, written = time.monotonic(), 0
+    with part.open("a", encoding="utf-8") as file, progress_bar(len(wanted), "completions", "generate") as bar:
+        bar.update(len(done))
+        for start in range(0, len(left), batch_size):
+            rows = left[start : start + batch_size]
+            for row in _batch(rows, prompts, firsts, engine, encoder, sampling, room):
+                file.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
+                done[row.row, row.sample] = row
+                written += sum(row.tokens)
+            file.flush()
+            os.fsync(file.fileno())
+            bar.set_postfix_str(f"{written / (time.monotonic() - started):,.0f} tokens/s")
+            bar.update(len(rows))
+    return [done[one] for one in wanted]
+
+
+def _batch(
+    rows: Sequence[tuple[int, int]],
+    prompts: Sequence[Prompt],
+    firsts: Sequence[list[int]],
+    engine: Engine,
+    encoder: Encoder,
+    sampling: Sampling,
+    room: int | None,
+) -> Iterator[Generation]:
+    """Turn by turn; a prompt of fewer turns is done earlier."""
+    found = [Generation(number, sample, [], [], []) for number, sample in rows]
+    said: list[list[Message]] = [[] for _ in rows]
+    for turn in range(max(len(prompts[number].turns) for number, _ in rows)):
+        here = [place for place, (number, _) in enumerate(rows) if len(prompts[number].turns) > turn]
+        asked = []
+        for place in here:
+            now = prompts[rows[place][0]].turns[turn]
+            if isinstance(now, str):
+                asked.append(firsts[rows[place][0]])
+                continue
+            said[place] += now
+            asked.append(encoder.tokens(said[place]))
+        if turn:
+            _check_room(asked, sampling, room)
+        numbers = [uniforms(sampling.seed, *rows[place], turn, sampling.max_new_tokens) for place in here]
+        for place, written in zip(here, engine(asked, np.stack(numbers), sampling), strict=True):
+            text = encoder.tokenizer.decode(written.tokens, skip_special_tokens=True)
+            said[place].append({"role": "assistant", "content": text})
+            row = found[place]
+            row.completions.append(text)
+            row.tokens.append(len(written.tokens))
+            row.ended.append(written.ended)
+    yield from found
+
+
+def _check_room(asked: Sequence[Sequence[int]], sampling: Sampling, room: int | None) -> None:
+    if any(not ids for ids in asked):
+        raise DataError("a prompt is of no tokens, so there is nothing to go on from; leave it out of the prompt set")
+    longest = max(map(len, asked))
+    if room is not None and longest + sampling.max_new_tokens > room:
+        raise DataError(
+            f"--max-new-tokens {sampling.max_new_tokens} behind a prompt of {longest} tokens are more than the model's "
+            f"{room} positions" + (f"; lower it to {room - longest}" if room > longest else "")
+        )
+
+
+def _finished(part: Path, header: dict[str, Any]) -> dict[tuple[int, int], Generation]:
+    """The rows of an earlier start, which must have been asked for the same; a torn last line is taken off."""
+    if not part.exists():
+        part.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return {}
+    text = part.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    lines = [json.loads(line) for line in whole.splitlines()]
+    if not lines:
+        part.unlink()
+        return _finished(part, header)
+    before = lines[0]
+    changed = [name for name in header if before.get(name) != header[name]]
+    if changed:
+        name = changed[0]
+        raise RunError(
+            f"{part}: begun with {name} {before.get(name)!r}, now it is {header[name]!r}; go on with what it was begun "
+            "with, or remove it"
+        )
+    if len(whole) < len(text):
+        os.truncate(part, len(whole))
+    rows = [Generation(**line) for line in lines[1:]]
+    return {(row.row, row.sample): row for row in rows}
