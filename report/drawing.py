@@ -50,7 +50,7 @@ def frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
         for tick in y.ticks()
     ]
     middle = (y.start + y.end) / 2
-    label = words(y_label, 14, middle, "middle", "label", turned=True)
+    label = words(y_label, 14, middle, "middle", "label", turned=True) if y_label else ""
     return element("g", *rows, *columns(x, y.end, y.start), label, axis_label(x_label, x, y.start), class_="frame")
 
 

@@ -71,7 +71,7 @@ class Line:
         places = sorted({x for one in self.series for x in one.x})
         values = [dict(zip(one.x, one.y, strict=True)) for one in self.series]
         rows = [{"x": x, **{str(i): own.get(x) for i, own in enumerate(values)}} for x in places]
-        columns = [Column("x", self.x), *(Column(str(i), one.name) for i, one in enumerate(self.series))]
+        columns = [Column("x", self.x), *(Column(str(i), one.name, ".6g") for i, one in enumerate(self.series))]
         return Table(self.title, columns, rows)
 
     def svg(self, palette: Palette | None = None) -> str:

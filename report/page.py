@@ -5,6 +5,7 @@ and holds its data once more as JSON.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -56,18 +57,22 @@ class Page:
 
     def html(self) -> str:
         """The file."""
-        palette = {name: number for number, name in enumerate(self._series())}
+        counts = self._series()
+        palette = {name: number for number, name in enumerate(counts)}
+        shared = [name for name, figures in counts.items() if figures > 1]
         head = [
             '<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="referrer" content="no-referrer">',
             '<meta name="color-scheme" content="light dark">',
             element("title", escaped(self.title)),
             element("style", _asset("page.css")),
         ]
         body = [
             element("header", element("h1", escaped(self.title)), element("p", escaped(self.lead), class_="lead")),
-            element("main", *(_section(section, palette) for section in self.sections)),
+            _legend(palette, shared, "nav") if shared else "",
+            element("main", *(_section(section, palette, shared) for section in self.sections)),
             element("script", script_json(self.data), type="application/json", id="data"),
             element("script", _asset("page.js")),
         ]
@@ -78,41 +83,45 @@ class Page:
         """Write the file."""
         path.write_text(self.html(), encoding="utf-8")
 
-    def _series(self) -> list[str]:
-        """The names that figures tell apart by colour, as they come."""
+    def _series(self) -> Counter[str]:
+        """What figures tell apart by colour, as it comes, and in how many of them."""
         figures = [item for section in self.sections for item in section.items if isinstance(item, Figure)]
-        return list(dict.fromkeys(name for figure in figures for name in figure.series_names))
+        return Counter(name for figure in figures for name in figure.series_names)
 
 
 def _text(item: str | Table | Passages) -> str:
     return plain(item) if isinstance(item, str) else item.text()
 
 
-def _section(section: Section, palette: Palette) -> str:
+def _section(section: Section, palette: Palette, shared: Sequence[str]) -> str:
     text = element("p", escaped(section.text)) if section.text else ""
-    items = [_item(item, palette) for item in section.items]
+    items = [_item(item, palette, shared) for item in section.items]
     return element("section", element("h2", escaped(section.title)), text, *items) + "\n"
 
 
-def _item(item: Item, palette: Palette) -> str:
+def _item(item: Item, palette: Palette, shared: Sequence[str]) -> str:
     if isinstance(item, str):
         return element("p", escaped(item))
     if isinstance(item, Figure):
-        return _figure(item, palette)
+        return _figure(item, palette, shared)
     return item.html()
 
 
-def _figure(figure: Figure, palette: Palette) -> str:
-    """The picture, what its colours mean, and the numbers under it."""
+def _figure(figure: Figure, palette: Palette, shared: Sequence[str]) -> str:
+    """The picture, what its colours mean where the page has not said it, and the numbers under it."""
     names = figure.series_names
-    legend = [
+    legend = "" if len(names) < 2 or set(names) <= set(shared) else _legend(palette, names)
+    numbers = element("details", element("summary", "Numbers"), figure.table().html())
+    return element("figure", element("figcaption", escaped(figure.title)), legend, figure.svg(palette), numbers) + "\n"
+
+
+def _legend(palette: Palette, names: Sequence[str], tag: str = "div") -> str:
+    """Buttons that bring one of them to the front."""
+    buttons = [
         element("button", escaped(name), type="button", class_=colour(name, names, palette), data_series=name)
         for name in names
-        if len(names) > 1
     ]
-    numbers = element("details", element("summary", "Numbers"), figure.table().html())
-    caption = element("figcaption", escaped(figure.title))
-    return element("figure", caption, element("div", *legend, class_="legend"), figure.svg(palette), numbers) + "\n"
+    return element(tag, *buttons, class_="legend", aria_label="what the colours are")
 
 
 def _asset(name: str) -> str:

@@ -28,12 +28,12 @@ class Passage:
         return max(self.heat, default=0.0)
 
     def spans(self) -> list[str | tuple[str, float]]:
-        """The text in few pieces: what is cold as it is, what is warm with its heat."""
+        """The text in few pieces: what is cold as it is, what is warm with its heat to three digits."""
         pieces: list[str | tuple[str, float]] = []
         heats = [*self.heat, *[0.0] * (len(self.tokens) - len(self.heat))]
         for token, heat in zip(self.tokens, heats, strict=True):
             if heat:
-                pieces.append((token, heat))
+                pieces.append((token, float(f"{heat:.3g}")))
             elif pieces and isinstance(pieces[-1], str):
                 pieces[-1] += token
             else:
@@ -89,11 +89,12 @@ def script_json(value: object) -> str:
 
 
 def _facts(pair: Pair) -> dict[str, object]:
+    """Short, for there may be thousands: of each side its note and then its spans."""
     sides = {"chosen": pair.chosen, "rejected": pair.rejected}
     return {
         "prompt": pair.prompt,
-        "note": pair.note,
-        **{name: {"note": side.note, "spans": side.spans()} for name, side in sides.items()},
+        **({"note": pair.note} if pair.note else {}),
+        **{name: [side.note, *side.spans()] for name, side in sides.items()},
     }
 
 

@@ -90,7 +90,7 @@ class Table:
 
 def _heading(column: Column, numeric: bool) -> str:
     button = element("button", escaped(column.heading), type="button", title=column.about or None)
-    return element("th", button, scope="col", class_="n" if numeric else None)
+    return element("th", button, scope="col", class_=None if numeric else "words")
 
 
 def _cell(column: Column, row: Row) -> str:
@@ -99,12 +99,12 @@ def _cell(column: Column, row: Row) -> str:
     number, words, ends = is_number(value), said(value, column.format), column.ends(row)
     shown = _linked(escaped(words), row.get(column.link) if column.link else None)
     small = f" {element('small', escaped(ends))}" if ends else ""
-    exact = repr(value) if number and words != repr(value) else None
-    return element("td", shown, small, class_="n" if number else None, data_v=exact)
+    exact = repr(value) if number and (ends or words != repr(value)) else None
+    return element("td", shown, small, class_=None if number or value is None else "words", data_v=exact)
 
 
 def _linked(words: str, address: object) -> str:
     """Only to the web or within the page; anything else that calls itself an address stays words."""
     if not isinstance(address, str) or not address.startswith(("https://", "http://", "#")):
         return words
-    return element("a", words, href=address, rel="noopener noreferrer")
+    return element("a", words, href=address)
