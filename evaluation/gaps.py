@@ -88,6 +88,10 @@ class Gaps:
     n_prompts_fired: Int[np.ndarray, " F"]
     cut: Float[np.ndarray, " F"]
     """How far the gap may be from that of all activations, since those that a top k left out count as 0."""
+    lost_share: tuple[float, float]
+    """Share of the squared activations of chosen and of rejected completions that it left out, in the mean."""
+    lost_any: tuple[float, float]
+    """Share of them that lack anything."""
 
     @cached_property
     def effect(self) -> Float[np.ndarray, " F"]:
@@ -98,7 +102,7 @@ class Gaps:
     @cached_property
     def tested(self) -> Bool[np.ndarray, " F"]:
         """Whether it fires often enough. Which side it fires on does not enter, so tests stay what they are."""
-        return self.n_prompts_fired >= MIN_PROMPTS
+        return np.asarray(self.n_prompts_fired >= MIN_PROMPTS)
 
     @property
     def n_tests(self) -> int:
@@ -117,12 +121,12 @@ class Gaps:
     @property
     def sign_holds(self) -> Bool[np.ndarray, " F"]:
         """Whether both halves lean the same way."""
-        return self.halves[0] * self.halves[1] > 0
+        return np.asarray(self.halves[0] * self.halves[1] > 0)
 
     def discoveries(self, rate: float) -> Int[np.ndarray, " n"]:
         """The features whose adjusted p is at most `rate`, the surest first."""
         found = np.flatnonzero(self.adjusted <= rate)
-        return found[np.argsort(-np.abs(self.gap.z[found]), kind="stable")]
+        return np.asarray(found[np.argsort(-np.abs(self.gap.z[found]), kind="stable")])
 
 
 def feature_gaps(
@@ -166,7 +170,7 @@ class _GapSums:
         self.level = weight - self.mean_x * self.slope
         self.per_prompt = [self._of_prompts(part) for part in (weight, self.level, self.level * x)]
         self.sums: Sums = defaultdict(lambda: np.zeros(d_sae))
-        self.cut = np.zeros(2)
+        self.cut, self.lost, self.trimmed = np.zeros(2), np.zeros(2), np.zeros(2)
         self.held: list[tuple[NDArray[np.int64], F64]] = []
 
     def add(self, shard: ShardGaps, turn: int, rounds: int) -> None:
@@ -220,10 +224,12 @@ class _GapSums:
             n_fired=sums["pairs"].astype(np.int64),
             n_prompts_fired=sums["prompts"].astype(np.int64),
             cut=np.maximum(missing.max(axis=0), 0.0),
+            lost_share=(float(self.lost[0]), float(self.lost[1])),
+            lost_any=(float(self.trimmed[0]), float(self.trimmed[1])),
         )
 
     def _of_prompts(self, values: F64) -> F64:
-        return np.bincount(self.pairs.prompt, values, minlength=self.pairs.n_prompts)
+        return _bins(self.pairs.prompt, values, self.pairs.n_prompts)
 
     def _add_plain(self, shard: ShardGaps, counting: NDArray[np.int64]) -> None:
         """What adds up over pairs one by one."""
@@ -231,7 +237,10 @@ class _GapSums:
         chosen, rejected = shard.chosen[counting], shard.rejected[counting]
         weight = self.pairs.weight[pair]
         cut = shard.cut[pair - shard.own[0]] * weight[:, None] if len(shard.own) else np.zeros((0, 2))
-        self.cut += self.pairs.weight[shard.own] @ shard.cut
+        own = self.pairs.weight[shard.own]
+        self.cut += own @ shard.cut
+        self.lost += own @ shard.lost
+        self.trimmed += own @ (shard.lost > 0)
         values = {
             "gap": weight * gap,
             "gap_sq": weight * gap**2,
@@ -246,7 +255,7 @@ class _GapSums:
             "rejected_cut": cut[:, 1] * (rejected != 0),
             "pairs": np.ones(len(gap)),
         }
-        self._add(shard.features, {name: np.bincount(place, v, len(shard.features)) for name, v in values.items()})
+        self._add(shard.features, {name: _bins(place, v, len(shard.features)) for name, v in values.items()})
 
     def _add_prompts(self, keys: NDArray[np.int64], parts: F64) -> None:
         """What adds up over prompts: squares, and products with what a prompt weighs."""
@@ -262,11 +271,15 @@ class _GapSums:
             "prompt_level_slope": level * of_slopes,
             "prompts": np.ones(len(keys)),
         }
-        self._add(features, {name: np.bincount(place, v, len(features)) for name, v in values.items()})
+        self._add(features, {name: _bins(place, v, len(features)) for name, v in values.items()})
 
     def _add(self, features: NDArray[np.int64], sums: Sums) -> None:
         for name, values in sums.items():
             self.sums[name][features] += values
+
+
+def _bins(places: NDArray[np.int64], values: F64, n: int) -> F64:
+    return np.asarray(np.bincount(places, values, minlength=n), dtype=np.float64)
 
 
 def _merged(keys: NDArray[np.int64], parts: F64) -> tuple[NDArray[np.int64], F64]:
@@ -274,4 +287,4 @@ def _merged(keys: NDArray[np.int64], parts: F64) -> tuple[NDArray[np.int64], F64
     found, at = np.unique(keys, return_inverse=True)
     if len(found) == len(keys):
         return keys, parts
-    return found, np.stack([np.bincount(at, part, minlength=len(found)) for part in parts])
+    return found, np.stack([_bins(at, part, len(found)) for part in parts])

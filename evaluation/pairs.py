@@ -99,10 +99,12 @@ class ShardGaps:
     """All pairs of this shard, with entries or not."""
     cut: Float[np.ndarray, "p 2"]
     """Most that any activation can be which was cut from chosen or rejected; 0 where nothing was cut."""
+    lost: Float[np.ndarray, "p 2"]
+    """Share of the squared activations of either side that was cut."""
 
     @property
     def gap(self) -> Float[np.ndarray, " E"]:
-        return self.chosen - self.rejected
+        return np.asarray(self.chosen - self.rejected)
 
 
 def read_pairs(cache: Cache, scored: Progress = lambda groups: None) -> Pairs:
@@ -148,7 +150,9 @@ def shard_gaps(column: Features, units: Units, first: int) -> ShardGaps:
     ]
     features, place = np.unique(found & 0xFFFFFFFF, return_inverse=True)
     cut = np.stack([_most_cut(side) for side in sides], axis=1)
-    return ShardGaps((found >> 32) + first, place, features, acts[0], acts[1], first + np.arange(len(cut)), cut)
+    lost = np.stack([_lost(side) for side in sides], axis=1)
+    own = first + np.arange(len(cut))
+    return ShardGaps((found >> 32) + first, place, features, acts[0], acts[1], own, cut, lost)
 
 
 def prompt_digests(groups: Groups) -> UInt[np.ndarray, " G"]:
@@ -169,4 +173,11 @@ def _most_cut(side: Features) -> Float[np.ndarray, " p"]:
     smallest = np.full(len(side), np.inf)
     rows = np.repeat(np.arange(len(side)), side.lengths)
     np.minimum.at(smallest, rows, side.acts)
-    return np.minimum(smallest, np.sqrt(side.tail_sq.astype(np.float64)))
+    return np.asarray(np.minimum(smallest, np.sqrt(side.tail_sq.astype(np.float64))))
+
+
+def _lost(side: Features) -> Float[np.ndarray, " p"]:
+    rows = np.repeat(np.arange(len(side)), side.lengths)
+    tail = side.tail_sq.astype(np.float64)
+    whole = tail + np.bincount(rows, side.acts.astype(np.float64) ** 2, minlength=len(side))
+    return np.asarray(tail / np.where(whole > 0, whole, 1))

@@ -7,7 +7,7 @@ Rows of a dataset to groups.
 """
 
 from fpo.stage1_cache.read.layouts import Group, Layout, as_conversation, extract_prompt, layout_of
-from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_groups
+from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_column, read_groups
 
 __all__ = [
     "Group",
@@ -17,5 +17,6 @@ __all__ = [
     "data_fingerprint",
     "extract_prompt",
     "layout_of",
+    "read_column",
     "read_groups",
 ]

@@ -58,11 +58,28 @@ def read_groups(
     and the completions are whole conversations (UltraFeedback), the conversations count and prompt is left
     out. `columns`: our column names to the dataset's, see `group_columns`. Raises `DataError`.
     """
+    return ReadGroups(*group_columns(_rows(source, split, subset, revision), source, columns))
+
+
+def read_column(
+    source: str, split: str, name: str, subset: str | None = None, revision: str | None = None
+) -> list[str]:
+    """
+    What a column says of every row, as text, whatever it is for: rows are those of `read_groups`, by number. Raises
+    `DataError` where there is no such column.
+    """
+    dataset = _rows(source, split, subset, revision)
+    if name not in dataset.column_names:
+        raise DataError(f"{source}: no column {name!r}{meant(name, dataset.column_names)}")
+    return [str(value) for value in dataset[name]]
+
+
+def _rows(source: str, split: str, subset: str | None, revision: str | None) -> Dataset:
     path = _local(source, subset, revision)
     dataset = _from_hub(source, split, subset, revision) if path is None else _from_disk(path, split)
     if len(dataset) == 0:
         raise _no_rows(source, split)
-    return ReadGroups(*group_columns(dataset, source, columns))
+    return dataset
 
 
 def data_fingerprint(source: str, split: str, subset: str | None = None, revision: str | None = None) -> dict[str, Any]:
