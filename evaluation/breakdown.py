@@ -70,7 +70,8 @@ def sources(pairs: Pairs, names: Sequence[str]) -> list[Part]:
     """The most common sources; `names` are those of the rows of the data, by number."""
     own = [names[int(row)] for row in pairs.group_id.tolist()]
     array = np.array(own, dtype=object)
-    return [Part("source", name, array == name) for name, _ in Counter(own).most_common(MOST_PARTS)]
+    common = sorted(Counter(own).items(), key=lambda item: (-item[1], item[0]))[:MOST_PARTS]
+    return [Part("source", name, array == name) for name, _ in common]
 
 
 def data_column(recipe: Recipe, cache: Cache, name: str) -> list[str]:
@@ -83,8 +84,8 @@ def data_column(recipe: Recipe, cache: Cache, name: str) -> list[str]:
             data = recipe.data
             return read_column(data.source, identity.split, name, data.subset, data.revision)
     raise CacheConflict(
-        f"the recipe is not that of cache {cache.key[:12]}, so its data's rows are not the cache's; give the recipe that "
-        "it was made from"
+        f"the recipe is not that of cache {cache.key[:12]}, so the rows of its data are others; give the recipe that "
+        "the cache was made from"
     )
 
 

@@ -46,6 +46,8 @@ class Passage(NamedTuple):
     """How many tokens stand before the first that is shown."""
     of: int
     """How many there are in all."""
+    act: float
+    """Mean activation over the tokens that count, whether the cache's top k kept it or not."""
 
 
 class Example(NamedTuple):
@@ -55,9 +57,9 @@ class Example(NamedTuple):
     prompt: str
     chosen: Passage
     rejected: Passage
-    chosen_act: float
-    rejected_act: float
-    """As the cache has them: means over the tokens that count."""
+    chosen_cached: float
+    rejected_cached: float
+    """Mean activations as the cache has them: 0 where its top k left them out."""
 
 
 class ExampleReader:
@@ -153,7 +155,8 @@ class ExampleReader:
         at = min(max(int(heat.argmax()) - WINDOW // 2, 0), max(len(ids) - WINDOW, 0))
         shown = heat[at : at + WINDOW]
         tokens = self._pieces(ids, at, at + len(shown))
-        return Passage(tokens, tuple(shown.tolist()), at, len(ids))
+        act = float(heat.sum() / max(counts.sum(), 1))
+        return Passage(tokens, tuple(shown.tolist()), at, len(ids), act)
 
     def _pieces(self, ids: NDArray[np.int64], start: int, end: int) -> tuple[str, ...]:
         """The text of each token, told by what it adds: a token alone may lose its space, or half a character."""

@@ -173,7 +173,7 @@ def sae_name(cache: Cache, spec: Spec) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def reads(cache: Cache, spec: Spec, question: Question) -> int:
+def reads(cache: Cache, spec: Spec) -> int:
     """How many groups are read for a report, pairs apart: as `scored` counts them."""
     with_topics = _prompt_column(cache, spec) is not None
     return cache.n_groups * (2 + 2 * with_topics)

@@ -138,12 +138,11 @@ def feature_gaps(
     column  place of a column of features in `cache.columns`
     asked   `read_pairs` of the cache, and `among` some of them
     """
-    rounds, turn = 1, 0
     sums = [_GapSums(pairs, d_sae) for pairs in asked]
-    while turn < rounds:
+    rounds, turn = 0, 0
+    while turn == 0 or turn < rounds:
         for shard in read_gaps(cache, column, asked[0], scored):
-            if turn == 0:
-                rounds = max(rounds, _rounds(asked, shard))
+            rounds = rounds or _rounds(asked, shard)
             for one in sums:
                 one.add(shard, turn, rounds)
         for one in sums:
@@ -153,9 +152,9 @@ def feature_gaps(
 
 
 def _rounds(asked: Sequence[Pairs], shard: ShardGaps) -> int:
-    """How often the cache is read, where its shards are like this one."""
+    """How often the cache is read, at least once, where its shards are like this one."""
     waiting = sum(int((~pairs.within_a_shard[pairs.prompt] & (pairs.weight > 0)).sum()) for pairs in asked)
-    return -(-waiting * len(shard.pair) // (max(len(shard.own), 1) * HELD_ENTRIES))
+    return 1 + waiting * len(shard.pair) // (max(len(shard.own), 1) * HELD_ENTRIES)
 
 
 class _GapSums:

@@ -74,7 +74,7 @@ def read_labels(where: str) -> Labels:
         return _chosen(_rows(path.name, path.read_bytes(), str(path)))
     if path.is_dir():
         return _chosen(_batches(_folder(path)))
-    if not _SOURCE.fullmatch(where):
+    if not is_source(where):
         raise FpoError(
             f"--labels {where}: no file or folder here, and no source such as gemma-2-2b/20-gemmascope-res-16k"
         )
@@ -82,6 +82,11 @@ def read_labels(where: str) -> Labels:
     if not copy.is_file():
         keep(copy, _packed(_chosen(_batches(_exported(where)))))
     return _chosen(_rows(copy.name, copy.read_bytes(), str(copy)))
+
+
+def is_source(where: str) -> bool:
+    """Whether this is Neuronpedia's name of an SAE rather than a place on this machine."""
+    return not Path(where).expanduser().exists() and _SOURCE.fullmatch(where) is not None
 
 
 def pretrained(sae: str) -> Pretrained | None:

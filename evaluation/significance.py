@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 def normal_score(t: Float[np.ndarray, " F"], df: int) -> Float[np.ndarray, " F"]:
     """
-    The normal deviate of the same probability as Student's t of `df` degrees of freedom, to 0.001 from 3 of them on:
+    The normal deviate of the same probability as Student's t of `df` degrees of freedom, to 0.2 % from 10 of them on:
 
         z = sign(t) (8 df + 1) / (8 df + 3) sqrt( df log(1 + t^2 / df) )
 
