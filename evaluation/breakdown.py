@@ -24,7 +24,7 @@ from fpo.store import Cache, PromptFeatures, cache_key
 
 MOST_PARTS = 8
 """Topics, and sources, that are looked at: each holds as many sums as all pairs together do."""
-MOST_COMMON = 0.5
+MOST_COMMON = 0.25
 """A prompt feature that fires in more of the pairs is no topic: it is what prompts look like."""
 MOST_SHARED = 0.5
 """Two prompt features that fire together in more of the pairs in which either does are one topic."""
