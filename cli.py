@@ -18,6 +18,7 @@ import typer
 from fpo.commands.align import align_command
 from fpo.commands.cache import cache_command
 from fpo.commands.evaluate import evaluate_command
+from fpo.commands.features import features_command
 from fpo.commands.generate import generate_command
 from fpo.commands.merge import merge_command
 from fpo.commands.schema import schema_command
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("cache")(cache_command)
 app.command("align")(align_command)
 app.command("evaluate")(evaluate_command)
+app.command("features")(features_command)
 app.command("generate")(generate_command)
 app.command("merge")(merge_command)
 app.command("schema")(schema_command)

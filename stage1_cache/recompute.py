@@ -14,7 +14,7 @@ from fpo.errors import CacheConflict, CacheDamaged
 from fpo.recipe import Recipe
 from fpo.scoring import LOGPS_TOLERANCE, extremes
 from fpo.stage1_cache.build import reference_scorer
-from fpo.stage1_cache.identity import cache_identities
+from fpo.stage1_cache.identity import CacheIdentity, cache_identities
 from fpo.stage1_cache.score import TokenGroups, take
 from fpo.store import Cache, Features, Groups, TokenLogps, column_name, differences, serving
 from fpo.store.format.groups import summed_logps
@@ -50,10 +50,7 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     Raises CacheConflict where the recipe's scorer is not the cache's, CacheDamaged naming the completion that differs
     most of the first shard where one differs by more than the tolerance of the reference's arithmetic.
     """
-    identity = cache_identities(recipe)[0]
-    differing = differences(cache.recipe["scorer"], identity.scorer)
-    if differing:
-        raise CacheConflict(f"the recipe does not score as cache {cache.key[:12]} was scored\n  {differing[0]}")
+    identity = identity_of_scorer(recipe, cache)
     precision = recipe.reference.arithmetic.precision
     tolerance, feature_tolerance = LOGPS_TOLERANCE[precision], FEATURES_TOLERANCE[precision]
     held = cache.held_columns(identity.specs)
@@ -92,6 +89,15 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     again = [serving(held, spec) for spec in specs]
     left_out = tuple(column_name(column.spec) for column in held if column not in again)
     return RecomputeReport(total, worst, worst_features, tolerance, feature_tolerance, left_out)
+
+
+def identity_of_scorer(recipe: Recipe, cache: Cache) -> CacheIdentity:
+    """What the recipe stands for. Raises CacheConflict where its scorer is not the cache's."""
+    identity = cache_identities(recipe)[0]
+    differing = differences(cache.recipe["scorer"], identity.scorer)
+    if differing:
+        raise CacheConflict(f"the recipe does not score as cache {cache.key[:12]} was scored\n  {differing[0]}")
+    return identity
 
 
 def _named(groups: Groups, completion: int) -> str:

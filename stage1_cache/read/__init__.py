@@ -7,7 +7,7 @@ Rows of a dataset to groups.
 """
 
 from fpo.stage1_cache.read.layouts import Group, Layout, as_conversation, extract_prompt, layout_of
-from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_groups, read_rows
+from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_column, read_groups, read_rows
 
 __all__ = [
     "Group",
@@ -17,6 +17,7 @@ __all__ = [
     "data_fingerprint",
     "extract_prompt",
     "layout_of",
+    "read_column",
     "read_groups",
     "read_rows",
 ]

@@ -61,6 +61,19 @@ def read_groups(
     return ReadGroups(*group_columns(read_rows(source, split, subset, revision), source, columns))
 
 
+def read_column(
+    source: str, split: str, name: str, subset: str | None = None, revision: str | None = None
+) -> list[str]:
+    """
+    What a column says of every row, as text, whatever it is for: rows are those of `read_groups`, by number. Raises
+    `DataError` where there is no such column.
+    """
+    dataset = read_rows(source, split, subset, revision)
+    if name not in dataset.column_names:
+        raise DataError(f"{source}: no column {name!r}{meant(name, dataset.column_names)}")
+    return [str(value) for value in dataset[name]]
+
+
 def read_rows(source: str, split: str, subset: str | None = None, revision: str | None = None) -> Dataset:
     """The rows of one split as they are, whatever they hold; sources and errors as in `read_groups`."""
     path = _local(source, subset, revision)

@@ -1,0 +1,159 @@
+"""`fpo features`: what the features say of a cache before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fpo.commands.caches import store_root
+from fpo.commands.feature_lines import print_report
+from fpo.commands.libraries import quiet_libraries
+from fpo.commands.options import AsJson, StoreOption
+from fpo.errors import CacheError, FpoError, ModelError
+
+if TYPE_CHECKING:
+    from fpo.evaluation.feature_report import FeatureReport, Question
+    from fpo.evaluation.labels import Labels
+    from fpo.recipe import Recipe
+    from fpo.store import Cache
+
+EXAMPLES = 3
+"""Pairs of each feature, where a recipe says how to show them and nobody says how many."""
+
+
+def features_command(
+    cache: Annotated[str, typer.Argument(help="Cache: key, any unique prefix of it, or a tag.", metavar="CACHE")],
+    store: StoreOption = None,
+    hookpoint: Annotated[str | None, typer.Option(help="Only the features at this hookpoint.")] = None,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Features of each side that are shown.")] = 10,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The cache's recipe, for --examples (its reference) and --by (its data).")
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help=f"Pairs of each feature, which the reference scores again  [default: {EXAMPLES}]"
+        ),
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Look apart at what this column of the data tells apart.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Names of features: a file or folder of Neuronpedia's exports, a source of theirs such as "
+            "gemma-2-2b/20-gemmascope-res-16k, or `neuronpedia`: the one that SAELens' table has for the SAE.",
+        ),
+    ] = None,
+    steer: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Write the features as rows of lm-eval's steered model.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    What separates chosen from rejected completions in a cache: every feature's gap, with intervals (docs/features.md).
+    """
+    if recipe is None and (examples or by):
+        raise FpoError(
+            f"{'--by' if by else '--examples'} needs --recipe: a cache does not say where its model and data lie"
+        )
+    quiet_libraries()
+    from fpo.recipe import load_recipe
+    from fpo.store import open_cache
+
+    opened = open_cache(store_root(store), cache)
+    loaded = None if recipe is None else load_recipe(recipe)
+    reports = _reports(opened, hookpoint, top, examples, loaded, by, labels)
+    if steer is not None:
+        _write_steering(opened, reports, steer)
+    if html is not None:
+        from fpo.commands.feature_page import features_page
+
+        features_page(reports).save(html)
+    if as_json:
+        print(json.dumps([report.facts() for report in reports], indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for report in reports:
+        print_report(report)
+    for what, path in (("steering", steer), ("page", html)):
+        if path is not None:
+            print(f"{what:<12}{path}")
+
+
+def _reports(
+    cache: Cache,
+    hookpoint: str | None,
+    top: int,
+    examples: int | None,
+    recipe: Recipe | None,
+    by: str | None,
+    labels: str | None,
+) -> list[FeatureReport]:
+    """One for each column of features that is asked for."""
+    from fpo.evaluation.breakdown import data_column, sources
+    from fpo.evaluation.feature_report import feature_columns, feature_report, reads, sae_name
+    from fpo.evaluation.pairs import read_pairs
+    from fpo.progress import progress_bar
+
+    specs = feature_columns(cache, hookpoint)
+    names = None if by is None or recipe is None else data_column(recipe, cache, by)
+    with progress_bar(cache.n_groups + sum(reads(cache, spec) for spec in specs), "groups", "features") as bar:
+        pairs = read_pairs(cache, bar.update)
+        parts = [] if names is None else sources(pairs, names)
+        question, notes = _question(cache, top, examples, recipe)
+        reports = []
+        for spec in specs:
+            sae = sae_name(cache, spec)
+            known, source, note = _labels(labels, sae)
+            own = question._replace(sources=parts)
+            said = [*notes, *note]
+            reports.append(feature_report(cache, spec, pairs, own, known, source, said, bar.update))
+    return reports
+
+
+def _question(cache: Cache, top: int, examples: int | None, recipe: Recipe | None) -> tuple[Question, list[str]]:
+    """What is asked, and what is left out because it is not at hand."""
+    from fpo.evaluation.feature_report import Question
+    from fpo.scoring import model_folder
+
+    if recipe is None:
+        return Question(top), ["no pairs are shown; with --recipe RECIPE its reference scores some again"]
+    if examples is None:
+        try:
+            model_folder(recipe.reference.model, recipe.reference.revision)
+        except ModelError as error:
+            return Question(top), [f"no pairs are shown: {error}"]
+    return Question(top, EXAMPLES if examples is None else examples, recipe), []
+
+
+def _labels(where: str | None, sae: str | None) -> tuple[Labels, str | None, list[str]]:
+    """Labels of an SAE's features, Neuronpedia's name for it, and what there is to say where they are missing."""
+    from fpo.evaluation.labels import is_source, pretrained, read_labels
+
+    known = None if sae is None else pretrained(sae)
+    source = known.neuronpedia if known else None
+    if where is None:
+        more = f"; --labels neuronpedia reads those of {source}" if source else ""
+        return {}, source, [f"features have no names{more}"] if more else []
+    if where == "neuronpedia":
+        if source is None:
+            return {}, None, [f"features have no names: SAELens' table, where it is installed, has no page for {sae}"]
+        where = source
+    try:
+        return read_labels(where), where if is_source(where) else source, []
+    except CacheError as error:
+        return {}, source, [f"features have no names: {error}"]
+
+
+def _write_steering(cache: Cache, reports: list[FeatureReport], path: Path) -> None:
+    from fpo.evaluation.feature_report import feature_columns
+    from fpo.evaluation.steering import steer_rows, write_steer_rows
+
+    specs = {spec["hookpoint"]: spec for spec in feature_columns(cache)}
+    rows = [row for report in reports for row in steer_rows(report.features, specs[report.hookpoint], report.sae)]
+    write_steer_rows(rows, path)
