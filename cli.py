@@ -20,6 +20,7 @@ from fpo.commands.cache import cache_command
 from fpo.commands.evaluate import evaluate_command
 from fpo.commands.features import features_command
 from fpo.commands.generate import generate_command
+from fpo.commands.judge import judge_command
 from fpo.commands.merge import merge_command
 from fpo.commands.schema import schema_command
 from fpo.commands.store import store_app
@@ -36,6 +37,7 @@ app.command("align")(align_command)
 app.command("evaluate")(evaluate_command)
 app.command("features")(features_command)
 app.command("generate")(generate_command)
+app.command("judge")(judge_command)
 app.command("merge")(merge_command)
 app.command("schema")(schema_command)
 app.add_typer(store_app, name="store")

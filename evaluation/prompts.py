@@ -42,13 +42,14 @@ def read_prompts(source: str, split: str, *, as_text: bool) -> list[Prompt]:
     prompts = []
     for number, row in enumerate(read_rows(source, split)):
         try:
-            prompts.append(Prompt(_turns(row, as_text), row))
+            prompts.append(Prompt(turns_of(row, as_text), row))
         except ValueError as error:
             raise DataError(f"{source}, row {number}: {error}") from None
     return prompts
 
 
-def _turns(row: dict[str, Any], as_text: bool) -> tuple[list[Message] | str, ...]:
+def turns_of(row: dict[str, Any], as_text: bool) -> tuple[list[Message] | str, ...]:
+    """What a row asks, turn by turn; ValueError where it asks nothing."""
     readers: dict[str, Callable[[Any], Sequence[list[Message] | str]]] = {
         "messages": lambda value: [_conversation(value)],
         "turns": lambda value: [_said(turn, as_text) for turn in value],
