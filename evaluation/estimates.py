@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from fpo.evaluation.significance import t_quantile
 
 FEWEST = 10
-"""Clusters from which on an interval is told."""
+"""Independent observations from which on an interval is told."""
 
 
 class Mean(NamedTuple):

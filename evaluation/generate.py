@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fpo.errors import DataError, RunError
+from fpo.errors import RunError
 from fpo.evaluation.prompts import Encoder, Message, Prompt
-from fpo.evaluation.sampling import Engine, Sampling, uniforms
+from fpo.evaluation.sampling import Engine, Sampling, check_room, uniforms
 from fpo.progress import progress_bar
 
 
@@ -62,7 +62,7 @@ def generate(
     encoder = Encoder(tokenizer)
     encoder.check(prompts)
     firsts = [encoder.tokens(prompt.turns[0]) for prompt in prompts]
-    _check_room(firsts, sampling, room)
+    check_room(firsts, sampling, room)
     header = {**asdict(sampling), "samples": samples, "prompts": len(prompts), **(facts or {})}
     done = _finished(part, header)
     wanted = [(number, sample) for number in range(len(prompts)) for sample in range(samples)]
@@ -107,7 +107,7 @@ def _batch(
             said[place] += now
             asked.append(encoder.tokens(said[place]))
         if turn:
-            _check_room(asked, sampling, room)
+            check_room(asked, sampling, room)
         numbers = [uniforms(sampling.seed, *rows[place], turn, sampling.max_new_tokens) for place in here]
         for place, written in zip(here, engine(asked, np.stack(numbers), sampling), strict=True):
             text = encoder.tokenizer.decode(written.tokens, skip_special_tokens=True)
@@ -117,17 +117,6 @@ def _batch(
             row.tokens.append(len(written.tokens))
             row.ended.append(written.ended)
     yield from found
-
-
-def _check_room(asked: Sequence[Sequence[int]], sampling: Sampling, room: int | None) -> None:
-    if any(not ids for ids in asked):
-        raise DataError("a prompt is of no tokens, so there is nothing to go on from; leave it out of the prompt set")
-    longest = max(map(len, asked))
-    if room is not None and longest + sampling.max_new_tokens > room:
-        raise DataError(
-            f"--max-new-tokens {sampling.max_new_tokens} behind a prompt of {longest} tokens are more than the model's "
-            f"{room} positions" + (f"; lower it to {room - longest}" if room > longest else "")
-        )
 
 
 def _finished(part: Path, header: dict[str, Any]) -> dict[tuple[int, int], Generation]:

@@ -26,6 +26,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from fpo.errors import DataError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -60,6 +62,18 @@ temperature is 0), and how to sample -> a completion of each.
 def uniforms(seed: int, prompt: int, sample: int, turn: int, count: int) -> NDArray[np.float64]:
     """The random numbers in [0, 1) that decide the tokens of one completion."""
     return np.random.default_rng([seed, prompt, sample, turn]).random(count)
+
+
+def check_room(asked: Sequence[Sequence[int]], sampling: Sampling, room: int | None) -> None:
+    """DataError where a prompt has no token, or with its completion more than `room` (None: no limit)."""
+    if any(not ids for ids in asked):
+        raise DataError("a prompt is of no tokens, so there is nothing to go on from; leave it out of the prompt set")
+    longest = max(map(len, asked))
+    if room is not None and longest + sampling.max_new_tokens > room:
+        raise DataError(
+            f"--max-new-tokens {sampling.max_new_tokens} behind a prompt of {longest} tokens are more than the model's "
+            f"{room} positions" + (f"; lower it to {room - longest}" if room > longest else "")
+        )
 
 
 class Draw(LogitsProcessor):

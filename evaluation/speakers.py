@@ -65,28 +65,53 @@ class _Weights(NamedTuple):
         return {"weights": [file_facts(file) for file in files], "dtype": self.dtype}
 
 
-def speaker_of(model: str, checkpoint: int | None, dtype: str | None, engine: str) -> Speaker:
+class Opened(NamedTuple):
+    """A model as anyone opens it: nothing scores in it."""
+
+    weights: _Weights
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that a prompt and its completion may have together; None where the model names no limit."""
+        room = positions(self.model.config)
+        return None if room is None else room - n_virtual(self.model)
+
+    @property
+    def engine(self) -> Engine:
+        """What completes prompts."""
+        spoken: Engine = partial(complete, self.model, self.tokenizer)
+        return _unpadded(spoken) if has_prompt(self.model) else spoken
+
+
+def opened(model: str, checkpoint: int | None = None, dtype: str | None = None) -> Opened:
     """
     model       a run folder, a folder of weights, or a hub id
     checkpoint  the run's policy after this step; None as it ended
     dtype       of the weights; None is the run's own, else float32
-    engine      transformers or vllm
     Raises RunError where there is no such run or checkpoint, ModelError where nothing can be loaded.
     """
     weights = _weights(model, checkpoint, dtype)
-    tokenizer = load_tokenizer(str(weights.folder), None)
-    room = positions(model_config(weights.base))
-    facts = {**weights.facts, "engine": engine}
-    if engine == "vllm":
-        return Speaker(weights.name, _by_vllm(weights), tokenizer, room, facts)
     loaded: Any = load_model(weights.base, weights.dtype)
     if weights.adapter is not None:
         loaded = plain_adapter(loaded, weights.adapter)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    spoken: Engine = partial(complete, loaded, tokenizer)
-    if has_prompt(loaded):
-        spoken, room = _unpadded(spoken), None if room is None else room - n_virtual(loaded)
-    return Speaker(weights.name, spoken, tokenizer, room, facts)
+    return Opened(weights, loaded, load_tokenizer(str(weights.folder), None))
+
+
+def speaker_of(model: str, checkpoint: int | None, dtype: str | None, engine: str) -> Speaker:
+    """
+    engine  transformers or vllm
+    The rest and errors as `opened`.
+    """
+    if engine == "vllm":
+        weights = _weights(model, checkpoint, dtype)
+        tokenizer, room = load_tokenizer(str(weights.folder), None), positions(model_config(weights.base))
+        return Speaker(weights.name, _by_vllm(weights), tokenizer, room, {**weights.facts, "engine": engine})
+    found = opened(model, checkpoint, dtype)
+    facts = {**found.weights.facts, "engine": engine}
+    return Speaker(found.weights.name, found.engine, found.tokenizer, found.room, facts)
 
 
 def _weights(model: str, checkpoint: int | None, dtype: str | None) -> _Weights:

@@ -13,7 +13,7 @@ from fpo.progress import progress_bar, say
 from fpo.recipe import Recipe, load_recipe
 from fpo.scoring import Scores, mixed_precision
 from fpo.stage2_align.checkpoints import whole_checkpoint
-from fpo.stage2_align.held_out import check_held_out, held_out_metrics, held_out_stream
+from fpo.stage2_align.held_out import Note, check_held_out, held_out_metrics, held_out_stream
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.policy import policy_layout, policy_model
 from fpo.stage2_align.run import RECIPE_FILE, read_run
@@ -49,18 +49,26 @@ def evaluated_store(run: Path, option: str | None) -> str:
     return option or known
 
 
-def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None = None) -> dict[str, float]:
+def evaluation_file(run: Path, checkpoint: int | None) -> Path:
+    """Where the held-out metrics of a run, or of one of its checkpoints, stand."""
+    return run / ("evaluation.json" if checkpoint is None else f"evaluation-{checkpoint}.json")
+
+
+def evaluate_run(
+    recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None = None, note: Note = lambda measurement, batch: None
+) -> dict[str, float]:
     """
     The objective's loss and metrics over every pair of `cache`, by the run's policy, or as it was after step
-    `checkpoint`; also written to the run folder as evaluation.json, or evaluation-N.json of checkpoint N.
+    `checkpoint`; also written to the run folder, see `evaluation_file`.
 
     recipe  see `evaluated_recipe`
+    note    is given each batch with what was measured of it
     Raises RunError where there is no finished run, or no such checkpoint; DataError where the groups are no pairs.
     """
     facts = read_run(run)
-    policy, file = run, run / "evaluation.json"
+    policy, file = run, evaluation_file(run, checkpoint)
     if checkpoint is not None:
-        policy, file = whole_checkpoint(run, checkpoint), run / f"evaluation-{checkpoint}.json"
+        policy = whole_checkpoint(run, checkpoint)
     elif not facts["complete"]:
         raise RunError(
             f"{run}: this run is not finished; continue it with fpo align {run / RECIPE_FILE} --output {run} "
@@ -81,7 +89,7 @@ def evaluate_run(recipe: Recipe, cache: Cache, run: Path, checkpoint: int | None
         return scores
 
     with progress_bar(cache.n_groups, "pairs", "evaluate") as bar:
-        metrics = held_out_metrics(score, meter, stream, device, bar.update)
+        metrics = held_out_metrics(score, meter, stream, device, bar.update, note)
     broken = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
     if broken is not None:
         raise RunError(f"{policy}: {broken} is {metrics[broken]} on the held-out pairs; the policy is broken")

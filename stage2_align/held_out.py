@@ -14,11 +14,14 @@ import torch
 from fpo.errors import RunError
 from fpo.recipe import Recipe
 from fpo.scoring import Packed, Scores
-from fpo.stage2_align.measure import ObjectiveMeter, batch_metrics
+from fpo.stage2_align.measure import Measurement, ObjectiveMeter, batch_metrics
 from fpo.stage2_align.run import columns_of
-from fpo.stage2_align.stream import PairStream, check_groups, on_device
+from fpo.stage2_align.stream import Batch, PairStream, check_groups, on_device
 from fpo.stage2_align.sums import MetricSums
 from fpo.store import Cache
+
+Note = Callable[[Measurement, Batch], object]
+"""What is given each batch with what was measured of it."""
 
 # As Trainer has it.
 DEFAULT_BATCH = 8
@@ -65,6 +68,7 @@ def held_out_metrics(
     stream: PairStream,
     device: torch.device,
     scored: Callable[[int], object] = lambda groups: None,
+    note: Note = lambda measurement, batch: None,
 ) -> dict[str, float]:
     """
     The objective's loss and metrics, each the mean over all groups of the stream's cache: the same in every process,
@@ -72,12 +76,15 @@ def held_out_metrics(
 
     score   the policy, called in the arithmetic of its training
     scored  is told how many more groups this process has scored
+    note    is given each batch with what was measured of it
     """
     sums = MetricSums()
     for batch in stream:
         assert batch is not None
         here = on_device(batch, device)
         scores = score(**Packed.of(here)._asdict())
-        sums.add(batch_metrics(meter.measure(scores, here, stream.world), scores, here))
+        measurement = meter.measure(scores, here, stream.world)
+        sums.add(batch_metrics(measurement, scores, here))
+        note(measurement, here)
         scored(len(batch["n_completions"]))
     return {f"eval_{name}": value for name, value in sums.means(stream.world, device).items()}

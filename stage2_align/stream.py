@@ -109,10 +109,10 @@ class Epoch(NamedTuple):
 def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: Epoch, shares: np.ndarray) -> Batch:
     """
     What a step needs of these groups: the fields of `Packed`, the reference's side under `ref_`, the data's `score`,
-    and of the objective's units which completions they are (`units`), what part of its group each is (`share`), what it
-    counts in the step (`weight`) and what the data says that the group counts (`unit_weight`); and how many tokens all
-    completions have with their prompts, but of repeats (`tokens_read`). Further what the objective asks for and no
-    other does.
+    and of the objective's units whose they are (`group_id`), which completions they are (`units`), what part of its
+    group each is (`share`), what it counts in the step (`weight`) and what the data says that the group counts
+    (`unit_weight`); and how many tokens all completions have with their prompts, but of repeats (`tokens_read`).
+    Further what the objective asks for and no other does.
 
     groups   with the columns that the objective reads, its features first and in their order
     layout   the one in which the policy is measured rightly
@@ -135,6 +135,7 @@ def batch_tensors(groups: Groups, objective: Objective, layout: Layout, epoch: E
         groups.input_ids, groups.splits, groups.n_completions, layout, score_mask=groups.score_mask, asked=asked
     )
     arrays |= {
+        "group_id": groups.group_id[units.group].astype(np.int64),
         "ref_logps": groups.ref_logps,
         "score": groups.score,
         "units": units.completions,

@@ -1,0 +1,153 @@
+"""
+What is trained: every method tuned with the same budget on held-out pairs, then over seeds; and what FPO is without
+one of its parts.
+
+Tuning tries six settings of every method with the first seed, and takes the one whose held-out reward margin is
+largest in units of its own spread: the gold reward is looked at by nobody before the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fpo.recipe import Recipe, validate_recipe
+
+SEEDS = tuple(range(5))
+ABLATION_SEEDS = SEEDS[:3]
+LAYERS = (1, 3, 5)
+"""Of six: those that have an SAE. The demo's own is the middle one's."""
+LAYER = 3
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An objective, and the grid that it is tuned over."""
+
+    name: str
+    label: str
+    fixed: Settings
+    grid: dict[str, Sequence[float]]
+    """Fields of the objective by the values that are tried; their product is six settings."""
+
+    def settings(self) -> Iterator[Settings]:
+        """Every objective of the grid."""
+        for values in product(*self.grid.values()):
+            yield {**self.fixed, **dict(zip(self.grid, values, strict=True))}
+
+
+_SUMS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Of beta, where it scales log-probs of whole completions."""
+_MEANS = (1.0, 2.5, 5.0, 10.0, 25.0, 50.0)
+"""Where it scales their means: completions have about 50 tokens here."""
+
+METHODS = (
+    Method("dpo", "DPO", {"name": "dpo"}, {"beta": _SUMS}),
+    Method("tdpo1", "TDPO1", {"name": "tdpo1"}, {"beta": _SUMS}),
+    Method("tdpo2", "TDPO2", {"name": "tdpo2"}, {"beta": (0.05, 0.1, 0.5), "alpha": (0.5, 1.0)}),
+    Method("simpo", "SimPO", {"name": "simpo"}, {"beta": (2.5, 5.0, 25.0), "gamma": (0.5, 1.5)}),
+    Method(
+        "simpo_kl", "SimPO + KL", {"name": "simpo_kl", "gamma": 0.5}, {"beta": (2.5, 5.0, 25.0), "alpha": (0.5, 2.0)}
+    ),
+    Method("fpo", "FPO", {"name": "fpo", "k": 32}, {"beta": (2.5, 5.0, 25.0), "alpha": (20.0, 200.0)}),
+    Method(
+        "fpo_sums",
+        "FPO, not normalised by length",
+        {"name": "dpo", "features": {"k": 32}},
+        {"beta": (0.05, 0.1, 0.5), "alpha": (1000.0, 10000.0)},
+    ),
+    Method("fpo_0", "FPO, alpha 0", {"name": "fpo", "k": 32, "alpha": 0.0}, {"beta": _MEANS}),
+)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """FPO as it was tuned, with something changed."""
+
+    name: str
+    label: str
+    changed: Settings
+    top_k: int | str = 32
+    """Features that the cache is asked for."""
+    layers: Sequence[int] = (LAYER,)
+
+
+ABLATIONS = (
+    *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {"alpha": alpha}) for alpha in (2.0, 20.0, 200.0, 2000.0)),
+    *(Ablation(f"k-{k}", f"k {k}", {"k": k}) for k in (4, 128)),
+    Ablation("layer-1", "layer 1", {}, layers=(1,)),
+    Ablation("layer-5", "layer 5", {}, layers=(5,)),
+    Ablation("layers-1-3-5", "layers 1, 3 and 5", {}, layers=LAYERS),
+    Ablation("union-all", "union of both top k, all features cached", {"feature_set": "union"}, top_k="all"),
+    Ablation("union-32", "union of both top k, 32 features cached", {"feature_set": "union"}),
+    Ablation("policy-all", "the policy's top k, all features cached", {"feature_set": "policy"}, top_k="all"),
+    Ablation("l1", "mean absolute difference", {"distance": "l1"}),
+    Ablation("cosine", "one minus the cosine", {"distance": "cosine"}),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the study's files are."""
+
+    world: Path
+    root: Path
+
+    def sae(self, layer: int) -> Path:
+        """Of a layer; the world has one of its own."""
+        return self.world / "sae" if layer == LAYER else self.root / f"sae-{layer}"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    def run(self, group: str, name: str) -> Path:
+        """A run's folder; tuning, methods or ablations."""
+        return self.root / group / name
+
+
+def recipe(
+    place: Place, objective: Settings, seed: int = 0, layers: Sequence[int] = (LAYER,), top_k: int | str = 32
+) -> Recipe:
+    """One training, as the demo's own recipe has it but for the objective."""
+    return validate_recipe(
+        {
+            "reference": {"model": str(place.world / "model"), "dtype": "float32"},
+            "features": [
+                {"sae": str(place.sae(layer)), "hookpoint": f"model.layers.{layer}", "top_k": top_k} for layer in layers
+            ],
+            "data": {"source": str(place.world / "pairs"), "split": "train", "eval_split": "test", "max_length": 128},
+            "cache": {"shard_pairs": 256, "top_logits": 64},
+            "objective": objective,
+            "training": {
+                "learning_rate": 1e-4,
+                "per_device_train_batch_size": 16,
+                "num_train_epochs": 1,
+                "lr_scheduler_type": "linear",
+                "warmup_steps": 6,
+                "logging_steps": 15,
+                "save_strategy": "no",
+                "seed": seed,
+                "use_cpu": True,
+            },
+        },
+        "study",
+    )
+
+
+def composed(objective: Settings) -> Settings:
+    """An objective whose feature term stands beside it takes the term's alpha there."""
+    if "features" not in objective or "alpha" not in objective:
+        return objective
+    rest = {name: value for name, value in objective.items() if name != "alpha"}
+    return {**rest, "features": {**objective["features"], "alpha": objective["alpha"]}}
+
+
+def named(objective: Settings, grid: dict[str, Sequence[float]]) -> str:
+    """A folder's name for one setting of a grid."""
+    return "__".join(f"{field}={objective[field]:g}" for field in grid)

@@ -1,0 +1,118 @@
+"""
+One training of the study, in a process of its own, from start to what is measured of it. `study.json` in the run's
+folder is written last: a run that has one is done.
+
+What is measured: the gold reward of the policy's own stories and what they cost in KL to the reference, from the same
+random numbers for every policy; how varied they are; held-out pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
+
+from fpo.demo.build import read_card
+from fpo.demo.grammar import gold_reward
+from fpo.demo.preferences import sample_openings
+from fpo.demo.sampling import completion_logps, sample_completions
+from fpo.demo.study.plan import Place
+from fpo.evaluation.held_out import PairNotes, report
+from fpo.evaluation.own_samples import token_statistics
+from fpo.recipe import Recipe
+from fpo.stage1_cache import find_cache
+from fpo.stage2_align import align, evaluate_run
+from fpo.stage2_align.run import write_whole
+
+SAMPLES = 400
+"""Openings that no training pair has, the same for every policy."""
+
+RESULT = "study.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training that is wanted."""
+
+    recipe: Recipe
+    folder: Path
+    facts: dict[str, Any]
+    """What it is, for the summary."""
+
+
+def is_done(work: Work) -> bool:
+    """Whether its result is there."""
+    return (work.folder / RESULT).is_file()
+
+
+def carry_out(work: Work, place: Place) -> dict[str, Any]:
+    """Train, evaluate, let it speak; what is done already is read."""
+    if is_done(work):
+        found: dict[str, Any] = json.loads((work.folder / RESULT).read_text(encoding="utf-8"))
+        return found
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    done = align(work.recipe, find_cache(work.recipe, place.store), work.folder, resume=True)
+    held_out = find_cache(work.recipe, place.store, held_out=True)
+    notes = PairNotes(held_out, work.recipe.objective.units)
+    metrics = evaluate_run(work.recipe, held_out, work.folder, note=notes.note)
+    pairs = notes.pairs()
+    result = {
+        **work.facts,
+        "seconds": done.seconds,
+        "margin_effect": float(pairs.margin.mean() / pairs.margin.std(ddof=1)),
+        "accuracy": metrics["eval_rewards/accuracies"],
+        "entropy_of_data": metrics["eval_entropy"],
+        "displacement": {
+            name: report(pairs)["displacement"][name]["value"] for name in ("both_fall", "chosen", "rejected")
+        },
+        **spoken(work.folder, place.world),
+    }
+    write_whole(work.folder / RESULT, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def spoken(folder: Path, world: Path, samples: int = SAMPLES) -> dict[str, Any]:
+    """What a policy's own stories are worth, and how far they are from the reference's."""
+    card = read_card(world)
+    assert card is not None
+    policy, reference = (LlamaForCausalLM.from_pretrained(place) for place in (folder, world / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    rng = np.random.default_rng([card["settings"]["seed"], 11])
+    lines = (world / "pairs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    openings = sample_openings(rng, samples, {json.loads(line)["prompt"] for line in lines})
+    uniforms = rng.random((samples, card["settings"]["preferences"]["max_new_tokens"]), dtype=np.float32)
+    prompts = [tokenizer(opening)["input_ids"] for opening in openings]
+    written = sample_completions(policy, prompts, uniforms, folder.name)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    rewards = np.array([gold_reward(text) for text in texts])
+    logratios = completion_logps(policy, prompts, written) - completion_logps(reference, prompts, written)
+    entropies = [
+        float(token_statistics(policy, prompt, ids).entropy.mean())
+        for prompt, ids in zip(prompts[:100], written[:100], strict=True)
+    ]
+    return {
+        "gold": float(rewards.mean()),
+        "gold_error": float(rewards.std(ddof=1) / samples**0.5),
+        "kl": float(logratios.mean()),
+        "kl_error": float(logratios.std(ddof=1) / samples**0.5),
+        "distinct_3": distinct(texts, 3),
+        "entropy": float(np.mean(entropies)),
+        "tokens": float(np.mean([len(ids) for ids in written])),
+    }
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Different runs of n words over all of them, as a share (Li et al. 2016, https://aclanthology.org/N16-1014)."""
+    runs: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        words = text.split()
+        runs.update(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+    return len(runs) / max(sum(runs.values()), 1)

@@ -1,0 +1,49 @@
+"""
+Displacement: what a prompt's completions share pulls both of them down. The score that tells it before training is
+
+    CHES = <S_chosen, S_rejected> - |S_chosen|^2
+
+S the sum of a completion's last hidden states over the positions that predict it, of the reference: Definition 2 of
+https://arxiv.org/abs/2410.08847, as its code has it. The larger, the more alike the two look to the model. Normalised
+by length each sum is divided by how many positions it is over.
+
+Dimension key:  U pairs   G groups   K completions
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from fpo.stage2_align.units import Units
+from fpo.store import Cache, Groups, HiddenGram
+
+GRAM = {"kind": "hidden_gram"}
+
+
+class Ches(NamedTuple):
+    """Of each pair."""
+
+    raw: Float[np.ndarray, " U"]
+    normalised: Float[np.ndarray, " U"]
+    """By length."""
+
+
+def holds_gram(cache: Cache) -> bool:
+    """Whether the cache has what displacement is told from."""
+    return any(column.spec == GRAM for column in cache.held_columns([GRAM]))
+
+
+def ches(groups: Groups, units: Units) -> Ches:
+    """Of these pairs of groups whose only column is their hidden gram."""
+    (gram,) = groups.columns
+    assert isinstance(gram, HiddenGram)
+    n = groups.n_completions.astype(np.int64)[units.group]
+    start = gram.splits[units.group].astype(np.int64)
+    chosen, rejected = (units.completions - groups.completion_starts[units.group][:, None]).T
+    both = gram.products[start + chosen * n + rejected].astype(np.float64)
+    own = gram.products[start + chosen * n + chosen].astype(np.float64)
+    sizes = np.maximum(groups.counted[units.completions], 1).astype(np.float64)
+    return Ches(both - own, both / sizes.prod(1) - own / sizes[:, 0] ** 2)
