@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt
 from numpy.typing import NDArray
 
 from fpo.evaluation.correlation import pearson, spearman
-from fpo.evaluation.displacement import GRAM, Ches, ches, holds_gram
 from fpo.evaluation.estimates import Mean, clustered_mean
 from fpo.evaluation.pairs import prompt_digests
 from fpo.objectives import UnitKind
+from fpo.stage2_align.displacement import GRAM, Ches, ches, holds_gram
 from fpo.stage2_align.measure import Measurement
 from fpo.stage2_align.stream import Batch
 from fpo.stage2_align.units import units_of

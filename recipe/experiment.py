@@ -57,6 +57,15 @@ class Recipe(Section):
                 f"cache.top_logits: {self.objective.name} takes a KL divergence from the reference's likeliest tokens; "
                 "say how many are kept, such as 64 (a column beside the cache: one pass, the rest stays)"
             )
+        if self.data.filter is not None and not self.cache.hidden_gram:
+            raise ValueError(
+                "cache.hidden_gram: data.filter tells pairs apart by their completions' hidden states; set it to true "
+                "(a column beside the cache: one pass, the rest stays)"
+            )
+        if self.data.filter is not None and self.objective.units == "completions":
+            raise ValueError(
+                f"data.filter: it compares chosen with rejected, and {self.objective.name} takes completions one by one"
+            )
         if self.reference.autocast is not None and self.reference.dtype != "float32":
             raise ValueError(
                 f"reference.autocast: {self.reference.autocast} rounds the products of float32 weights; set "

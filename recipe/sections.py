@@ -103,6 +103,19 @@ class Feature(Section):
     """Hold L0 and variance unexplained against what the SAE advertises before anything is spent."""
 
 
+class Filter(Section):
+    """Groups that training leaves out by what the cache says of them. The cache holds them all: its key is the same."""
+
+    drop: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the groups that is left out: those with the largest score, whose sides look most alike."""
+
+    by: Literal["ches", "length_normalised_ches"] = "length_normalised_ches"
+    """
+    Centred hidden embedding similarity of chosen and rejected, https://arxiv.org/abs/2410.08847: what tells before
+    training which pairs will lose likelihood on both sides. It needs `cache.hidden_gram`.
+    """
+
+
 class Data(Section):
     """The groups of completions, and how they become tokens (TRL's rules)."""
 
@@ -135,6 +148,9 @@ class Data(Section):
 
     max_length: PositiveInt | None = 1024
     """Prompt and completion are cut to this many tokens, keeping the start; null never cuts."""
+
+    filter: Filter | None = None
+    """Leave the worst groups out of training; null trains on all. Evaluation keeps all of its own."""
 
     as_messages: bool = False
     """Read text as a conversation: the prompt as a user's message, each completion as the assistant's."""

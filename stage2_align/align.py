@@ -15,10 +15,11 @@ from transformers import set_seed
 
 from fpo.errors import FpoError, RecipeError, RunInterrupted
 from fpo.interrupts import StopRequest
-from fpo.progress import say
+from fpo.progress import is_first_rank, say
 from fpo.recipe import (
     MIXED_PRECISION,
     Arithmetic,
+    Filter,
     Recipe,
     check_arithmetic,
     evaluates,
@@ -30,6 +31,7 @@ from fpo.stage2_align.best import best_step
 from fpo.stage2_align.callbacks import ends, read_metrics
 from fpo.stage2_align.checkpoints import explained_writes
 from fpo.stage2_align.cost import Cost, cost_of, count_weights, forget_peak
+from fpo.stage2_align.displacement import without_worst
 from fpo.stage2_align.held_out import check_held_out, held_out_stream
 from fpo.stage2_align.measure import ObjectiveMeter
 from fpo.stage2_align.parity import ParityCheck
@@ -90,6 +92,8 @@ def align(
     Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
     check_groups(cache, recipe.objective)
+    if recipe.data.filter is not None:
+        _leave_out(cache, recipe, recipe.data.filter)
     args = training_arguments(recipe, output, cache)
     assert (held_out is not None) == reads_held_out(recipe), "the held-out groups' cache, where the recipe reads it"
     first = args.process_index == 0
@@ -101,6 +105,14 @@ def align(
         if held_out is not None:
             check_held_out(recipe, held_out, output, read_run(output))
         return _train(recipe, cache, held_out, args, output, opened.checkpoint, per_step)
+
+
+def _leave_out(cache: Cache, recipe: Recipe, wanted: Filter) -> None:
+    cache.keep(None)  # what a run before this one left out
+    found = without_worst(cache, recipe.objective.units, wanted)
+    cache.keep(found.kept)
+    if is_first_rank():
+        say(f"data.filter: {found.n_dropped:,} groups are left out, whose {wanted.by} is above {found.above:.4g}")
 
 
 def _together(first: bool, opening: Callable[[], OpenedRun]) -> OpenedRun:

@@ -191,12 +191,12 @@ def _reopen(folder: Path, recipe: Recipe, cache: Cache, now: dict[str, Any]) -> 
 def changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
     """
     Dotted name and both values of what a resumed run may not change: objective, policy, and all training arguments
-    but those that move no weights. The reference, the pairs and the features are held by the digests of the cache and
-    of its column.
+    but those that move no weights, and which groups are left out. The reference, the pairs and the features are held by
+    the digests of the cache and of its column.
     """
 
     def held(recipe: Recipe) -> dict[str, Any]:
-        sections = recipe.model_dump(mode="json", include={"objective", "policy"})
+        sections = recipe.model_dump(mode="json", include={"objective": True, "policy": True, "data": {"filter"}})
         free = free_arguments(recipe.training)
         arguments = {n: v for n, v in resolved(recipe.training).items() if n not in free}
         return flat({**sections, "training": arguments}, "")

@@ -13,7 +13,7 @@ Caches on disk: format, key, write, read, verify. numpy and Zarr's format; never
 """
 
 from fpo.store.beside import HeldColumn, OpenColumn, column_recipe, held_columns, lacks, serving
-from fpo.store.cache import Cache, open_cache
+from fpo.store.cache import Cache, Kept, open_cache
 from fpo.store.choose import AllOrKeys
 from fpo.store.claims import Claim, Claims
 from fpo.store.export import ExportReport, export_trl
@@ -70,6 +70,7 @@ __all__ = [
     "Groups",
     "HeldColumn",
     "HiddenGram",
+    "Kept",
     "Manifest",
     "Mismatched",
     "Moved",

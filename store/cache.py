@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from fpo.errors import CacheDamaged
 from fpo.store.beside import HeldColumn, OpenColumn, held_columns, lacks, serving
@@ -53,6 +55,15 @@ def open_cache(
     return cache
 
 
+class Kept(NamedTuple):
+    """Some of a cache's groups."""
+
+    rows: Sequence[np.ndarray]
+    """Of each shard, the groups by their place in it, ascending."""
+    n_completions: int
+    """Of all of them."""
+
+
 class Cache:
     """
     for i in range(len(cache.shard_groups)): groups = cache.shard(i)
@@ -72,19 +83,30 @@ class Cache:
         self.recipe, self.manifest, self.digest = self.base.recipe, self.base.manifest, self.base.digest
         self.columns: tuple[OpenColumn, ...] = ()
         """What `shard` reads beside the base, in the order that was asked for."""
+        self._kept: Kept | None = None
+
+    @property
+    def shard_groups(self) -> list[int]:
+        """How many groups each shard holds, of those that are read."""
+        if self._kept is not None:
+            return [len(rows) for rows in self._kept.rows]
+        return self._all_groups
 
     @cached_property
-    def shard_groups(self) -> list[int]:
-        """How many groups each shard holds."""
+    def _all_groups(self) -> list[int]:
         return [entry.n_groups for entry in self.manifest.shards]
 
     @property
     def n_groups(self) -> int:
-        return self.manifest.n_groups
+        return self.manifest.n_groups if self._kept is None else sum(self.shard_groups)
 
     @property
     def n_completions(self) -> int:
-        return self.manifest.n_completions
+        return self.manifest.n_completions if self._kept is None else self._kept.n_completions
+
+    def keep(self, kept: Kept | None) -> None:
+        """From now on read these groups alone, as if the others were not there; None reads all."""
+        self._kept = kept
 
     def held_columns(self, wanted: Sequence[Spec] = ()) -> list[HeldColumn]:
         """
@@ -113,7 +135,8 @@ class Cache:
         """
         groups = self.base.shard(sid)
         assert isinstance(groups, Groups)
-        return groups.with_columns([column.rows(groups, sid) for column in self.columns])
+        groups = groups.with_columns([column.rows(groups, sid) for column in self.columns])
+        return groups if self._kept is None else groups.take(self._kept.rows[sid])
 
     def prefetch(self, sids: Sequence[int]) -> None:
         """
@@ -128,7 +151,7 @@ class Cache:
         found = serving(held, spec)
         if found is None:
             raise lacks(self.folder.where(""), spec)
-        column = OpenColumn(self.folder.inside(f"{COLUMNS}/{found.key}"), found, spec, self.shard_groups)
+        column = OpenColumn(self.folder.inside(f"{COLUMNS}/{found.key}"), found, spec, self._all_groups)
         column.sealed = self._streamed(column.sealed)
         return column
 
