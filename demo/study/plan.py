@@ -2,7 +2,7 @@
 What is trained: every method tuned with the same budget on held-out pairs, then over seeds; and what FPO is without
 one of its parts.
 
-Tuning tries six settings of every method with the first seed, and takes the one whose held-out reward margin is
+Tuning tries four settings of every method with the first seed, and takes the one whose held-out reward margin is
 largest in units of its own spread: the gold reward is looked at by nobody before the end.
 """
 
@@ -33,7 +33,7 @@ class Method:
     label: str
     fixed: Settings
     grid: dict[str, Sequence[float]]
-    """Fields of the objective by the values that are tried; their product is six settings."""
+    """Fields of the objective by the values that are tried; their product is four settings."""
 
     def settings(self) -> Iterator[Settings]:
         """Every objective of the grid."""
@@ -41,27 +41,21 @@ class Method:
             yield {**self.fixed, **dict(zip(self.grid, values, strict=True))}
 
 
-_SUMS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Of beta, where it scales log-probs of whole completions."""
-_MEANS = (1.0, 2.5, 5.0, 10.0, 25.0, 50.0)
-"""Where it scales their means: completions have about 50 tokens here."""
-
 METHODS = (
-    Method("dpo", "DPO", {"name": "dpo"}, {"beta": _SUMS}),
-    Method("tdpo1", "TDPO1", {"name": "tdpo1"}, {"beta": _SUMS}),
-    Method("tdpo2", "TDPO2", {"name": "tdpo2"}, {"beta": (0.05, 0.1, 0.5), "alpha": (0.5, 1.0)}),
-    Method("simpo", "SimPO", {"name": "simpo"}, {"beta": (2.5, 5.0, 25.0), "gamma": (0.5, 1.5)}),
-    Method(
-        "simpo_kl", "SimPO + KL", {"name": "simpo_kl", "gamma": 0.5}, {"beta": (2.5, 5.0, 25.0), "alpha": (0.5, 2.0)}
-    ),
-    Method("fpo", "FPO", {"name": "fpo", "k": 32}, {"beta": (2.5, 5.0, 25.0), "alpha": (20.0, 200.0)}),
+    # Completions have about 50 tokens here, so where beta scales their mean log-probs it is about 50 times as large.
+    Method("dpo", "DPO", {"name": "dpo"}, {"beta": (0.1, 0.3, 1.0, 3.0)}),
+    Method("tdpo1", "TDPO1", {"name": "tdpo1"}, {"beta": (0.1, 0.3, 1.0, 3.0)}),
+    Method("tdpo2", "TDPO2", {"name": "tdpo2"}, {"beta": (0.3, 1.0), "alpha": (0.5, 2.0)}),
+    Method("simpo", "SimPO", {"name": "simpo"}, {"beta": (5.0, 25.0), "gamma": (0.5, 1.5)}),
+    Method("simpo_kl", "SimPO + KL", {"name": "simpo_kl", "gamma": 0.5}, {"beta": (5.0, 25.0), "alpha": (0.5, 2.0)}),
+    Method("fpo", "FPO", {"name": "fpo", "k": 32}, {"beta": (15.0, 50.0), "alpha": (20.0, 200.0)}),
     Method(
         "fpo_sums",
         "FPO, not normalised by length",
         {"name": "dpo", "features": {"k": 32}},
-        {"beta": (0.05, 0.1, 0.5), "alpha": (1000.0, 10000.0)},
+        {"beta": (0.3, 1.0), "alpha": (1000.0, 10000.0)},
     ),
-    Method("fpo_0", "FPO, alpha 0", {"name": "fpo", "k": 32, "alpha": 0.0}, {"beta": _MEANS}),
+    Method("fpo_0", "FPO, alpha 0", {"name": "fpo", "k": 32, "alpha": 0.0}, {"beta": (5.0, 15.0, 50.0, 150.0)}),
 )
 
 
@@ -76,6 +70,11 @@ class Ablation:
     """Features that the cache is asked for."""
     layers: Sequence[int] = (LAYER,)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it looks at other features."""
+        return self.layers != (LAYER,) or self.top_k != 32
+
 
 ABLATIONS = (
     *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {"alpha": alpha}) for alpha in (2.0, 20.0, 200.0, 2000.0)),
@@ -85,8 +84,6 @@ ABLATIONS = (
     Ablation("layers-1-3-5", "layers 1, 3 and 5", {}, layers=LAYERS),
     Ablation("union-all", "union of both top k, all features cached", {"feature_set": "union"}, top_k="all"),
     Ablation("union-32", "union of both top k, 32 features cached", {"feature_set": "union"}),
-    Ablation("policy-all", "the policy's top k, all features cached", {"feature_set": "policy"}, top_k="all"),
-    Ablation("l1", "mean absolute difference", {"distance": "l1"}),
     Ablation("cosine", "one minus the cosine", {"distance": "cosine"}),
 )
 
@@ -105,10 +102,6 @@ class Place:
     @property
     def store(self) -> Path:
         return self.root / "store"
-
-    def run(self, group: str, name: str) -> Path:
-        """A run's folder; tuning, methods or ablations."""
-        return self.root / group / name
 
 
 def recipe(
@@ -148,6 +141,6 @@ def composed(objective: Settings) -> Settings:
     return {**rest, "features": {**objective["features"], "alpha": objective["alpha"]}}
 
 
-def named(objective: Settings, grid: dict[str, Sequence[float]]) -> str:
-    """A folder's name for one setting of a grid."""
-    return "__".join(f"{field}={objective[field]:g}" for field in grid)
+def named(method: Method, objective: Settings, seed: int) -> str:
+    """A folder's name for one setting of a method's grid, and a seed."""
+    return "__".join([method.name, *(f"{field}={objective[field]:g}" for field in method.grid), f"seed={seed}"])

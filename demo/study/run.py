@@ -25,13 +25,14 @@ from fpo.demo.study.plan import (
     LAYERS,
     METHODS,
     SEEDS,
+    Method,
     Place,
     Settings,
     composed,
     named,
     recipe,
 )
-from fpo.demo.study.work import Work, carry_out, is_done
+from fpo.demo.study.work import Work, carry_out
 from fpo.progress import progress_bar, say
 from fpo.stage1_cache import build_caches
 
@@ -54,11 +55,8 @@ def study(place: Place, processes: int) -> None:
 def tuning(place: Place) -> Iterator[Work]:
     """Every setting of every method's grid, with the first seed."""
     for method in METHODS:
-        for settings in method.settings():
-            folder = place.run("tuning", f"{method.name}__{named(settings, method.grid)}")
-            yield Work(
-                recipe(place, composed(settings)), folder, {"method": method.name, "objective": settings, "seed": 0}
-            )
+        for objective in method.settings():
+            yield _work(place, method, objective, SEEDS[0], speaks=False)
 
 
 def chosen(tried: Sequence[dict[str, Any]]) -> dict[str, Settings]:
@@ -72,24 +70,28 @@ def chosen(tried: Sequence[dict[str, Any]]) -> dict[str, Settings]:
 
 
 def methods(place: Place, best: dict[str, Settings]) -> Iterator[Work]:
-    """Each method as tuned, over all seeds."""
-    for method in METHODS:
-        for seed in SEEDS:
-            objective = best[method.name]
-            facts = {"method": method.name, "objective": objective, "seed": seed}
-            yield Work(
-                recipe(place, composed(objective), seed), place.run("methods", f"{method.name}__seed={seed}"), facts
-            )
+    """Each method as tuned, over all seeds; the first was trained in tuning."""
+    for seed in SEEDS:
+        for method in METHODS:
+            yield _work(place, method, best[method.name], seed, speaks=True)
 
 
 def ablations(place: Place, fpo: Settings) -> Iterator[Work]:
-    """FPO as tuned with one thing changed."""
-    for ablation in ABLATIONS:
-        for seed in ABLATION_SEEDS:
+    """FPO as tuned with one thing changed; what it is already is among the methods."""
+    for seed in ABLATION_SEEDS:
+        for ablation in ABLATIONS:
             objective = {**fpo, **ablation.changed}
+            if objective == fpo and not ablation.elsewhere:
+                continue
             facts = {"ablation": ablation.name, "objective": objective, "seed": seed}
             planned = recipe(place, objective, seed, ablation.layers, ablation.top_k)
-            yield Work(planned, place.run("ablations", f"{ablation.name}__seed={seed}"), facts)
+            yield Work(planned, place.root / "ablations" / f"{ablation.name}__seed={seed}", facts)
+
+
+def _work(place: Place, method: Method, objective: Settings, seed: int, *, speaks: bool) -> Work:
+    folder = place.root / "methods" / named(method, objective, seed)
+    facts = {"method": method.name, "objective": objective, "seed": seed}
+    return Work(recipe(place, composed(objective), seed), folder, facts, speaks)
 
 
 def _sae(place: Place, layer: int) -> None:
@@ -109,7 +111,7 @@ def _sae(place: Place, layer: int) -> None:
 
 def _all(place: Place, works: Sequence[Work], processes: int) -> list[dict[str, Any]]:
     """All of them, several at a time; what is there already costs nothing."""
-    left = [work for work in works if not is_done(work)]
+    left = [work for work in works if not work.is_done]
     # Inherited by the processes: models this small gain nothing from a second thread.
     os.environ["OMP_NUM_THREADS"] = "1"
     with (
@@ -119,13 +121,13 @@ def _all(place: Place, works: Sequence[Work], processes: int) -> list[dict[str, 
         for finished in as_completed([pool.submit(_quietly, work, place) for work in left]):
             finished.result()
             bar.update(1)
-    return [carry_out(work, place) for work in works]
+    return [work.read() for work in works]
 
 
 def _quietly(work: Work, place: Place) -> None:
-    """In a process of the pool: what a run says goes into a file beside it, not across the bars of others."""
+    """In a process of the pool: what a run says goes into a file of its own, not across the bars of others."""
     work.folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(work.folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(work.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)

@@ -1,9 +1,9 @@
 """
-One training of the study, in a process of its own, from start to what is measured of it. `study.json` in the run's
-folder is written last: a run that has one is done.
+One training of the study, in a process of its own, from start to what is measured of it: `held_out.json` in the run's
+folder, and where it is asked to speak `spoken.json`. Each is written once it is whole: what is there is done.
 
-What is measured: the gold reward of the policy's own stories and what they cost in KL to the reference, from the same
-random numbers for every policy; how varied they are; held-out pairs.
+Spoken is measured on the policy's own stories: their gold reward and what they cost in KL to the reference, from the
+same random numbers for every policy, and how varied they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fpo.stage2_align.run import write_whole
 SAMPLES = 400
 """Openings that no training pair has, the same for every policy."""
 
-RESULT = "study.json"
+HELD_OUT, SPOKEN = "held_out.json", "spoken.json"
 
 
 @dataclass(frozen=True)
@@ -45,38 +45,54 @@ class Work:
     folder: Path
     facts: dict[str, Any]
     """What it is, for the summary."""
+    speaks: bool = True
 
+    @property
+    def results(self) -> list[str]:
+        """The files that it leaves."""
+        return [HELD_OUT, SPOKEN] if self.speaks else [HELD_OUT]
 
-def is_done(work: Work) -> bool:
-    """Whether its result is there."""
-    return (work.folder / RESULT).is_file()
+    @property
+    def is_done(self) -> bool:
+        """Whether they are there."""
+        return all((self.folder / name).is_file() for name in self.results)
 
-
-def carry_out(work: Work, place: Place) -> dict[str, Any]:
-    """Train, evaluate, let it speak; what is done already is read."""
-    if is_done(work):
-        found: dict[str, Any] = json.loads((work.folder / RESULT).read_text(encoding="utf-8"))
+    def read(self) -> dict[str, Any]:
+        """What they say, with what the run is."""
+        found: dict[str, Any] = dict(self.facts)
+        for name in self.results:
+            found |= json.loads((self.folder / name).read_text(encoding="utf-8"))
         return found
+
+
+def carry_out(work: Work, place: Place) -> None:
+    """Train, evaluate, let it speak, as far as that is not done."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    done = align(work.recipe, find_cache(work.recipe, place.store), work.folder, resume=True)
-    held_out = find_cache(work.recipe, place.store, held_out=True)
-    notes = PairNotes(held_out, work.recipe.objective.units)
-    metrics = evaluate_run(work.recipe, held_out, work.folder, note=notes.note)
+    if not (work.folder / HELD_OUT).is_file():
+        done = align(work.recipe, find_cache(work.recipe, place.store), work.folder, resume=True)
+        _write(work.folder / HELD_OUT, {"seconds": done.seconds, **held_out(work, place)})
+    if work.speaks and not (work.folder / SPOKEN).is_file():
+        _write(work.folder / SPOKEN, spoken(work.folder, place.world))
+
+
+def held_out(work: Work, place: Place) -> dict[str, Any]:
+    """What the policy says of the held-out pairs."""
+    cache = find_cache(work.recipe, place.store, held_out=True)
+    notes = PairNotes(cache, work.recipe.objective.units)
+    metrics = evaluate_run(work.recipe, cache, work.folder, note=notes.note)
     pairs = notes.pairs()
-    result = {
-        **work.facts,
-        "seconds": done.seconds,
+    displacement = report(pairs)["displacement"]
+    return {
         "margin_effect": float(pairs.margin.mean() / pairs.margin.std(ddof=1)),
         "accuracy": metrics["eval_rewards/accuracies"],
         "entropy_of_data": metrics["eval_entropy"],
-        "displacement": {
-            name: report(pairs)["displacement"][name]["value"] for name in ("both_fall", "chosen", "rejected")
-        },
-        **spoken(work.folder, place.world),
+        **{name: displacement[name]["value"] for name in ("both_fall", "chosen", "rejected")},
     }
-    write_whole(work.folder / RESULT, json.dumps(result, indent=2) + "\n")
-    return result
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 def spoken(folder: Path, world: Path, samples: int = SAMPLES) -> dict[str, Any]:
