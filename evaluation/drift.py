@@ -1,0 +1,258 @@
+"""
+The drift of every feature: what it is in the policy less what it is in the reference.
+
+    on the pairs    both read the same held-out completions, and each is pooled as the cache pools
+    in its speech   both complete the same prompts with the same random numbers, and the reference reads what they wrote:
+                    what of a feature the policy has come to write
+
+A cache with a top k knows nothing of the features that it left out, so both models are run; with intervals over
+prompts as those of gaps are:
+
+    drift  D = mean over G groups of v,   se^2 = C / (C - 1) sum over C prompts of ( sum over a prompt's groups of (v - D) / G )^2
+
+Dimension key:  G groups   C prompts   K completions   F d_sae
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fpo.evaluation.gaps import Estimate
+from fpo.evaluation.pairs import prompt_digests
+from fpo.evaluation.sampling import Sampling, uniforms
+from fpo.recipe import Recipe
+from fpo.scoring import (
+    Layout,
+    Packed,
+    Sae,
+    Scores,
+    adapter_folder,
+    install_scoring,
+    load_model,
+    load_sae,
+    mixed_precision,
+    model_folder,
+    pack,
+)
+from fpo.scoring.sae import read_decoder
+from fpo.stage2_align.measure import Hookpoint, ObjectiveMeter
+from fpo.stage2_align.policy import policy_layout, policy_model
+from fpo.store import Cache, Groups
+
+F64 = NDArray[np.float64]
+
+BATCH = 16
+"""Groups at a time."""
+
+
+class Fit(NamedTuple):
+    """How an SAE fits what a model gives, on the same tokens."""
+
+    fvu: float
+    l0: float
+
+
+class Drift(NamedTuple):
+    """Of one hookpoint's features."""
+
+    hookpoint: str
+    n_groups: int
+    n_prompts: int
+    chosen: Estimate
+    """(F,) of chosen completions."""
+    rejected: Estimate
+    """Of rejected ones, of a group their mean."""
+    reference: Float[np.ndarray, "2 F"]
+    """Mean activation of chosen and rejected in the reference."""
+    fires: Float[np.ndarray, " F"]
+    """Share of the completions on which either model has it."""
+    policy_fit: Fit
+    reference_fit: Fit
+
+
+class Encoder(NamedTuple):
+    """A model with scoring in it, and how it is measured rightly."""
+
+    model: Any
+    layout: Layout
+    autocast: str | None
+    saes: Sequence[Sae]
+
+    @torch.inference_mode()
+    def residuals(self, packed: Packed) -> list[Tensor]:
+        """What each hookpoint gives where tokens that count are predicted."""
+        with mixed_precision(self.model.device, self.autocast):
+            scores: Scores = self.model(**packed._asdict())
+        return [packed.counting(residual) for residual in scores.residuals]
+
+
+def encoders(recipe: Recipe, cache: Cache, run: Path) -> tuple[Encoder, Encoder]:
+    """
+    Policy and reference of a run (or one of its checkpoints) with all hookpoints of its recipe.
+    Raises ModelError where the reference is not at hand.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    saes = [load_sae(entry.sae, entry.hookpoint) for entry in recipe.features]
+    names = [entry.hookpoint for entry in recipe.features]
+    hookpoints = tuple(Hookpoint(name, sae, None) for name, sae in zip(names, saes, strict=True))
+    policy: Any = policy_model(recipe, ObjectiveMeter(recipe.objective, hookpoints, incomplete=False), run)
+    ours = recipe.reference
+    adapters = [adapter_folder(ours.adapter)] if ours.adapter else []
+    reference = load_model(model_folder(ours.model, ours.revision), ours.dtype, adapters)
+    install_scoring(reference, tuple(names))
+    placed = [sae.to(device) for sae in saes]
+    found = []
+    for model, autocast in ((policy, recipe.policy_arithmetic().autocast), (reference, ours.arithmetic.autocast)):
+        model.to(device)
+        found.append(Encoder(model, policy_layout(model, cache), autocast, placed))
+    return found[0], found[1]
+
+
+def drift_on_pairs(
+    recipe: Recipe, cache: Cache, policy: Encoder, reference: Encoder, seen: Callable[[int], object] = lambda groups: None
+) -> list[Drift]:
+    """Of every hookpoint over all groups of a held-out cache, prompt by prompt."""
+    groups = _by_prompt(cache)
+    prompts = prompt_digests(groups)
+    sums = [_DriftSums(sae.facts.d_sae) for sae in policy.saes]
+    fits = [(_FitSums(entry.sae, entry.hookpoint), _FitSums(entry.sae, entry.hookpoint)) for entry in recipe.features]
+    for start in range(0, len(groups), BATCH):
+        rows = np.arange(start, min(start + BATCH, len(groups)))
+        batch = groups.take(rows)
+        residuals = [_read(encoder, batch) for encoder in (policy, reference)]
+        counts = batch.counted.tolist()
+        for place, (sae, own, (ours, theirs)) in enumerate(zip(policy.saes, sums, fits, strict=True)):
+            acts = [sae.pooled_mean(read[place], counts).double().cpu().numpy() for read in residuals]
+            own.add(acts[0], acts[1], batch, prompts[rows])
+            ours.add(sae, residuals[0][place])
+            theirs.add(sae, residuals[1][place])
+        seen(len(batch))
+    return [
+        own.drift(entry.hookpoint, ours.fit(), theirs.fit())
+        for entry, own, (ours, theirs) in zip(recipe.features, sums, fits, strict=True)
+    ]
+
+
+def _by_prompt(cache: Cache) -> Groups:
+    """All groups; those of one prompt behind each other."""
+    reads = cache.columns
+    cache.read_columns(())
+    groups = Groups.concat([cache.shard(sid) for sid in range(len(cache.shard_groups))])
+    cache.columns = reads
+    return groups.take(np.argsort(prompt_digests(groups), kind="stable"))
+
+
+def _read(encoder: Encoder, groups: Groups) -> list[Tensor]:
+    packed = pack(
+        groups.input_ids, groups.splits, groups.n_completions, encoder.layout, score_mask=groups.score_mask
+    )
+    return encoder.residuals(packed.to(encoder.model.device))
+
+
+class _DriftSums:
+    """What is summed over groups whose prompts come one after the other."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.sides = [_ClusterSums(d_sae), _ClusterSums(d_sae)]
+        self.reference = np.zeros((2, d_sae))
+        self.fires = np.zeros(d_sae)
+        self.n_completions = 0
+
+    def add(self, policy: F64, reference: F64, groups: Groups, prompts: NDArray[np.uint64]) -> None:
+        """(K, F) activations of these groups' completions."""
+        starts = groups.completion_starts[:-1]
+        others = np.repeat(1.0, len(policy))
+        others[starts] = 0.0
+        shares = others / np.repeat(np.maximum(groups.n_completions.astype(np.int64) - 1, 1), groups.n_completions)
+        for side, (chosen, sums) in enumerate(zip((True, False), self.sides, strict=True)):
+            def of_groups(acts: F64, chosen: bool = chosen) -> F64:
+                return acts[starts] if chosen else np.add.reduceat(acts * shares[:, None], starts, axis=0)
+
+            sums.add(of_groups(policy) - of_groups(reference), prompts)
+            self.reference[side] += of_groups(reference).sum(0)
+        self.fires += ((policy != 0) | (reference != 0)).sum(0)
+        self.n_completions += len(policy)
+
+    def drift(self, hookpoint: str, policy: Fit, reference: Fit) -> Drift:
+        chosen, rejected = (side.estimate() for side in self.sides)
+        n = self.sides[0].n
+        return Drift(
+            hookpoint,
+            n,
+            self.sides[0].n_clusters,
+            chosen,
+            rejected,
+            self.reference / n,
+            self.fires / self.n_completions,
+            policy,
+            reference,
+        )
+
+
+class _ClusterSums:
+    """A mean over groups, and what its clustered error is made of."""
+
+    def __init__(self, size: int) -> None:
+        self.n, self.n_clusters, self.sizes_sq = 0, 0, 0.0
+        self.total, self.sq, self.weighted = np.zeros(size), np.zeros(size), np.zeros(size)
+        self._prompt: np.uint64 | None = None
+        self._open, self._size = np.zeros(size), 0
+
+    def add(self, values: F64, clusters: NDArray[np.uint64]) -> None:
+        """(G, F) values of groups, those of one prompt together."""
+        bounds = np.flatnonzero(np.append(True, clusters[1:] != clusters[:-1]))
+        for start, stop in zip(bounds, [*bounds[1:], len(clusters)], strict=True):
+            if clusters[start] != self._prompt:
+                self._close()
+                self._prompt = clusters[start]
+            self._open += values[start:stop].sum(0)
+            self._size += int(stop - start)
+
+    def _close(self) -> None:
+        if self._size:
+            self.n += self._size
+            self.n_clusters += 1
+            self.sizes_sq += self._size**2
+            self.total += self._open
+            self.sq += self._open**2
+            self.weighted += self._size * self._open
+        self._open, self._size = np.zeros_like(self.total), 0
+
+    def estimate(self) -> Estimate:
+        """With no more to come."""
+        self._close()
+        mean = self.total / self.n
+        around = self.sq - 2 * mean * self.weighted + mean**2 * self.sizes_sq
+        return Estimate(mean, np.maximum(around, 0.0) / self.n**2, self.n_clusters, 1)
+
+
+class _FitSums:
+    """An SAE's fit over batches: each has its own mean, so the variance is that within batches and between them."""
+
+    def __init__(self, sae: str, hookpoint: str) -> None:
+        self.decoder = read_decoder(sae, hookpoint)
+        self.kept: list[Tensor] = []
+        self.n = 0
+
+    def add(self, sae: Sae, residual: Tensor) -> None:
+        """Up to FIT_TOKENS of what the model gives."""
+        room = FIT_TOKENS - self.n
+        if room > 0:
+            self.sae = sae
+            self.kept.append(residual[:room].float())
+            self.n += len(self.kept[-1])
+
+    def fit(self) -> Fit:
+        return Fit(*self.sae.fvu_and_l0(torch.cat(self.kept), self.decoder))
+
+
+FIT_TOKENS = 8192
+"""Tokens that FVU and L0 are measured on: the first ones, the same for both models."""
