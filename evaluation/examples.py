@@ -8,10 +8,12 @@ Dimension key:  N scored tokens   D d_in   K features
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -60,6 +62,15 @@ class Example(NamedTuple):
     chosen_cached: float
     rejected_cached: float
     """Mean activations as the cache has them: 0 where its top k left them out."""
+
+
+def at_hand(recipe: Recipe) -> bool:
+    """Whether the reference's weights are on this machine, so that nothing has to be fetched."""
+    name, revision = recipe.reference.model, recipe.reference.revision
+    if Path(name).is_dir():
+        return True
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in weights)
 
 
 class ExampleReader:

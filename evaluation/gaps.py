@@ -38,10 +38,10 @@ from fpo.store import Cache
 MIN_PROMPTS = 10
 """A feature that fires for fewer prompts is not tested: it could not pass, and each test costs the others."""
 
-HELD_ENTRIES = 2**24
+HELD_ENTRIES = 2**23
 """
-Entries that wait for the rest of their prompt's pairs in other shards, about 50 bytes each at the peak. Where there are
-more, the cache is read several times, each time for a part of the prompts.
+Entries that wait for the rest of their prompt's pairs in other shards: about 0.7 GiB at the peak. Where there are more,
+the cache is read several times, each time for a part of the prompts.
 """
 
 Sums = dict[str, NDArray[np.float64]]
@@ -141,7 +141,8 @@ def feature_gaps(
     sums = [_GapSums(pairs, d_sae) for pairs in asked]
     rounds, turn = 0, 0
     while turn == 0 or turn < rounds:
-        for shard in read_gaps(cache, column, asked[0], scored):
+        waiting = None if turn == 0 else asked[0].waiting(turn, rounds)
+        for shard in read_gaps(cache, column, asked[0], waiting, scored):
             rounds = rounds or _rounds(asked, shard)
             for one in sums:
                 one.add(shard, turn, rounds)
@@ -181,19 +182,22 @@ class _GapSums:
         prompt = self.pairs.prompt[pair]
         parts = np.stack([self.pairs.weight[pair] * gap, self.level[pair] * gap])
         key = prompt << 32 | shard.features[place]
-        whole = self.pairs.within_a_shard[prompt]
         if turn == 0:
+            whole = self.pairs.within_a_shard[prompt]
             self._add_prompts(*_merged(key[whole], parts[:, whole]))
-        waits = ~whole & (prompt % rounds == turn)
+        waits = self.pairs.waiting(turn, rounds)[pair]
         if waits.any():
             self.held.append((key[waits], parts[:, waits]))
 
     def close(self) -> None:
         """No more entries of the prompts of this turn."""
         if self.held:
-            keys, parts = (np.concatenate(arrays, axis=-1) for arrays in zip(*self.held, strict=True))
+            keys = np.concatenate([keys for keys, _ in self.held])
+            parts = np.concatenate([parts for _, parts in self.held], axis=1)
             self.held.clear()
-            self._add_prompts(*_merged(keys, parts))
+            keys, parts = _merged(keys, parts)
+            for start in range(0, len(keys), 2**20):
+                self._add_prompts(keys[start : start + 2**20], parts[:, start : start + 2**20])
 
     def gaps(self) -> Gaps:
         """What the sums come to."""
@@ -283,7 +287,7 @@ def _bins(places: NDArray[np.int64], values: F64, n: int) -> F64:
 
 def _merged(keys: NDArray[np.int64], parts: F64) -> tuple[NDArray[np.int64], F64]:
     """Entries of one prompt and feature added up: (E,) keys, (n, E) parts."""
-    found, at = np.unique(keys, return_inverse=True)
-    if len(found) == len(keys):
-        return keys, parts
-    return found, np.stack([_bins(at, part, len(found)) for part in parts])
+    order = np.argsort(keys)
+    keys = keys[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], np.stack([np.add.reduceat(part[order], first) if len(first) else part for part in parts])

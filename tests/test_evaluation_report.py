@@ -20,7 +20,7 @@ from fpo.evaluation.breakdown import data_column, sources, topics
 from fpo.evaluation.examples import ExampleReader
 from fpo.evaluation.feature_report import FeatureReport, Question, feature_columns, feature_report
 from fpo.evaluation.gaps import feature_gaps
-from fpo.evaluation.labels import Label
+from fpo.evaluation.labels import Label, Names
 from fpo.evaluation.pairs import read_gaps, read_pairs
 from fpo.evaluation.steering import SteerRow, steer_rows, write_steer_rows
 from fpo.evaluation.top_pairs import TopPairs
@@ -66,7 +66,7 @@ def fpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def report_of(cache: Cache, **question: Any) -> FeatureReport:
     (spec,) = feature_columns(cache)
     pairs = read_pairs(cache)
-    return feature_report(cache, spec, pairs, Question(**{"top": 3, **question}), {3: Label(EVIL, "x")})
+    return feature_report(cache, spec, pairs, Question(**{"top": 3, **question}), Names({3: Label(EVIL, "x")}))
 
 
 def test_a_topic_is_where_its_prompts_have_the_feature() -> None:
