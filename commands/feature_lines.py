@@ -51,8 +51,8 @@ def _facts(report: FeatureReport) -> list[tuple[str, str]]:
         ("told", f"held-out AUC of {prediction.n_pairs:,} pairs: {told}"),
         (
             "lean",
-            f"{report.leaning_chosen:,} features to chosen, {report.leaning_rejected:,} to rejected, at most "
-            f"{100 * report.rate:.0f} % of them by chance; {report.tests:,} fire for {report.min_prompts} prompts or more",
+            f"{report.leaning_chosen:,} features to chosen and {report.leaning_rejected:,} to rejected (at most "
+            f"{100 * report.rate:.0f} % by chance), of {report.tests:,} that fire for {report.min_prompts} prompts",
         ),
     ]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fpo.errors import CacheConflict
 from fpo.evaluation.pairs import PAIRING, Pairs
 from fpo.evaluation.top_pairs import TopPair
+from fpo.progress import say
 from fpo.recipe import Recipe
 from fpo.scoring import extremes, mixed_precision
 from fpo.scoring.models import load_tokenizer
@@ -93,6 +94,7 @@ class ExampleReader:
         name, revision = tokenizer_source(recipe)
         self.cache = cache
         self.tokenizer: Any = load_tokenizer(name, revision)
+        say(f"loading the reference {recipe.reference.model} ...")
         self.scorer: ReferenceScorer = reference_scorer(recipe, batch_tokens, identity, [own])
         self.sae = self.scorer.saes[own["hookpoint"]]
 

@@ -48,20 +48,27 @@ Sums = dict[str, NDArray[np.float64]]
 F64 = NDArray[np.float64]
 
 
+@dataclass(frozen=True, eq=False)
 class Estimate:
-    """A linear statistic of each feature's gaps, with what its clustered error is made of."""
+    """A linear statistic of each feature's gaps."""
 
-    def __init__(self, value: F64, variance: F64, n_prompts: int, lost: int) -> None:
-        """lost: degrees of freedom that estimating cost."""
-        df = max(n_prompts - lost, 1)
-        self.value = value
-        # Rounding may leave a little below 0 where all gaps are equal.
-        self.error = np.sqrt(np.maximum(variance, 0.0) * n_prompts / df)
+    value: Float[np.ndarray, " F"]
+    error: Float[np.ndarray, " F"]
+    """Standard error, clustered by prompt."""
+    df: int
+    """Degrees of freedom of the error."""
+
+    @cached_property
+    def z(self) -> Float[np.ndarray, " F"]:
+        """The normal deviate of value / error; infinite where all gaps are equal and not 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            t = np.where(value == 0, 0.0, value / self.error)
-        self.z = np.where(np.isinf(t), t, normal_score(np.where(np.isinf(t), 0.0, t), df))
-        self.reach = t_quantile(df) * self.error
+            t = np.where(self.value == 0, 0.0, self.value / self.error)
+        return np.where(np.isinf(t), t, normal_score(np.where(np.isinf(t), 0.0, t), self.df))
+
+    @cached_property
+    def reach(self) -> Float[np.ndarray, " F"]:
         """The interval is value +- reach."""
+        return np.asarray(t_quantile(self.df) * self.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +189,10 @@ class _GapSums:
         prompt = self.pairs.prompt[pair]
         parts = np.stack([self.pairs.weight[pair] * gap, self.level[pair] * gap])
         key = prompt << 32 | shard.features[place]
+        whole = self.pairs.within_a_shard[prompt]
         if turn == 0:
-            whole = self.pairs.within_a_shard[prompt]
             self._add_prompts(*_merged(key[whole], parts[:, whole]))
-        waits = self.pairs.waiting(turn, rounds)[pair]
+        waits = ~whole & (prompt % rounds == turn)
         if waits.any():
             self.held.append((key[waits], parts[:, waits]))
 
@@ -217,8 +224,8 @@ class _GapSums:
         return Gaps(
             n_pairs=int((pairs.weight > 0).sum()),
             n_prompts=n_prompts,
-            gap=Estimate(D, spread, n_prompts, 1),
-            equal_length=Estimate(a, around, n_prompts, 2),
+            gap=_estimate(D, spread, n_prompts, 1),
+            equal_length=_estimate(a, around, n_prompts, 2),
             slope=b,
             sd=np.sqrt(variance),
             halves=halves,
@@ -279,6 +286,13 @@ class _GapSums:
     def _add(self, features: NDArray[np.int64], sums: Sums) -> None:
         for name, values in sums.items():
             self.sums[name][features] += values
+
+
+def _estimate(value: F64, spread: F64, n_prompts: int, parameters: int) -> Estimate:
+    """spread: sum over prompts of the squares of what they add to the value beyond what is expected of them."""
+    df = max(n_prompts - parameters, 1)
+    # Rounding may leave a little below 0 where all gaps are equal.
+    return Estimate(value, np.sqrt(np.maximum(spread, 0.0) * n_prompts / df), df)
 
 
 def _bins(places: NDArray[np.int64], values: F64, n: int) -> F64:

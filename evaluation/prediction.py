@@ -204,6 +204,8 @@ def fit(
     The w of the least sum of weight * -log sigmoid(score) + penalty |w|^2 / 2. The loss is convex: L-BFGS finds it from
     anywhere, to a largest gradient of `tolerance` per root of the pairs.
     """
+    if design.n_columns == 0:
+        return np.zeros(0)
     w = torch.zeros(design.n_columns, dtype=torch.float64) if start is None else torch.from_numpy(start.copy())
     optimiser = torch.optim.LBFGS(
         [w],

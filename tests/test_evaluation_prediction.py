@@ -114,6 +114,15 @@ def test_features_length_and_both_tell_what_is_in_them() -> None:
     assert 0.75 < found.features.auc.value < found.both.auc.value < 1
 
 
+def test_features_that_never_fire_tell_nothing() -> None:
+    cache = pairs_of(np.zeros((30, 2, 4), np.float32))
+    pairs = read_pairs(cache)
+    rows = sampled_pairs(pairs)
+    design = feature_design(read_gaps(cache, 0, pairs), pairs, rows, common_features(np.zeros(4, np.int64)))
+    found = predictions(design, length_design(pairs, rows))
+    assert found.features.auc == found.length.auc == (0.5, 0.5, 0.5)
+
+
 def test_a_design_holds_the_gaps_of_what_was_asked_for() -> None:
     rng = np.random.default_rng(5)
     acts = (rng.random((30, 2, 6)) * (rng.random((30, 2, 6)) < 0.5)).astype(np.float32)
