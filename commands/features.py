@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from fpo.errors import FpoError
 if TYPE_CHECKING:
     from fpo.evaluation.feature_report import FeatureReport, Question
     from fpo.recipe import Recipe
-    from fpo.store import Cache
+    from fpo.store import Cache, Spec
 
 EXAMPLES = 3
 """Pairs of each feature, where a recipe says how to show them and nobody says how many."""
@@ -62,14 +63,19 @@ def features_command(
             f"{'--by' if by else '--examples'} needs --recipe: a cache does not say where its model and data lie"
         )
     quiet_libraries()
+    from fpo.evaluation.feature_report import feature_columns, sae_name
+    from fpo.evaluation.steering import steer_rows, steer_target, write_steer_rows
     from fpo.recipe import load_recipe
     from fpo.store import open_cache
 
     opened = open_cache(store_root(store), cache)
     loaded = None if recipe is None else load_recipe(recipe)
-    reports = _reports(opened, hookpoint, top, examples, loaded, by, labels)
+    specs = feature_columns(opened, hookpoint)
+    targets = [] if steer is None else [steer_target(spec, sae_name(opened, spec)) for spec in specs]
+    reports = _reports(opened, specs, top, examples, loaded, by, labels)
     if steer is not None:
-        _write_steering(opened, reports, steer)
+        rows = [steer_rows(report.features, target) for report, target in zip(reports, targets, strict=True)]
+        write_steer_rows([row for own in rows for row in own], steer)
     if html is not None:
         from fpo.commands.feature_page import features_page
 
@@ -86,7 +92,7 @@ def features_command(
 
 def _reports(
     cache: Cache,
-    hookpoint: str | None,
+    specs: Sequence[Spec],
     top: int,
     examples: int | None,
     recipe: Recipe | None,
@@ -95,12 +101,11 @@ def _reports(
 ) -> list[FeatureReport]:
     """One for each column of features that is asked for."""
     from fpo.evaluation.breakdown import data_column, sources
-    from fpo.evaluation.feature_report import feature_columns, feature_report, reads, sae_name
+    from fpo.evaluation.feature_report import feature_report, reads, sae_name
     from fpo.evaluation.labels import feature_names
     from fpo.evaluation.pairs import read_pairs
     from fpo.progress import progress_bar
 
-    specs = feature_columns(cache, hookpoint)
     values = None if by is None or recipe is None else data_column(recipe, cache, by)
     question = _question(top, examples, recipe)
     with progress_bar(cache.n_groups + sum(reads(cache, spec) for spec in specs), "groups", "features") as bar:
@@ -124,12 +129,3 @@ def _question(top: int, examples: int | None, recipe: Recipe | None) -> Question
         fetch = f"the reference {recipe.reference.model} is not on this machine; --examples {EXAMPLES} fetches it"
         return Question(top, note=f"no pairs are shown: {fetch}")
     return Question(top, EXAMPLES if examples is None else examples, recipe)
-
-
-def _write_steering(cache: Cache, reports: list[FeatureReport], path: Path) -> None:
-    from fpo.evaluation.feature_report import feature_columns
-    from fpo.evaluation.steering import steer_rows, write_steer_rows
-
-    specs = {spec["hookpoint"]: spec for spec in feature_columns(cache)}
-    rows = [row for report in reports for row in steer_rows(report.features, specs[report.hookpoint], report.sae)]
-    write_steer_rows(rows, path)
