@@ -35,7 +35,7 @@ def features_command(
     examples: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help=f"Pairs of each feature, which the reference scores again  [default: {EXAMPLES}]"
+            min=0, metavar="N", help=f"Pairs of each feature, which the reference scores again; {EXAMPLES} by default."
         ),
     ] = None,
     by: Annotated[
