@@ -27,7 +27,7 @@ def print_report(report: FeatureReport) -> None:
             print_table(_COLUMNS + (("name",) if named else ()), cells)
     if report.parts:
         print("\nby part of the pairs, the surest features of each (effect d)")
-        print_table(("part", "pairs", "share", "differ", "chosen", "rejected"), [_part(part) for part in report.parts])
+        print_table(("part", "pairs", "share", "lean", "chosen", "rejected"), [_part(part) for part in report.parts])
     print()
     for note in report.notes:
         print(f"note        {_printable(note, 300)}")
@@ -40,7 +40,6 @@ def _facts(report: FeatureReport) -> list[tuple[str, str]]:
     sae = "" if report.sae is None else f", SAE {_printable(report.sae, 100)}"
     kept = "all" if report.top_k == "all" else f"top {report.top_k}"
     prompts = "" if report.prompts == report.pairs else f" of {report.prompts:,} prompts"
-    leaning = f"{report.leaning_chosen:,} lean to chosen, {report.leaning_rejected:,} to rejected"
     prediction = report.prediction
     shares = [("length", prediction.length), ("features", prediction.features), ("both", prediction.both)]
     told = ", ".join(f"{name} {_share(one.auc)}" for name, one in shares)
@@ -49,11 +48,11 @@ def _facts(report: FeatureReport) -> list[tuple[str, str]]:
         ("features", f"{report.hookpoint}, {kept} of {report.d_sae:,}{sae}"),
         ("length", f"{report.chosen_tokens:.1f} tokens chosen, {report.rejected_tokens:.1f} rejected"),
         *([] if report.top_k == "all" else [("left out", _left_out(report))]),
-        ("told apart", f"held-out AUC of {prediction.n_pairs:,} pairs: {told}"),
+        ("told", f"held-out AUC of {prediction.n_pairs:,} pairs: {told}"),
         (
-            "differ",
-            f"{report.leaning_chosen + report.leaning_rejected:,} of {report.tests:,} features that fire for "
-            f"{report.min_prompts} prompts or more: {leaning} (at most {100 * report.rate:.0f} % of them by chance)",
+            "lean",
+            f"{report.leaning_chosen:,} features to chosen and {report.leaning_rejected:,} to rejected (at most "
+            f"{100 * report.rate:.0f} % by chance), of {report.tests:,} that fire for {report.min_prompts} prompts",
         ),
     ]
 
@@ -63,7 +62,7 @@ def _left_out(report: FeatureReport) -> str:
     any_chosen, any_rejected = (100 * share for share in report.lost_any)
     return (
         f"{chosen:.2g} % of chosen's squared activations, {rejected:.2g} % of rejected's, by the top k "
-        f"(anything of {any_chosen:.0f} % and {any_rejected:.0f} % of them); `cut` bounds what that moves a gap by"
+        f"(anything of {any_chosen:.0f} % and {any_rejected:.0f} % of them)"
     )
 
 
@@ -79,7 +78,7 @@ def _cells(row: FeatureRow) -> tuple[str, ...]:
         _number(row.d, "+.2f"),
         _number(row.adjusted_p, ".1e"),
         "agree" if row.sign_holds else "differ",
-        f"{100 * row.fires_chosen:.0f} % / {100 * row.fires_rejected:.0f} %",
+        f"{100 * row.fires_chosen:.3g} % / {100 * row.fires_rejected:.3g} %",
         f"{row.equal_length:+.3g}",
         f"{row.cut:.2g}",
     )

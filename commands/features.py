@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,13 +13,12 @@ from fpo.commands.caches import store_root
 from fpo.commands.feature_lines import print_report
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson, StoreOption
-from fpo.errors import CacheError, FpoError, ModelError
+from fpo.errors import FpoError
 
 if TYPE_CHECKING:
     from fpo.evaluation.feature_report import FeatureReport, Question
-    from fpo.evaluation.labels import Labels
     from fpo.recipe import Recipe
-    from fpo.store import Cache
+    from fpo.store import Cache, Spec
 
 EXAMPLES = 3
 """Pairs of each feature, where a recipe says how to show them and nobody says how many."""
@@ -35,7 +35,7 @@ def features_command(
     examples: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help=f"Pairs of each feature, which the reference scores again  [default: {EXAMPLES}]"
+            min=0, metavar="N", help=f"Pairs of each feature, which the reference scores again; {EXAMPLES} by default."
         ),
     ] = None,
     by: Annotated[
@@ -63,14 +63,19 @@ def features_command(
             f"{'--by' if by else '--examples'} needs --recipe: a cache does not say where its model and data lie"
         )
     quiet_libraries()
+    from fpo.evaluation.feature_report import feature_columns, sae_name
+    from fpo.evaluation.steering import steer_rows, steer_target, write_steer_rows
     from fpo.recipe import load_recipe
     from fpo.store import open_cache
 
     opened = open_cache(store_root(store), cache)
     loaded = None if recipe is None else load_recipe(recipe)
-    reports = _reports(opened, hookpoint, top, examples, loaded, by, labels)
+    specs = feature_columns(opened, hookpoint)
+    targets = [] if steer is None else [steer_target(spec, sae_name(opened, spec)) for spec in specs]
+    reports = _reports(opened, specs, top, examples, loaded, by, labels)
     if steer is not None:
-        _write_steering(opened, reports, steer)
+        rows = [steer_rows(report.features, target) for report, target in zip(reports, targets, strict=True)]
+        write_steer_rows([row for own in rows for row in own], steer)
     if html is not None:
         from fpo.commands.feature_page import features_page
 
@@ -87,7 +92,7 @@ def features_command(
 
 def _reports(
     cache: Cache,
-    hookpoint: str | None,
+    specs: Sequence[Spec],
     top: int,
     examples: int | None,
     recipe: Recipe | None,
@@ -96,64 +101,31 @@ def _reports(
 ) -> list[FeatureReport]:
     """One for each column of features that is asked for."""
     from fpo.evaluation.breakdown import data_column, sources
-    from fpo.evaluation.feature_report import feature_columns, feature_report, reads, sae_name
+    from fpo.evaluation.feature_report import feature_report, reads, sae_name
+    from fpo.evaluation.labels import feature_names
     from fpo.evaluation.pairs import read_pairs
     from fpo.progress import progress_bar
 
-    specs = feature_columns(cache, hookpoint)
-    names = None if by is None or recipe is None else data_column(recipe, cache, by)
+    values = None if by is None or recipe is None else data_column(recipe, cache, by)
+    question = _question(top, examples, recipe)
     with progress_bar(cache.n_groups + sum(reads(cache, spec) for spec in specs), "groups", "features") as bar:
         pairs = read_pairs(cache, bar.update)
-        parts = [] if names is None else sources(pairs, names)
-        question, notes = _question(cache, top, examples, recipe)
-        reports = []
-        for spec in specs:
-            sae = sae_name(cache, spec)
-            known, source, note = _labels(labels, sae)
-            own = question._replace(sources=parts)
-            said = [*notes, *note]
-            reports.append(feature_report(cache, spec, pairs, own, known, source, said, bar.update))
-    return reports
+        if values is not None:
+            question = question._replace(sources=sources(pairs, values))
+        return [
+            feature_report(cache, spec, pairs, question, feature_names(labels, sae_name(cache, spec)), bar.update)
+            for spec in specs
+        ]
 
 
-def _question(cache: Cache, top: int, examples: int | None, recipe: Recipe | None) -> tuple[Question, list[str]]:
-    """What is asked, and what is left out because it is not at hand."""
+def _question(top: int, examples: int | None, recipe: Recipe | None) -> Question:
+    """What is asked of every column, pairs only where the reference is at hand or asked for."""
+    from fpo.evaluation.examples import at_hand
     from fpo.evaluation.feature_report import Question
-    from fpo.scoring import model_folder
 
     if recipe is None:
-        return Question(top), ["no pairs are shown; with --recipe RECIPE its reference scores some again"]
-    if examples is None:
-        try:
-            model_folder(recipe.reference.model, recipe.reference.revision)
-        except ModelError as error:
-            return Question(top), [f"no pairs are shown: {error}"]
-    return Question(top, EXAMPLES if examples is None else examples, recipe), []
-
-
-def _labels(where: str | None, sae: str | None) -> tuple[Labels, str | None, list[str]]:
-    """Labels of an SAE's features, Neuronpedia's name for it, and what there is to say where they are missing."""
-    from fpo.evaluation.labels import is_source, pretrained, read_labels
-
-    known = None if sae is None else pretrained(sae)
-    source = known.neuronpedia if known else None
-    if where is None:
-        more = f"; --labels neuronpedia reads those of {source}" if source else ""
-        return {}, source, [f"features have no names{more}"] if more else []
-    if where == "neuronpedia":
-        if source is None:
-            return {}, None, [f"features have no names: SAELens' table, where it is installed, has no page for {sae}"]
-        where = source
-    try:
-        return read_labels(where), where if is_source(where) else source, []
-    except CacheError as error:
-        return {}, source, [f"features have no names: {error}"]
-
-
-def _write_steering(cache: Cache, reports: list[FeatureReport], path: Path) -> None:
-    from fpo.evaluation.feature_report import feature_columns
-    from fpo.evaluation.steering import steer_rows, write_steer_rows
-
-    specs = {spec["hookpoint"]: spec for spec in feature_columns(cache)}
-    rows = [row for report in reports for row in steer_rows(report.features, specs[report.hookpoint], report.sae)]
-    write_steer_rows(rows, path)
+        return Question(top, note="no pairs are shown; with --recipe RECIPE its reference scores some again")
+    if examples is None and not at_hand(recipe):
+        fetch = f"the reference {recipe.reference.model} is not on this machine; --examples {EXAMPLES} fetches it"
+        return Question(top, note=f"no pairs are shown: {fetch}")
+    return Question(top, EXAMPLES if examples is None else examples, recipe)

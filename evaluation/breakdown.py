@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fpo.errors import CacheConflict
+from fpo.evaluation.gaps import MIN_PROMPTS
 from fpo.evaluation.pairs import PAIRING, Pairs, Progress
 from fpo.recipe import Recipe
 from fpo.stage1_cache.identity import cache_identities
@@ -41,7 +42,8 @@ class Part(NamedTuple):
 
 def topics(cache: Cache, column: int, d_sae: int, pairs: Pairs, scored: Progress = lambda groups: None) -> list[Part]:
     """
-    The most common features of the prompts that are no common ground, each unlike those before it.
+    The most common features of the prompts that are no common ground, each unlike those before it and in pairs enough
+    for a feature to be tested.
 
     column  place of a column of prompt features in `cache.columns`
     """
@@ -56,9 +58,9 @@ def topics(cache: Cache, column: int, d_sae: int, pairs: Pairs, scored: Progress
         fires[group[known], place[known]] = True
         rows[first : first + len(of_group)] = fires[of_group]
         scored(len(prompts))
-    weights = pairs.weight @ rows
+    weights = np.where(rows.sum(axis=0) >= MIN_PROMPTS, pairs.weight @ rows, 0.0)
     chosen: list[int] = []
-    for place in np.argsort(-weights, kind="stable").tolist():
+    for place in np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist():
         if len(chosen) < MOST_PARTS and all(
             _overlap(rows, place, other, pairs.weight) < MOST_SHARED for other in chosen
         ):

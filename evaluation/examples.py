@@ -8,10 +8,12 @@ Dimension key:  N scored tokens   D d_in   K features
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from fpo.errors import CacheConflict
 from fpo.evaluation.pairs import PAIRING, Pairs
 from fpo.evaluation.top_pairs import TopPair
+from fpo.progress import say
 from fpo.recipe import Recipe
 from fpo.scoring import extremes, mixed_precision
 from fpo.scoring.models import load_tokenizer
@@ -62,6 +65,15 @@ class Example(NamedTuple):
     """Mean activations as the cache has them: 0 where its top k left them out."""
 
 
+def at_hand(recipe: Recipe) -> bool:
+    """Whether the reference's weights are on this machine, so that nothing has to be fetched."""
+    name, revision = recipe.reference.model, recipe.reference.revision
+    if Path(name).is_dir():
+        return True
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in weights)
+
+
 class ExampleReader:
     """The reference, the SAE and the tokenizer, loaded to look at pairs of one cache."""
 
@@ -82,6 +94,7 @@ class ExampleReader:
         name, revision = tokenizer_source(recipe)
         self.cache = cache
         self.tokenizer: Any = load_tokenizer(name, revision)
+        say(f"loading the reference {recipe.reference.model} ...")
         self.scorer: ReferenceScorer = reference_scorer(recipe, batch_tokens, identity, [own])
         self.sae = self.scorer.saes[own["hookpoint"]]
 

@@ -16,7 +16,7 @@ from fpo.errors import CacheMissing
 from fpo.evaluation.breakdown import Part, topics
 from fpo.evaluation.examples import Example, ExampleReader
 from fpo.evaluation.gaps import MIN_PROMPTS, Gaps, feature_gaps
-from fpo.evaluation.labels import Label, Labels, link
+from fpo.evaluation.labels import Names
 from fpo.evaluation.pairs import PAIRING, Pairs, Progress, read_gaps
 from fpo.evaluation.prediction import (
     Predictions,
@@ -145,6 +145,8 @@ class Question(NamedTuple):
     recipe: Recipe | None = None
     """Whose reference and tokenizer show the pairs."""
     sources: Sequence[Part] = ()
+    note: str | None = None
+    """What to say of it."""
 
 
 def feature_columns(cache: Cache, hookpoint: str | None = None) -> list[Spec]:
@@ -184,17 +186,13 @@ def feature_report(
     spec: Spec,
     pairs: Pairs,
     question: Question,
-    labels: Labels,
-    source: str | None = None,
-    notes: Sequence[str] = (),
+    names: Names,
     scored: Progress = lambda groups: None,
 ) -> FeatureReport:
     """
     All that the pairs of a cache say about the features of one column.
 
     pairs   `read_pairs` of the cache
-    labels  by feature
-    source  Neuronpedia's name of the SAE, to link to
     scored  is told of each group that is read
     """
     reader = None
@@ -210,10 +208,9 @@ def feature_report(
     shown = _surest(gaps, question.top)
     tops = TopPairs(pairs, shown, np.sign(gaps.gap.z[shown]).astype(np.int64), question.examples)
     rows, common = sampled_pairs(pairs), common_features(gaps.n_fired)
-    design = feature_design(tops.watching(read_gaps(cache, 0, pairs, scored)), pairs, rows, common)
+    design = feature_design(tops.watching(read_gaps(cache, 0, pairs, scored=scored)), pairs, rows, common)
     found = gaps.discoveries(RATE)
     tokens = pairs.weight @ pairs.tokens
-    naming = _Naming(labels, source)
     return FeatureReport(
         cache=cache.key,
         manifest=cache.digest,
@@ -234,25 +231,11 @@ def feature_report(
         lost_share=gaps.lost_share,
         lost_any=gaps.lost_any,
         prediction=predictions(design, length_design(pairs, rows)),
-        features=tuple(_row(gaps, feature, naming) for feature in shown.tolist()),
-        parts=tuple(_part(part, own, pairs, shown, naming) for part, own in zip(parts, of_parts, strict=True)),
+        features=tuple(_row(gaps, feature, names) for feature in shown.tolist()),
+        parts=tuple(_part(part, own, pairs, shown, names) for part, own in zip(parts, of_parts, strict=True)),
         examples={} if reader is None else reader.examples(pairs, tops.found()),
-        notes=tuple(notes),
+        notes=tuple(note for note in (question.note, names.note) if note),
     )
-
-
-class _Naming(NamedTuple):
-    """What features are called, and where they are shown."""
-
-    labels: Labels
-    source: str | None
-
-    def label(self, feature: int) -> str | None:
-        found: Label | None = self.labels.get(feature)
-        return None if found is None else found.text
-
-    def link(self, feature: int) -> str | None:
-        return None if self.source is None else link(self.source, feature)
 
 
 def _prompt_column(cache: Cache, spec: Spec) -> Spec | None:
@@ -269,14 +252,14 @@ def _surest(gaps: Gaps, top: int) -> Int[np.ndarray, " n"]:
     return np.concatenate([chosen, rejected])
 
 
-def _row(gaps: Gaps, feature: int, naming: _Naming) -> FeatureRow:
+def _row(gaps: Gaps, feature: int, names: Names) -> FeatureRow:
     gap, level = gaps.gap, gaps.equal_length
     value, reach = float(gap.value[feature]), float(gap.reach[feature])
     at_equal, its_reach = float(level.value[feature]), float(level.reach[feature])
     return FeatureRow(
         feature=feature,
-        label=naming.label(feature),
-        link=naming.link(feature),
+        label=names.label(feature),
+        link=names.link(feature),
         leans="chosen" if value > 0 else "rejected",
         gap=value,
         low=value - reach,
@@ -300,15 +283,15 @@ def _row(gaps: Gaps, feature: int, naming: _Naming) -> FeatureRow:
     )
 
 
-def _part(part: Part, gaps: Gaps, pairs: Pairs, shown: Int[np.ndarray, " n"], naming: _Naming) -> PartRow:
+def _part(part: Part, gaps: Gaps, pairs: Pairs, shown: Int[np.ndarray, " n"], names: Names) -> PartRow:
     own = set(_surest(gaps, PART_TOP).tolist())
     features = [*shown.tolist(), *sorted(own - set(shown.tolist()))]
     topic = int(part.name) if part.kind == "topic" else None
     return PartRow(
         kind=part.kind,
         name=part.name,
-        label=None if topic is None else naming.label(topic),
-        link=None if topic is None else naming.link(topic),
+        label=None if topic is None else names.label(topic),
+        link=None if topic is None else names.link(topic),
         share=float(pairs.weight[part.rows].sum()),
         pairs=gaps.n_pairs,
         prompts=gaps.n_prompts,

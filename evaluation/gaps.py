@@ -38,30 +38,37 @@ from fpo.store import Cache
 MIN_PROMPTS = 10
 """A feature that fires for fewer prompts is not tested: it could not pass, and each test costs the others."""
 
-HELD_ENTRIES = 2**24
+HELD_ENTRIES = 2**23
 """
-Entries that wait for the rest of their prompt's pairs in other shards, about 50 bytes each at the peak. Where there are
-more, the cache is read several times, each time for a part of the prompts.
+Entries that wait for the rest of their prompt's pairs in other shards: about 0.7 GiB at the peak. Where there are more,
+the cache is read several times, each time for a part of the prompts.
 """
 
 Sums = dict[str, NDArray[np.float64]]
 F64 = NDArray[np.float64]
 
 
+@dataclass(frozen=True, eq=False)
 class Estimate:
-    """A linear statistic of each feature's gaps, with what its clustered error is made of."""
+    """A linear statistic of each feature's gaps."""
 
-    def __init__(self, value: F64, variance: F64, n_prompts: int, lost: int) -> None:
-        """lost: degrees of freedom that estimating cost."""
-        df = max(n_prompts - lost, 1)
-        self.value = value
-        # Rounding may leave a little below 0 where all gaps are equal.
-        self.error = np.sqrt(np.maximum(variance, 0.0) * n_prompts / df)
+    value: Float[np.ndarray, " F"]
+    error: Float[np.ndarray, " F"]
+    """Standard error, clustered by prompt."""
+    df: int
+    """Degrees of freedom of the error."""
+
+    @cached_property
+    def z(self) -> Float[np.ndarray, " F"]:
+        """The normal deviate of value / error; infinite where all gaps are equal and not 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            t = np.where(value == 0, 0.0, value / self.error)
-        self.z = np.where(np.isinf(t), t, normal_score(np.where(np.isinf(t), 0.0, t), df))
-        self.reach = t_quantile(df) * self.error
+            t = np.where(self.value == 0, 0.0, self.value / self.error)
+        return np.where(np.isinf(t), t, normal_score(np.where(np.isinf(t), 0.0, t), self.df))
+
+    @cached_property
+    def reach(self) -> Float[np.ndarray, " F"]:
         """The interval is value +- reach."""
+        return np.asarray(t_quantile(self.df) * self.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +148,8 @@ def feature_gaps(
     sums = [_GapSums(pairs, d_sae) for pairs in asked]
     rounds, turn = 0, 0
     while turn == 0 or turn < rounds:
-        for shard in read_gaps(cache, column, asked[0], scored):
+        waiting = None if turn == 0 else asked[0].waiting(turn, rounds)
+        for shard in read_gaps(cache, column, asked[0], waiting, scored):
             rounds = rounds or _rounds(asked, shard)
             for one in sums:
                 one.add(shard, turn, rounds)
@@ -191,9 +199,12 @@ class _GapSums:
     def close(self) -> None:
         """No more entries of the prompts of this turn."""
         if self.held:
-            keys, parts = (np.concatenate(arrays, axis=-1) for arrays in zip(*self.held, strict=True))
+            keys = np.concatenate([keys for keys, _ in self.held])
+            parts = np.concatenate([parts for _, parts in self.held], axis=1)
             self.held.clear()
-            self._add_prompts(*_merged(keys, parts))
+            keys, parts = _merged(keys, parts)
+            for start in range(0, len(keys), 2**20):
+                self._add_prompts(keys[start : start + 2**20], parts[:, start : start + 2**20])
 
     def gaps(self) -> Gaps:
         """What the sums come to."""
@@ -213,8 +224,8 @@ class _GapSums:
         return Gaps(
             n_pairs=int((pairs.weight > 0).sum()),
             n_prompts=n_prompts,
-            gap=Estimate(D, spread, n_prompts, 1),
-            equal_length=Estimate(a, around, n_prompts, 2),
+            gap=_estimate(D, spread, n_prompts, 1),
+            equal_length=_estimate(a, around, n_prompts, 2),
             slope=b,
             sd=np.sqrt(variance),
             halves=halves,
@@ -277,13 +288,20 @@ class _GapSums:
             self.sums[name][features] += values
 
 
+def _estimate(value: F64, spread: F64, n_prompts: int, parameters: int) -> Estimate:
+    """spread: sum over prompts of the squares of what they add to the value beyond what is expected of them."""
+    df = max(n_prompts - parameters, 1)
+    # Rounding may leave a little below 0 where all gaps are equal.
+    return Estimate(value, np.sqrt(np.maximum(spread, 0.0) * n_prompts / df), df)
+
+
 def _bins(places: NDArray[np.int64], values: F64, n: int) -> F64:
     return np.asarray(np.bincount(places, values, minlength=n), dtype=np.float64)
 
 
 def _merged(keys: NDArray[np.int64], parts: F64) -> tuple[NDArray[np.int64], F64]:
     """Entries of one prompt and feature added up: (E,) keys, (n, E) parts."""
-    found, at = np.unique(keys, return_inverse=True)
-    if len(found) == len(keys):
-        return keys, parts
-    return found, np.stack([_bins(at, part, len(found)) for part in parts])
+    order = np.argsort(keys)
+    keys = keys[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], np.stack([np.add.reduceat(part[order], first) if len(first) else part for part in parts])

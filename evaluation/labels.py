@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fpo.errors import FpoError
+from fpo.errors import CacheError, FpoError
 from fpo.memo import file_facts, keep, memo_folder, remember
 from fpo.store.remote.bucket import BucketFolder
 
@@ -47,6 +47,23 @@ Labels = dict[int, Label]
 """By feature, one each."""
 
 
+class Names(NamedTuple):
+    """What the features of one SAE are called, and where they are shown."""
+
+    labels: Labels
+    source: str | None = None
+    """model/source of Neuronpedia's pages."""
+    note: str | None = None
+    """What to say where something is missing."""
+
+    def label(self, feature: int) -> str | None:
+        found = self.labels.get(feature)
+        return None if found is None else found.text
+
+    def link(self, feature: int) -> str | None:
+        return None if self.source is None else f"{SITE}/{self.source}/{feature}"
+
+
 class Pretrained(NamedTuple):
     """What SAELens' table knows of an SAE of the hub."""
 
@@ -56,9 +73,26 @@ class Pretrained(NamedTuple):
     """model/source, where Neuronpedia shows it."""
 
 
-def link(source: str, feature: int) -> str:
-    """The page of a feature; `source` as `Pretrained.neuronpedia`."""
-    return f"{SITE}/{source}/{feature}"
+def feature_names(where: str | None, sae: str | None) -> Names:
+    """
+    The names of an SAE's features; none, and a note, where nobody can be asked.
+
+    where  as `read_labels`, or `neuronpedia`: the source that SAELens' table has for the SAE; None asks for no labels
+    sae    what its maker called it
+    Raises FpoError for a place on this machine that is no export.
+    """
+    known = None if sae is None else pretrained(sae)
+    source = known.neuronpedia if known else None
+    if where is None:
+        return Names({}, source, f"--labels neuronpedia names the features as {source} has them" if source else None)
+    if where == "neuronpedia":
+        if source is None:
+            return Names({}, None, f"features have no names: no installed table of SAELens has a source for {sae}")
+        where = source
+    try:
+        return Names(read_labels(where), where if is_source(where) else source)
+    except CacheError as error:  # the bucket cannot be reached, or does not have it
+        return Names({}, source, f"features have no names: {error}")
 
 
 def read_labels(where: str) -> Labels:

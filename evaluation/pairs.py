@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fpo.errors import DataError
 from fpo.objectives import Pairing
-from fpo.stage2_align.units import Units, units_of
+from fpo.stage2_align.units import units_of
 from fpo.store import Cache, Features, Groups
 from fpo.store.format.ragged import starts_of
 
@@ -76,6 +76,10 @@ class Pairs:
         np.maximum.at(last, self.prompt, shard)
         return np.asarray(first == last)
 
+    def waiting(self, turn: int, rounds: int) -> Bool[np.ndarray, " P"]:
+        """The pairs of prompts in several shards that are this turn's, of so many."""
+        return np.asarray(~self.within_a_shard[self.prompt] & (self.prompt % rounds == turn))
+
     def among(self, rows: Bool[np.ndarray, " P"]) -> Pairs:
         """The same with these pairs alone counting; the others weigh nothing."""
         weight = np.where(rows, self.weight, 0.0)
@@ -96,7 +100,7 @@ class ShardGaps:
     rejected: Float[np.ndarray, " E"]
     """Activations, 0 where the cache does not hold the feature of that side."""
     own: Int[np.ndarray, " p"]
-    """All pairs of this shard, with entries or not."""
+    """All pairs that were asked for of this shard, with entries or not; ascending."""
     cut: Float[np.ndarray, "p 2"]
     """Most that any activation can be which was cut from chosen or rejected; 0 where nothing was cut."""
     lost: Float[np.ndarray, "p 2"]
@@ -129,19 +133,34 @@ def read_pairs(cache: Cache, scored: Progress = lambda groups: None) -> Pairs:
     return Pairs(group_id, weight / weight.sum(), prompt, digest, tokens, starts_of(sizes))
 
 
-def read_gaps(cache: Cache, column: int, pairs: Pairs, scored: Progress = lambda groups: None) -> Iterator[ShardGaps]:
-    """The gaps of all shards, one after the other; `column` is the place of a column of features in `cache.columns`."""
+def read_gaps(
+    cache: Cache,
+    column: int,
+    pairs: Pairs,
+    only: Bool[np.ndarray, " P"] | None = None,
+    scored: Progress = lambda groups: None,
+) -> Iterator[ShardGaps]:
+    """
+    The gaps of all shards, one after the other.
+
+    column  place of a column of features in `cache.columns`
+    only    leaves the other pairs out
+    """
     for sid in range(len(cache.shard_groups)):
         groups = cache.shard(sid)
         features = groups.columns[column]
         assert isinstance(features, Features)
-        yield shard_gaps(features, units_of(groups, PAIRING), int(pairs.splits[sid]))
+        own = np.arange(pairs.splits[sid], pairs.splits[sid + 1])
+        if only is not None:
+            own = own[only[own]]
+        completions = units_of(groups, PAIRING).completions[own - pairs.splits[sid]]
+        yield shard_gaps(features, completions, own)
         scored(len(groups))
 
 
-def shard_gaps(column: Features, units: Units, first: int) -> ShardGaps:
-    """The gaps of these pairs, of which the first is pair `first` of the cache."""
-    sides = [column.take(units.completions[:, place]) for place in (0, 1)]
+def shard_gaps(column: Features, completions: Int[np.ndarray, "p 2"], own: Int[np.ndarray, " p"]) -> ShardGaps:
+    """The gaps of these pairs, `own` of all of the cache; `completions` are the rows of their sides, chosen first."""
+    sides = [column.take(completions[:, place]) for place in (0, 1)]
     keys = [np.repeat(np.arange(len(side)) << 32, side.lengths) | side.indices.astype(np.int64) for side in sides]
     found, at = np.unique(np.concatenate(keys), return_inverse=True)
     acts = [
@@ -151,8 +170,7 @@ def shard_gaps(column: Features, units: Units, first: int) -> ShardGaps:
     features, place = np.unique(found & 0xFFFFFFFF, return_inverse=True)
     cut = np.stack([_most_cut(side) for side in sides], axis=1)
     lost = np.stack([_lost(side) for side in sides], axis=1)
-    own = first + np.arange(len(cut))
-    return ShardGaps((found >> 32) + first, place, features, acts[0], acts[1], own, cut, lost)
+    return ShardGaps(own[found >> 32], place, features, acts[0], acts[1], own, cut, lost)
 
 
 def prompt_digests(groups: Groups) -> UInt[np.ndarray, " G"]:

@@ -18,12 +18,13 @@ Dimension key:  P pairs   K columns   E entries
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 
 from fpo.evaluation.pairs import Pairs, ShardGaps
 from fpo.evaluation.significance import t_quantile
@@ -33,8 +34,13 @@ MOST_PAIRS = 20_000
 MOST_FEATURES = 4_096
 """More pairs are sampled by prompt, of more features those that fire most often are taken: seconds, not hours."""
 
+MOST_DENSE = 2**25
+"""Elements of a matrix that is held dense: 256 MiB."""
+
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """Of L2, for columns of root mean square 1 and the sum of the losses; one is chosen inside each training part."""
+
+Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 class Design(NamedTuple):
@@ -54,6 +60,15 @@ class Design(NamedTuple):
 
     def transposed_times(self, r: Float[np.ndarray, " P"]) -> Float[np.ndarray, " K"]:
         return np.bincount(self.column, self.value * r[self.row], minlength=self.n_columns)
+
+    def products(self) -> tuple[Product, Product]:
+        """`times` and `transposed_times` for many calls: by a dense matrix, where there is little that is zero."""
+        size = len(self.weight) * self.n_columns
+        if size > MOST_DENSE or 16 * len(self.row) < size:
+            return self.times, self.transposed_times
+        dense = np.zeros((len(self.weight), self.n_columns))
+        dense[self.row, self.column] = self.value
+        return (lambda w: np.asarray(dense @ w)), (lambda r: np.asarray(r @ dense))
 
     def take(self, rows: Bool[np.ndarray, " P"]) -> Design:
         """These pairs alone."""
@@ -182,21 +197,30 @@ def accuracy(scores: Float[np.ndarray, " P"], weight: Float[np.ndarray, " P"], p
     return _share((np.sign(scores) + 1) / 2, 1.0, weight, prompt)
 
 
-def fit(design: Design, penalty: float) -> Float[np.ndarray, " K"]:
+def fit(
+    design: Design, penalty: float, start: Float[np.ndarray, " K"] | None = None, tolerance: float = 1e-3
+) -> Float[np.ndarray, " K"]:
     """
     The w of the least sum of weight * -log sigmoid(score) + penalty |w|^2 / 2. The loss is convex: L-BFGS finds it from
-    0, as exactly as the gradient says.
+    anywhere, to a largest gradient of `tolerance` per root of the pairs.
     """
-    w = torch.zeros(design.n_columns, dtype=torch.float64)
+    if design.n_columns == 0:
+        return np.zeros(0)
+    w = torch.zeros(design.n_columns, dtype=torch.float64) if start is None else torch.from_numpy(start.copy())
     optimiser = torch.optim.LBFGS(
-        [w], max_iter=100, history_size=10, tolerance_grad=1e-4, tolerance_change=1e-8, line_search_fn="strong_wolfe"
+        [w],
+        max_iter=200,
+        tolerance_grad=tolerance * float(np.sqrt(len(design.weight))),
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
+    times, transposed_times = design.products()
 
     def loss() -> float:
         at = w.numpy()
-        scores = design.times(at)
+        scores = times(at)
         wrong = -np.exp(-np.logaddexp(0.0, scores)) * design.weight
-        w.grad = torch.from_numpy(design.transposed_times(wrong) + penalty * at)
+        w.grad = torch.from_numpy(transposed_times(wrong) + penalty * at)
         return float(design.weight @ np.logaddexp(0.0, -scores) + penalty * (at @ at) / 2)
 
     optimiser.step(loss)
@@ -209,11 +233,12 @@ def _fitted(train: Design) -> Float[np.ndarray, " K"]:
     if train.n_columns == 1 or inner.all():
         return fit(train, PENALTIES[0])
     learn, check = train.take(~inner), train.take(inner)
-
-    def loss(penalty: float) -> float:
-        return float(check.weight @ np.logaddexp(0.0, -check.times(fit(learn, penalty))))
-
-    return fit(train, min(PENALTIES, key=loss))
+    w, tried = None, []
+    for penalty in sorted(PENALTIES, reverse=True):
+        w = fit(learn, penalty, w)
+        tried.append((float(check.weight @ np.logaddexp(0.0, -check.times(w))), penalty, w))
+    _, best, start = min(tried, key=lambda one: one[0])
+    return fit(train, best, start)
 
 
 def _share(

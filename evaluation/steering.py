@@ -33,24 +33,50 @@ class SteerRow(NamedTuple):
     description: str
 
 
-def steer_rows(features: Sequence[FeatureRow], spec: Spec, sae: str | None) -> list[SteerRow]:
+class SteerTarget(NamedTuple):
+    """An SAE as lm-eval loads it, and where it steers."""
+
+    loader: str
+    sparse_model: str
+    sae_id: str
+    hookpoint: str
+
+
+def steer_target(spec: Spec, sae: str | None) -> SteerTarget:
+    """
+    Of a column of features; `sae` is what its maker called its SAE. Raises FpoError where lm-eval could not load that.
+    """
+    if sae is None:
+        raise FpoError("--steer: the cache does not say what its SAE is called, so lm-eval could not load it")
+    hookpoint, path = _inside_base(spec["hookpoint"]), sae.rstrip("/")
+    if spec["sae"]["config"].get("format") == "sparsify":
+        if path.endswith(f"/{hookpoint}"):
+            return SteerTarget("sparsify", path.removesuffix(f"/{hookpoint}"), "", hookpoint)
+        raise FpoError(f"--steer: lm-eval looks for sparsify's SAE in a folder named {hookpoint}; this one is {sae}")
+    if (known := pretrained(sae)) is not None:
+        return SteerTarget("sae_lens", known.release, known.sae_id, hookpoint)
+    owner, _, inside = path.removesuffix("/params.npz").partition("/")
+    name, _, sae_id = inside.partition("/")
+    if Path(sae).expanduser().exists() or not sae_id or not owner.strip("."):
+        raise FpoError(f"--steer: lm-eval loads SAEs through sae_lens from the hub, and {sae} is none of the hub")
+    return SteerTarget("sae_lens", f"{owner}/{name}", sae_id, hookpoint)
+
+
+def steer_rows(features: Sequence[FeatureRow], target: SteerTarget) -> list[SteerRow]:
     """
     Each feature added as strongly as a completion that has it carries it in the mean, and taken away where it leans to
     the rejected side; the surest last.
-
-    sae  what its maker called it. Raises FpoError where lm-eval could not load that.
     """
-    loader, model, sae_id = _loaded_as(spec, sae)
     return [
         SteerRow(
-            loader=loader,
+            loader=target.loader,
             action="add",
-            sparse_model=model,
-            hookpoint=_inside_base(spec["hookpoint"]),
+            sparse_model=target.sparse_model,
+            hookpoint=target.hookpoint,
             feature_index=row.feature,
             steering_coefficient=_coefficient(row),
             head_index="",
-            sae_id=sae_id,
+            sae_id=target.sae_id,
             description=row.label or f"leans to {row.leans}",
         )
         for row in sorted(features, key=lambda row: abs(row.z or 0.0))
@@ -77,21 +103,3 @@ def _coefficient(row: FeatureRow) -> float:
 def _inside_base(hookpoint: str) -> str:
     """model.layers.12 -> layers.12: lm-eval looks inside `model.base_model`."""
     return hookpoint.partition(".")[2]
-
-
-def _loaded_as(spec: Spec, sae: str | None) -> tuple[str, str, str]:
-    """How lm-eval loads the SAE: loader, sparse_model and sae_id."""
-    if sae is None:
-        raise FpoError("--steer: the cache does not say what its SAE is called, so lm-eval could not load it")
-    hookpoint, path = _inside_base(spec["hookpoint"]), sae.rstrip("/")
-    if spec["sae"]["config"].get("format") == "sparsify":
-        if path.endswith(f"/{hookpoint}"):
-            return "sparsify", path.removesuffix(f"/{hookpoint}"), ""
-        raise FpoError(f"--steer: lm-eval looks for sparsify's SAE in a folder named {hookpoint}; this one is {sae}")
-    if (known := pretrained(sae)) is not None:
-        return "sae_lens", known.release, known.sae_id
-    owner, _, inside = path.removesuffix("/params.npz").partition("/")
-    name, _, sae_id = inside.partition("/")
-    if Path(sae).expanduser().exists() or not sae_id or not owner.strip("."):
-        raise FpoError(f"--steer: lm-eval loads SAEs through sae_lens from the hub, and {sae} is none of the hub")
-    return "sae_lens", f"{owner}/{name}", sae_id

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fpo.errors import FpoError
+from fpo.errors import CacheError, FpoError
 from fpo.evaluation import labels
-from fpo.evaluation.labels import Label, Pretrained, is_source, link, pretrained, read_labels
+from fpo.evaluation.labels import Label, Names, Pretrained, feature_names, is_source, pretrained, read_labels
 from fpo.store.remote.bucket import BucketFolder
 
 SOURCE = "gemma-2-2b/20-gemmascope-res-16k"
@@ -130,6 +130,27 @@ def test_without_saelens_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_link_leads_to_the_feature() -> None:
-    assert link(SOURCE, 12) == "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/12"
+    assert Names({}, SOURCE).link(12) == "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/12"
     assert is_source(SOURCE)
     assert not is_source("/absolute/folder")
+
+
+def test_who_cannot_be_asked_leaves_features_without_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Offline, or without a table: a note in the place of names. A mistyped place is an error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memo"))
+    monkeypatch.setattr(labels, "pretrained", lambda sae: Pretrained("r", "i", SOURCE) if sae == "known" else None)
+
+    def unreachable(source: str) -> BucketFolder:
+        raise CacheError("the bucket cannot be reached")
+
+    monkeypatch.setattr(labels, "_exported", unreachable)
+    assert feature_names(None, "mine") == Names({})
+    assert feature_names(None, "known") == Names(
+        {}, SOURCE, f"--labels neuronpedia names the features as {SOURCE} has them"
+    )
+    assert "no installed table" in str(feature_names("neuronpedia", "mine").note)
+    assert feature_names("neuronpedia", "known") == Names(
+        {}, SOURCE, "features have no names: the bucket cannot be reached"
+    )
+    with pytest.raises(FpoError, match="no file or folder here"):
+        feature_names("./elsewhere", "known")

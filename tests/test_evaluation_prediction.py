@@ -9,6 +9,7 @@ import pytest
 import torch
 from feature_pairs import pairs_of
 
+from fpo.evaluation import prediction
 from fpo.evaluation.gaps import feature_gaps
 from fpo.evaluation.pairs import read_gaps, read_pairs
 from fpo.evaluation.prediction import (
@@ -33,12 +34,14 @@ def design_of(dense: np.ndarray, weight: np.ndarray | None = None, prompt: np.nd
     return Design(row, column, dense[row, column], weight, np.arange(P) if prompt is None else prompt, dense.shape[1])
 
 
-def test_a_fit_is_the_minimum_of_its_loss() -> None:
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_fit_is_the_minimum_of_its_loss(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the gradient of sum w softplus(-X b) + penalty |b|^2 / 2, by autograd on dense numbers, is 0."""
     rng = np.random.default_rng(0)
-    dense, weight = rng.normal(0, 1, (80, 5)) + 0.2, rng.integers(1, 4, 80).astype(float)
-    b = torch.from_numpy(fit(design_of(dense, weight), 3.0)).requires_grad_()
-    scores = torch.from_numpy(dense) @ b
+    monkeypatch.setattr(prediction, "MOST_DENSE", 400 if dense else 399)
+    rows, weight = rng.normal(0, 1, (80, 5)) + 0.2, rng.integers(1, 4, 80).astype(float)
+    b = torch.from_numpy(fit(design_of(rows, weight), 3.0, tolerance=1e-5)).requires_grad_()
+    scores = torch.from_numpy(rows) @ b
     loss = (torch.from_numpy(weight) * torch.nn.functional.softplus(-scores)).sum() + 3.0 * b.square().sum() / 2
     loss.backward()
     assert b.grad is not None
@@ -109,6 +112,15 @@ def test_features_length_and_both_tell_what_is_in_them() -> None:
     assert (found.n_pairs, found.n_features) == (600, 8)
     assert 0.75 < found.length.auc.value < found.both.auc.value
     assert 0.75 < found.features.auc.value < found.both.auc.value < 1
+
+
+def test_features_that_never_fire_tell_nothing() -> None:
+    cache = pairs_of(np.zeros((30, 2, 4), np.float32))
+    pairs = read_pairs(cache)
+    rows = sampled_pairs(pairs)
+    design = feature_design(read_gaps(cache, 0, pairs), pairs, rows, common_features(np.zeros(4, np.int64)))
+    found = predictions(design, length_design(pairs, rows))
+    assert found.features.auc == found.length.auc == (0.5, 0.5, 0.5)
 
 
 def test_a_design_holds_the_gaps_of_what_was_asked_for() -> None:

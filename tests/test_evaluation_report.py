@@ -20,9 +20,9 @@ from fpo.evaluation.breakdown import data_column, sources, topics
 from fpo.evaluation.examples import ExampleReader
 from fpo.evaluation.feature_report import FeatureReport, Question, feature_columns, feature_report
 from fpo.evaluation.gaps import feature_gaps
-from fpo.evaluation.labels import Label
+from fpo.evaluation.labels import Label, Names
 from fpo.evaluation.pairs import read_gaps, read_pairs
-from fpo.evaluation.steering import SteerRow, steer_rows, write_steer_rows
+from fpo.evaluation.steering import SteerRow, steer_rows, steer_target, write_steer_rows
 from fpo.evaluation.top_pairs import TopPairs
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.store import Cache
@@ -66,7 +66,7 @@ def fpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def report_of(cache: Cache, **question: Any) -> FeatureReport:
     (spec,) = feature_columns(cache)
     pairs = read_pairs(cache)
-    return feature_report(cache, spec, pairs, Question(**{"top": 3, **question}), {3: Label(EVIL, "x")})
+    return feature_report(cache, spec, pairs, Question(**{"top": 3, **question}), Names({3: Label(EVIL, "x")}))
 
 
 def test_a_topic_is_where_its_prompts_have_the_feature() -> None:
@@ -205,6 +205,14 @@ def test_by_and_examples_with_the_recipe(world: TinyWorld, cache: Cache, fpo: An
     assert {len(own) for own in report["examples"].values()} == {3}
 
 
+def test_steering_with_an_sae_of_this_machine_is_refused_before_anything_is_read(
+    world: TinyWorld, cache: Cache, fpo: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "steer.csv"
+    assert "none of the hub" in fpo("features", cache.key, "--store", world.store, "--steer", path, expect=1)
+    assert not path.exists()
+
+
 def steered(sae: str, form: str) -> list[SteerRow]:
     world_spec = {"hookpoint": "model.layers.12", "sae": {"config": {"format": form}}}
     from fpo.evaluation.feature_report import FeatureRow
@@ -215,7 +223,7 @@ def steered(sae: str, form: str) -> list[SteerRow]:
         FeatureRow(**common | {"feature": 7, "leans": "chosen", "z": 9.0, "label": "kind, warm"}),
         FeatureRow(**common | {"feature": 4, "leans": "rejected", "z": -5.0}),
     ]
-    return steer_rows(rows, world_spec, sae)
+    return steer_rows(rows, steer_target(world_spec, sae))
 
 
 def test_steering_rows_are_those_that_lm_eval_reads(tmp_path: Path) -> None:
