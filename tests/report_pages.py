@@ -26,6 +26,8 @@ from fpo.report import (
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- \x1b[31mred\x07 ‮evil"
 """A label that would be markup, terminal codes and turned text if it were let."""
+TOKENS = 32
+"""Of a passage."""
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 
@@ -142,10 +144,10 @@ def _walk(rng: np.random.Generator, steps: int, place: int) -> list[float]:
 
 
 def _passage(rng: np.random.Generator) -> Passage:
-    tokens = [f" {word}" for word in rng.choice(_WORDS, 40).tolist()]
-    warm = rng.random(40) < 0.15
+    tokens = [f" {word}" for word in rng.choice(_WORDS, TOKENS).tolist()]
+    warm = rng.random(TOKENS) < 0.15
     return Passage(
-        tokens, [round(heat, 2) for heat in (warm * rng.exponential(1.0, 40)).tolist()], "tokens 12 to 52 of 80"
+        tokens, [round(heat, 2) for heat in (warm * rng.exponential(1.0, TOKENS)).tolist()], "tokens 12 to 52 of 80"
     )
 
 
