@@ -15,9 +15,9 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 16, 12, 50
 """Margins, where ticks and labels stand."""
 BAR = 22
 """Height of a bar."""
-NAMES, SHORT = 150, 20
+NAMES, SHORT = 160, 17
 """Width for the names of bars where they stand before them, and the characters that fit."""
-LONG = 58
+LONG = 52
 """Characters of a name that stands above its bar, on a line of its own."""
 MARKED = 15
 """Points of a line up to which each gets a mark."""

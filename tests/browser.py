@@ -55,7 +55,9 @@ class Tab:
 
     def open(self, page: Path, width: int, scheme: Scheme = "light", anchor: str = "") -> None:
         """Load a page at a width and wait until it is there."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         # Between two places on one page nothing would be loaded.
         for address in ("about:blank", page.as_uri() + anchor):
@@ -103,7 +105,8 @@ class Tab:
 def browser(executable: str, profile: Path) -> Iterator[Tab]:
     """A tab of a browser of its own, which reads commands from descriptor 3 and answers on 4."""
     commands, answers = os.pipe(), os.pipe()
-    wrapped = ["sh", "-c", f'exec "$@" 3<&{commands[0]} 4>&{answers[1]}', "sh"]
+    # Not sh: dash knows descriptors of one digit alone.
+    wrapped = ["bash", "-c", f'exec "$@" 3<&{commands[0]} 4>&{answers[1]}', "bash"]
     process = subprocess.Popen(
         [*wrapped, executable, *FLAGS, f"--user-data-dir={profile}"],
         pass_fds=(commands[0], answers[1]),

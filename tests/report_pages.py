@@ -109,10 +109,11 @@ def features(n_features: int = 200, n_pairs: int = 5) -> Page:
         Column("chosen", "fires, chosen", ".1%"),
         Column("rejected", "fires, rejected", ".1%"),
     ]
-    points = [Point(f"feature {row['feature']}", row["gap"], row["gap"] * 0.6 + rng.normal() * 0.2) for row in rows]
+    drift = {str(row["feature"]): float(row["gap"] * 0.6 + rng.normal() * 0.2) for row in rows}
+    points = [Point(f"feature {row['feature']}", row["gap"], drift[str(row["feature"])]) for row in rows]
     edges = np.linspace(-3, 3, 31)
     sides = [Bins(side, edges.tolist(), np.histogram(gaps + move, edges)[0].tolist()) for side, move in _SIDES]
-    top = [Bar(row["label"], row["d"], row["d"] - 0.1, row["d"] + 0.1) for row in rows[:12]]
+    top = [Bar(row["label"], row["gap"], row["low"], row["high"]) for row in rows[:12]]
     examples = [
         Passages(f"{row['feature']} {row['label']}", [_pair(rng) for _ in range(n_pairs)], f"feature-{row['feature']}")
         for row in rows
@@ -122,14 +123,15 @@ def features(n_features: int = 200, n_pairs: int = 5) -> Page:
         Section(
             "In pictures",
             items=[
-                Bars("The surest", "effect size d", top),
+                Bars("The surest", "gap", top),
                 Scatter("Gap against drift", "gap", "drift", points, trend=(0.0, 0.6), diagonal=True),
                 Histogram("Activations", "activation", sides),
             ],
         ),
         Section("Pairs", "Those that each feature tells apart the most.", examples),
     ]
-    return Page("What separates chosen from rejected", "5,000 pairs, 200 features.", sections, {"features": rows})
+    data = {"features": rows, "drift": drift, "bins": [vars(one) for one in sides]}
+    return Page("What separates chosen from rejected", f"5,000 pairs, {n_features} features.", sections, data)
 
 
 _SIDES = (("chosen", 0.3), ("rejected", -0.3))
