@@ -17,6 +17,7 @@ import typer
 
 from fpo.commands.align import align_command
 from fpo.commands.cache import cache_command
+from fpo.commands.compare import compare_command
 from fpo.commands.evaluate import evaluate_command
 from fpo.commands.merge import merge_command
 from fpo.commands.schema import schema_command
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("cache")(cache_command)
 app.command("align")(align_command)
 app.command("evaluate")(evaluate_command)
+app.command("compare")(compare_command)
 app.command("merge")(merge_command)
 app.command("schema")(schema_command)
 app.add_typer(store_app, name="store")
