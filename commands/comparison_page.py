@@ -89,9 +89,7 @@ def _ends(runs: Sequence[ComparedRun]) -> list[Figure]:
     both = [run for run in runs if {"kl", "accuracy"} <= set(run.measures)]
     if both:
         points = [_point(run.name, run.measures["kl"], run.measures["accuracy"]) for run in both]
-        figures.append(
-            Scatter("Accuracy against what it was paid with", "KL to the reference, nats", "accuracy", points)
-        )
+        figures.append(Scatter("Accuracy against KL", "KL to the reference, nats", "accuracy", points))
     return figures
 
 

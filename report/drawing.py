@@ -11,7 +11,7 @@ from fpo.report.markup import element
 from fpo.report.words import escaped, plain
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 12, 50
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 12, 50
 """Margins, where ticks and labels stand."""
 BAR = 22
 """Height of a bar."""
@@ -52,7 +52,7 @@ def frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
         for tick in y.ticks()
     ]
     middle = (y.start + y.end) / 2
-    label = words(y_label, 14, middle, "middle", "label", turned=True) if y_label else ""
+    label = words(y_label, 15, middle, "middle", "label", turned=True) if y_label else ""
     return element("g", *rows, *columns(x, y.end, y.start), label, axis_label(x_label, x, y.start), class_="frame")
 
 

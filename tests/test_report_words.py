@@ -60,6 +60,18 @@ def test_a_long_table_is_cut_in_a_terminal_alone():
     assert table.html().count("<tr>") == 1 + 5
 
 
+def test_what_is_wider_than_the_terminal_goes_on_below_under_the_same_rows():
+    """`run` and its gap take 11 characters, accuracy 17 more: 28; the steps would make it 35."""
+    assert TABLE.text(30) == (
+        "run                 accuracy\n"
+        "fpo        0.71 [0.66, 0.76]\n"
+        "a\\x1b[2Jb                  -\n\n"
+        "run        steps\n"
+        "fpo        1,000\n"
+        "a\\x1b[2Jb     75"
+    )
+
+
 def test_a_table_without_rows_is_its_headings():
     assert Table("none", [Column("n", "how many")], []).text() == "how many"
 
