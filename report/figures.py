@@ -84,7 +84,7 @@ class Line:
 
     def _mark(self, one: Series, x: Axis, y: Axis, palette: Palette | None) -> str:
         last = next((value for value in reversed(one.y) if value is not None), None)
-        mark = Mark(one.name, colour(one.name, self.series_names, palette), f"{one.name}: {said(last)} at last")
+        mark = Mark(one.name, colour(one.name, self.series_names, palette), f"{one.name}: {said(last)} at the end")
         around = band(x, y, one.x, one.low, one.high) if one.low and one.high else ""
         return marked(mark, around, *curve(x, y, one.x, one.y))
 

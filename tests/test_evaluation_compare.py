@@ -11,7 +11,7 @@ import pytest
 from fpo.commands.compare import compare_command
 from fpo.commands.comparison_page import comparison_page, runs_table
 from fpo.errors import RunError
-from fpo.evaluation.compare import POINTS, Estimate, compare, run_names, thinned
+from fpo.evaluation.compare import CURVES, POINTS, Estimate, compare, run_names, thinned
 from fpo.recipe import dump_recipe, load_recipe
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -139,6 +139,22 @@ def test_runs_that_know_little_still_have_a_page(tmp_path: Path) -> None:
     assert page.lead.startswith("None of them has been evaluated.")
     assert [section.title for section in page.sections] == ["Runs"]
     assert "One run: a" in page.html()
+
+
+def test_the_page_of_twenty_runs_is_a_small_file(tmp_path: Path) -> None:
+    """Every measure and every curve, with as many digits as runs write."""
+    known = {"value": 0.123456789012345, "low": 0.0123456789012345, "high": 0.23456789012345678}
+    parts = {"own_samples": {"kl": known}, "displacement": {"both_fall": known, "chosen": known, "rejected": known}}
+    folders = [
+        run(tmp_path / f"objective.alpha={n}", f"objective.alpha={n}", evaluation=evaluated(1 / (n + 2), **parts))
+        for n in range(20)
+    ]
+    for n, folder in enumerate(folders):
+        rows = [{"step": step, **dict.fromkeys(CURVES, -1 / (step + n + 2))} for step in range(1, 301)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = comparison_page(compare(folders, with_curves=True)).html()
+    assert page.count("<figure>") == 4 + len(CURVES)
+    assert len(page.encode()) < 300_000
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,16 @@ def test_the_dark_page_is_dark(tab, pages):
     assert brightness["light"] > 240
 
 
+def test_a_page_fits_on_paper_and_is_printed_light(tab, pages):
+    """A4 is 794 px wide at 96 dpi."""
+    for name in pages:
+        tab.open(pages[name], 794, "dark")
+        tab.call("Emulation.setEmulatedMedia", media="print")
+        assert tab.run("document.documentElement.scrollWidth") == 794
+        assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        tab.call("Emulation.setEmulatedMedia", media="")
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_words_of_figures_stay_within_them(width, tab, pages):
     for name in ("runs", "features"):
