@@ -243,7 +243,7 @@ class Bars:
 
     def _mark(self, bar: Bar, x: Axis, top: float, palette: Palette | None) -> str:
         if self.names_above:
-            name = words(shortened(bar.name, LONG), x.start, top + BAR - 5, "start")
+            name = words(shortened(bar.name, LONG), x.start + 4, top + BAR - 5, "start")
             top += BAR
         else:
             name = words(bar.name, NAMES - 8, top + BAR / 2 + 4, "end")
