@@ -112,7 +112,7 @@ def _cell(column: Column, row: Row) -> str:
     number, words, ends = is_number(value), said(value, column.format), column.ends(row)
     shown = _linked(escaped(words), row.get(column.link) if column.link else None)
     small = f" {element('small', escaped(ends))}" if ends else ""
-    exact = repr(value) if number and (ends or words != repr(value)) else None
+    exact = str(value) if number and words != "-" and (ends or words != str(value)) else None
     return element("td", shown, small, class_=None if number or value is None else "words", data_v=exact)
 
 

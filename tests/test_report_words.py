@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from report_pages import HOSTILE
 
@@ -79,6 +80,13 @@ def test_a_table_without_rows_is_its_headings():
 def test_a_cell_holds_all_digits_beside_the_words():
     assert '<td data-v="0.71">0.71 <small>[0.66, 0.76]</small></td><td data-v="1000">1,000</td>' in TABLE.html()
     assert "<td>75</td>" in TABLE.html()
+
+
+def test_numbers_of_numpy_are_numbers_and_what_is_none_is_unknown():
+    rows = [{"n": np.float64(0.123456)}, {"n": math.nan}]
+    page = Table("t", [Column("n")], rows).html()
+    assert '<td data-v="0.123456">0.1235</td>' in page
+    assert "<td>-</td>" in page
 
 
 @pytest.mark.parametrize("address", ["javascript:alert(1)", "data:text/html,x", "//else.where", " https://x", 7, None])
