@@ -10,7 +10,7 @@ ORACLES := .venv-oracles
 export FPO_STORE ?= $(CURDIR)/caches
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cache align evaluate test test-long test-store test-families test-oracles families check lint docs bench clean
+.PHONY: help demo cache align evaluate test test-long test-store test-families test-browser test-oracles families check lint docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ test-store: $(VENV)/installed-test  ## the long rounds of the store: kills, dama
 
 test-families: $(VENV)/installed-test  ## a tiny model of every family against separate forwards
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m families
+
+test-browser: $(VENV)/installed-test  ## open pages in a headless Chromium (apt install chromium)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 test-oracles: $(ORACLES)/installed  ## compare with TRL, sae-lens and eai-sparsify, in an environment of their own
 	OMP_NUM_THREADS=1 $(ORACLES)/bin/python -m pytest -m oracle

@@ -17,6 +17,7 @@ import typer
 
 from fpo.commands.align import align_command
 from fpo.commands.cache import cache_command
+from fpo.commands.compare import compare_command
 from fpo.commands.evaluate import evaluate_command
 from fpo.commands.features import features_command
 from fpo.commands.generate import generate_command
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command("cache")(cache_command)
 app.command("align")(align_command)
 app.command("evaluate")(evaluate_command)
+app.command("compare")(compare_command)
 app.command("features")(features_command)
 app.command("generate")(generate_command)
 app.command("judge")(judge_command)

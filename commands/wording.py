@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,3 +49,8 @@ def with_numbers(value: Any) -> Any:
 
 def indented(value: Any) -> str:
     return "\n".join(f"  {line}" for line in json.dumps(value, indent=2).splitlines())
+
+
+def terminal_width() -> int | None:
+    """Of the terminal that is printed to, or as COLUMNS says; None where lines go into a file or a pipe."""
+    return shutil.get_terminal_size(fallback=(0, 0)).columns or None

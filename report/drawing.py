@@ -11,12 +11,14 @@ from fpo.report.markup import element
 from fpo.report.words import escaped, plain
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 50
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 12, 50
 """Margins, where ticks and labels stand."""
-NAMES, NAME = 170, 24
-"""Of bars: width for their names, and characters of one."""
-BAR = 24
-"""Height of one."""
+BAR = 22
+"""Height of a bar."""
+NAMES, SHORT = 160, 17
+"""Width for the names of bars where they stand before them, and the characters that fit."""
+LONG = 52
+"""Characters of a name that stands above its bar, on a line of its own."""
 MARKED = 15
 """Points of a line up to which each gets a mark."""
 
@@ -30,11 +32,11 @@ class Mark(NamedTuple):
 
 
 def x_axis(values: Iterable[float | None]) -> Axis:
-    return axis(values, LEFT, WIDTH - RIGHT, 6)
+    return axis(values, LEFT, WIDTH - RIGHT, 8)
 
 
 def y_axis(values: Iterable[float | None], with_zero: bool = False) -> Axis:
-    return axis(values, HEIGHT - BOTTOM, TOP, 5, with_zero)
+    return axis(values, HEIGHT - BOTTOM, TOP, 7, with_zero)
 
 
 def drawing(title: str, height: float, *marks: str) -> str:
@@ -50,7 +52,7 @@ def frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
         for tick in y.ticks()
     ]
     middle = (y.start + y.end) / 2
-    label = words(y_label, 14, middle, "middle", "label", turned=True) if y_label else ""
+    label = words(y_label, 15, middle, "middle", "label", turned=True) if y_label else ""
     return element("g", *rows, *columns(x, y.end, y.start), label, axis_label(x_label, x, y.start), class_="frame")
 
 
@@ -94,7 +96,7 @@ def marked(mark: Mark, *shapes: str) -> str:
 
 
 def dot(x: float, y: float) -> str:
-    return element("circle", cx=x, cy=y, r=3.5)
+    return element("circle", cx=x, cy=y, r=4)
 
 
 def curve(x: Axis, y: Axis, places: Sequence[float], values: Sequence[float | None]) -> list[str]:
@@ -121,10 +123,10 @@ def box(left: float, top: float, right: float, bottom: float) -> str:
     return element("rect", x=left, y=top, width=max(right - left, 0.0), height=max(bottom - top, 0.0))
 
 
-def shortened(name: str) -> str:
-    """The name of a bar, as far as there is room."""
+def shortened(name: str, most: int) -> str:
+    """As much of a name as there is room for."""
     text = plain(name)
-    return text if len(text) <= NAME else text[: NAME - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _within(of: Axis, value: float) -> bool:

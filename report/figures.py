@@ -11,8 +11,10 @@ from fpo.report.drawing import (
     BAR,
     BOTTOM,
     HEIGHT,
+    LONG,
     NAMES,
     RIGHT,
+    SHORT,
     TOP,
     WIDTH,
     Mark,
@@ -33,7 +35,7 @@ from fpo.report.drawing import (
     y_axis,
 )
 from fpo.report.tables import Column, Table
-from fpo.report.words import said
+from fpo.report.words import plain, said
 
 COLOURS = 8
 """In page.css; further series repeat them, dashed."""
@@ -82,7 +84,7 @@ class Line:
 
     def _mark(self, one: Series, x: Axis, y: Axis, palette: Palette | None) -> str:
         last = next((value for value in reversed(one.y) if value is not None), None)
-        mark = Mark(one.name, colour(one.name, self.series_names, palette), f"{one.name}: {said(last)} at last")
+        mark = Mark(one.name, colour(one.name, self.series_names, palette), f"{one.name}: {said(last)} at the end")
         around = band(x, y, one.x, one.low, one.high) if one.low and one.high else ""
         return marked(mark, around, *curve(x, y, one.x, one.y))
 
@@ -227,21 +229,28 @@ class Bars:
         return Table(self.title, columns, [vars(bar) for bar in self.bars], series="series")
 
     def svg(self, palette: Palette | None = None) -> str:
-        bottom = TOP + BAR * len(self.bars)
+        height = BAR * (1 + self.names_above)
+        bottom = TOP + height * len(self.bars)
         values = [value for bar in self.bars for value in (bar.value, bar.low, bar.high)]
-        x = axis(values, NAMES, WIDTH - RIGHT, 5, with_zero=True)
-        grid = [*columns(x, TOP, bottom), axis_label(self.x, x, bottom)]
-        marks = [self._mark(bar, x, TOP + BAR * row, palette) for row, bar in enumerate(self.bars)]
-        return drawing(self.title, bottom + BOTTOM, *grid, *marks)
+        x = axis(values, RIGHT if self.names_above else NAMES, WIDTH - RIGHT, 7, with_zero=True)
+        marks = [self._mark(bar, x, TOP + height * row, palette) for row, bar in enumerate(self.bars)]
+        return drawing(self.title, bottom + BOTTOM, *columns(x, TOP, bottom), axis_label(self.x, x, bottom), *marks)
+
+    @property
+    def names_above(self) -> bool:
+        """Whether one is too long to stand before its bar."""
+        return any(len(plain(bar.name)) > SHORT for bar in self.bars)
 
     def _mark(self, bar: Bar, x: Axis, top: float, palette: Palette | None) -> str:
-        middle, ends = top + BAR / 2, sorted((x.place(0), x.place(bar.value)))
-        shapes = [
-            words(shortened(bar.name), NAMES - 8, middle + 4, "end"),
-            box(ends[0], top + 4, ends[1], top + BAR - 4),
-        ]
+        if self.names_above:
+            name = words(shortened(bar.name, LONG), x.start + 4, top + BAR - 5, "start")
+            top += BAR
+        else:
+            name = words(bar.name, NAMES - 8, top + BAR / 2 + 4, "end")
+        left, right = sorted((x.place(0), x.place(bar.value)))
+        shapes = [name, box(left, top + 3, right, top + BAR - 3)]
         if bar.low is not None and bar.high is not None:
-            shapes.append(error_bar(x.place(bar.low), middle, x.place(bar.high), middle))
+            shapes.append(error_bar(x.place(bar.low), top + BAR / 2, x.place(bar.high), top + BAR / 2))
         mark = Mark(bar.series, colour(bar.series, self.series_names, palette), f"{bar.name}: {said(bar.value)}")
         return marked(mark, *shapes)
 

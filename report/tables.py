@@ -58,13 +58,15 @@ class Table:
     series: str | None = None
     """Key whose value names what a row is of: a run, which is highlighted together with its marks."""
 
-    def text(self) -> str:
-        """The table for a terminal."""
+    def text(self, width: int | None = None) -> str:
+        """The table for a terminal; what is wider goes on below, each row under its first cell again."""
         rows = self.rows[: self.text_rows]
         cells = [self._aligned(column, rows) for column in self.columns]
-        lines = ["  ".join(line).rstrip() for line in zip(*cells, strict=True)]
+        blocks = [
+            "\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in _blocks(cells, width)
+        ]
         left_out = len(self.rows) - len(rows)
-        return "\n".join([*lines, *([f"and {left_out:,} more"] if left_out else [])])
+        return "\n\n".join(blocks) + (f"\nand {left_out:,} more" if left_out else "")
 
     def html(self) -> str:
         """The table for a page."""
@@ -88,6 +90,17 @@ class Table:
         return any(map(is_number, values)) and all(value is None or is_number(value) for value in values)
 
 
+def _blocks(columns: Sequence[list[str]], width: int | None) -> list[list[list[str]]]:
+    """Columns in as many blocks as keep within the width, where there is one."""
+    blocks = [list(columns[:1])]
+    for column in columns[1:]:
+        taken = sum(2 + len(own[0]) for own in blocks[-1]) + len(column[0])
+        if width is not None and taken > width and len(blocks[-1]) > 1:
+            blocks.append([columns[0]])
+        blocks[-1].append(column)
+    return blocks
+
+
 def _heading(column: Column, numeric: bool) -> str:
     button = element("button", escaped(column.heading), type="button", title=column.about or None)
     return element("th", button, scope="col", class_=None if numeric else "words")
@@ -99,7 +112,7 @@ def _cell(column: Column, row: Row) -> str:
     number, words, ends = is_number(value), said(value, column.format), column.ends(row)
     shown = _linked(escaped(words), row.get(column.link) if column.link else None)
     small = f" {element('small', escaped(ends))}" if ends else ""
-    exact = repr(value) if number and (ends or words != repr(value)) else None
+    exact = str(value) if number and words != "-" and (ends or words != str(value)) else None
     return element("td", shown, small, class_=None if number or value is None else "words", data_v=exact)
 
 

@@ -199,15 +199,17 @@ def changed_fields(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
         sections = recipe.model_dump(mode="json", include={"objective": True, "policy": True, "data": {"filter"}})
         free = free_arguments(recipe.training)
         arguments = {n: v for n, v in resolved(recipe.training).items() if n not in free}
-        return flat({**sections, "training": arguments}, "")
-
-    def flat(value: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(value, dict) or not value:
-            return {prefix: value}
-        return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+        return by_name({**sections, "training": arguments})
 
     old, new = held(before), held(now)
     return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def by_name(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in by_name(item, f"{name}.{key}".lstrip(".")).items()}
 
 
 def identity(cache: Cache, pairs_per_step: int, held_out: Cache | None) -> dict[str, Any]:

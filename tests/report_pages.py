@@ -26,6 +26,8 @@ from fpo.report import (
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- \x1b[31mred\x07 ‮evil"
 """A label that would be markup, terminal codes and turned text if it were let."""
+TOKENS = 32
+"""Of a passage."""
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 
@@ -107,10 +109,11 @@ def features(n_features: int = 200, n_pairs: int = 5) -> Page:
         Column("chosen", "fires, chosen", ".1%"),
         Column("rejected", "fires, rejected", ".1%"),
     ]
-    points = [Point(f"feature {row['feature']}", row["gap"], row["gap"] * 0.6 + rng.normal() * 0.2) for row in rows]
+    drift = {str(row["feature"]): float(row["gap"] * 0.6 + rng.normal() * 0.2) for row in rows}
+    points = [Point(f"feature {row['feature']}", row["gap"], drift[str(row["feature"])]) for row in rows]
     edges = np.linspace(-3, 3, 31)
     sides = [Bins(side, edges.tolist(), np.histogram(gaps + move, edges)[0].tolist()) for side, move in _SIDES]
-    top = [Bar(row["label"], row["d"], row["d"] - 0.1, row["d"] + 0.1) for row in rows[:12]]
+    top = [Bar(row["label"], row["gap"], row["low"], row["high"]) for row in rows[:12]]
     examples = [
         Passages(f"{row['feature']} {row['label']}", [_pair(rng) for _ in range(n_pairs)], f"feature-{row['feature']}")
         for row in rows
@@ -120,14 +123,15 @@ def features(n_features: int = 200, n_pairs: int = 5) -> Page:
         Section(
             "In pictures",
             items=[
-                Bars("The surest", "effect size d", top),
+                Bars("The surest", "gap", top),
                 Scatter("Gap against drift", "gap", "drift", points, trend=(0.0, 0.6), diagonal=True),
                 Histogram("Activations", "activation", sides),
             ],
         ),
         Section("Pairs", "Those that each feature tells apart the most.", examples),
     ]
-    return Page("What separates chosen from rejected", "5,000 pairs, 200 features.", sections, {"features": rows})
+    data = {"features": rows, "drift": drift, "bins": [vars(one) for one in sides]}
+    return Page("What separates chosen from rejected", f"5,000 pairs, {n_features} features.", sections, data)
 
 
 _SIDES = (("chosen", 0.3), ("rejected", -0.3))
@@ -142,10 +146,10 @@ def _walk(rng: np.random.Generator, steps: int, place: int) -> list[float]:
 
 
 def _passage(rng: np.random.Generator) -> Passage:
-    tokens = [f" {word}" for word in rng.choice(_WORDS, 40).tolist()]
-    warm = rng.random(40) < 0.15
+    tokens = [f" {word}" for word in rng.choice(_WORDS, TOKENS).tolist()]
+    warm = rng.random(TOKENS) < 0.15
     return Passage(
-        tokens, [round(heat, 2) for heat in (warm * rng.exponential(1.0, 40)).tolist()], "tokens 12 to 52 of 80"
+        tokens, [round(heat, 2) for heat in (warm * rng.exponential(1.0, TOKENS)).tolist()], "tokens 12 to 52 of 80"
     )
 
 
