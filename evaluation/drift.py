@@ -2,32 +2,33 @@
 The drift of every feature: what it is in the policy less what it is in the reference.
 
     on the pairs    both read the same held-out completions, and each is pooled as the cache pools
-    in its speech   both complete the same prompts with the same random numbers, and the reference reads what they wrote:
-                    what of a feature the policy has come to write
+    in its speech   both complete the same prompts with the same random numbers, and the reference reads what either
+                    wrote: what of a feature the policy has come to write
 
-A cache with a top k knows nothing of the features that it left out, so both models are run; with intervals over
-prompts as those of gaps are:
-
-    drift  D = mean over G groups of v,   se^2 = C / (C - 1) sum over C prompts of ( sum over a prompt's groups of (v - D) / G )^2
+A cache with a top k knows nothing of the features that it left out, so both models are run. The mean over groups has an
+error that is clustered by prompt, as a gap's is (see `gaps`).
 
 Dimension key:  G groups   C prompts   K completions   F d_sae
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fpo.evaluation.correlation import pearson, spearman
+from fpo.evaluation.estimates import Mean
 from fpo.evaluation.gaps import Estimate
+from fpo.evaluation.held_out import finite
 from fpo.evaluation.pairs import prompt_digests
-from fpo.evaluation.sampling import Sampling, uniforms
+from fpo.evaluation.sampling import Engine, Sampling, uniforms
 from fpo.recipe import Recipe
 from fpo.scoring import (
     Layout,
@@ -46,11 +47,16 @@ from fpo.scoring.sae import read_decoder
 from fpo.stage2_align.measure import Hookpoint, ObjectiveMeter
 from fpo.stage2_align.policy import policy_layout, policy_model
 from fpo.store import Cache, Groups
+from fpo.store.format.ragged import starts_of
 
 F64 = NDArray[np.float64]
+Seen = Callable[[int], object]
+"""Is told how many more groups are done."""
 
 BATCH = 16
 """Groups at a time."""
+FIT_TOKENS = 8192
+"""Tokens that FVU and L0 are measured on: the first ones, the same for both models."""
 
 
 class Fit(NamedTuple):
@@ -117,7 +123,7 @@ def encoders(recipe: Recipe, cache: Cache, run: Path) -> tuple[Encoder, Encoder]
 
 
 def drift_on_pairs(
-    recipe: Recipe, cache: Cache, policy: Encoder, reference: Encoder, seen: Callable[[int], object] = lambda groups: None
+    recipe: Recipe, cache: Cache, policy: Encoder, reference: Encoder, seen: Seen = lambda groups: None
 ) -> list[Drift]:
     """Of every hookpoint over all groups of a held-out cache, prompt by prompt."""
     groups = _by_prompt(cache)
@@ -141,6 +147,72 @@ def drift_on_pairs(
     ]
 
 
+def drift_in_speech(
+    recipe: Recipe,
+    policy: Encoder,
+    reference: Encoder,
+    speakers: tuple[Engine, Engine],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seen: Seen = lambda groups: None,
+) -> list[Estimate]:
+    """
+    (F,) of every hookpoint: what the reference reads of a feature in the policy's completions of these prompts (token
+    ids, not empty, each once) less what it reads in its own.
+
+    speakers  policy and reference, that complete prompts
+    """
+    sums = [_ClusterSums(sae.facts.d_sae) for sae in reference.saes]
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        numbers = [uniforms(sampling.seed, start + row, 0, 0, sampling.max_new_tokens) for row in range(len(batch))]
+        written = [[one.tokens for one in engine(batch, np.stack(numbers), sampling)] for engine in speakers]
+        read = [_read_texts(reference, batch, completions) for completions in written]
+        clusters = np.arange(start, start + len(batch), dtype=np.uint64)
+        for place, (sae, own) in enumerate(zip(reference.saes, sums, strict=True)):
+            acts = [
+                sae.pooled_mean(residuals[place], [len(tokens) for tokens in completions]).double().cpu().numpy()
+                for residuals, completions in zip(read, written, strict=True)
+            ]
+            own.add(acts[0] - acts[1], clusters)
+        seen(len(batch))
+    return [own.estimate() for own in sums]
+
+
+def agreement(gap: F64, drift: F64, seed: int = 0) -> dict[str, Any]:
+    """
+    How well gaps told drifts, over features: slope of the least squares drift = a + slope gap, its R^2 and the rank
+    correlation, each with the interval between the 2.5th and 97.5th percentile of 1000 draws of as many features.
+    Features of one model are not independent of each other, so the interval is of these features alone.
+
+    gap, drift  of the same features, those of which something can be said
+    """
+    rng = np.random.default_rng(seed)
+    draws = np.array([_agreement(*np.stack([gap, drift])[:, rng.integers(0, len(gap), len(gap))]) for _ in range(1000)])
+    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+    found = zip(("slope", "r2", "rank_correlation"), _agreement(gap, drift), low, high, strict=True)
+    means = {name: Mean(value, float(a), float(b))._asdict() for name, value, a, b in found}
+    said: dict[str, Any] = finite({"features": len(gap), **means})
+    return said
+
+
+def _agreement(gap: F64, drift: F64) -> tuple[float, float, float]:
+    around = gap - gap.mean()
+    spread = float(around @ around)
+    slope = float(around @ drift) / spread if spread > 0 else np.nan
+    return slope, pearson(gap, drift).value ** 2, spearman(gap, drift).value
+
+
+def _read_texts(
+    encoder: Encoder, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Of prompts with a completion each."""
+    segments = [part for pair in zip(prompts, completions, strict=True) for part in pair]
+    ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in segments])
+    packed = pack(ids, starts_of([len(part) for part in segments]), np.ones(len(prompts), np.int64), encoder.layout)
+    return encoder.residuals(packed.to(encoder.model.device))
+
+
 def _by_prompt(cache: Cache) -> Groups:
     """All groups; those of one prompt behind each other."""
     reads = cache.columns
@@ -151,9 +223,7 @@ def _by_prompt(cache: Cache) -> Groups:
 
 
 def _read(encoder: Encoder, groups: Groups) -> list[Tensor]:
-    packed = pack(
-        groups.input_ids, groups.splits, groups.n_completions, encoder.layout, score_mask=groups.score_mask
-    )
+    packed = pack(groups.input_ids, groups.splits, groups.n_completions, encoder.layout, score_mask=groups.score_mask)
     return encoder.residuals(packed.to(encoder.model.device))
 
 
@@ -172,12 +242,10 @@ class _DriftSums:
         others = np.repeat(1.0, len(policy))
         others[starts] = 0.0
         shares = others / np.repeat(np.maximum(groups.n_completions.astype(np.int64) - 1, 1), groups.n_completions)
-        for side, (chosen, sums) in enumerate(zip((True, False), self.sides, strict=True)):
-            def of_groups(acts: F64, chosen: bool = chosen) -> F64:
-                return acts[starts] if chosen else np.add.reduceat(acts * shares[:, None], starts, axis=0)
-
-            sums.add(of_groups(policy) - of_groups(reference), prompts)
-            self.reference[side] += of_groups(reference).sum(0)
+        ours, theirs = ((acts[starts], np.add.reduceat(acts * shares[:, None], starts)) for acts in (policy, reference))
+        for side, sums in enumerate(self.sides):
+            sums.add(ours[side] - theirs[side], prompts)
+            self.reference[side] += theirs[side].sum(0)
         self.fires += ((policy != 0) | (reference != 0)).sum(0)
         self.n_completions += len(policy)
 
@@ -231,11 +299,13 @@ class _ClusterSums:
         self._close()
         mean = self.total / self.n
         around = self.sq - 2 * mean * self.weighted + mean**2 * self.sizes_sq
-        return Estimate(mean, np.maximum(around, 0.0) / self.n**2, self.n_clusters, 1)
+        df = max(self.n_clusters - 1, 1)
+        error = np.sqrt(np.maximum(around, 0.0) * self.n_clusters / df) / self.n
+        return Estimate(mean, error, df)
 
 
 class _FitSums:
-    """An SAE's fit over batches: each has its own mean, so the variance is that within batches and between them."""
+    """The tokens that an SAE's fit is measured on."""
 
     def __init__(self, sae: str, hookpoint: str) -> None:
         self.decoder = read_decoder(sae, hookpoint)
@@ -252,7 +322,3 @@ class _FitSums:
 
     def fit(self) -> Fit:
         return Fit(*self.sae.fvu_and_l0(torch.cat(self.kept), self.decoder))
-
-
-FIT_TOKENS = 8192
-"""Tokens that FVU and L0 are measured on: the first ones, the same for both models."""
