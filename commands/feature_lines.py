@@ -16,7 +16,7 @@ LABEL = 48
 
 def print_report(report: FeatureReport) -> None:
     """Facts in lines, then the features of both sides."""
-    for name, line in _facts(report):
+    for name, line in report_facts(report):
         print(f"{name:<12}{line}")
     for lean in ("chosen", "rejected"):
         rows = [row for row in report.features if row.leans == lean]
@@ -36,7 +36,8 @@ def print_report(report: FeatureReport) -> None:
 _COLUMNS = ("feature", "gap", "95 % interval", "d", "adj. p", "halves", "fires", "equal length", "cut")
 
 
-def _facts(report: FeatureReport) -> list[tuple[str, str]]:
+def report_facts(report: FeatureReport) -> list[tuple[str, str]]:
+    """What was asked of which cache, and what it comes to: a word and a line each."""
     sae = "" if report.sae is None else f", SAE {_printable(report.sae, 100)}"
     kept = "all" if report.top_k == "all" else f"top {report.top_k}"
     prompts = "" if report.prompts == report.pairs else f" of {report.prompts:,} prompts"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,78 @@ def test_a_label_stays_text_in_a_terminal(world: TinyWorld, cache: Cache, fpo: A
     assert "<script>" in printed
     assert "\x1b" not in printed
     assert "\u202e" not in printed
+
+
+class Cells(HTMLParser):
+    """The rows of every table of a page: exact values where a cell has one, else its words."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.elements: list[str] = []
+        self._inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append(dict(attrs).get("data-v") or "")
+            self._inside = self.tables[-1][-1][-1] == ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.tables[-1][-1][-1] += data
+
+
+def numbers_of(value: Any) -> set[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        return set().union(*map(numbers_of, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(numbers_of, value))
+    return {float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else set()
+
+
+def test_every_number_of_the_page_is_one_of_its_json(world: TinyWorld, cache: Cache, fpo: Any, tmp_path: Path) -> None:
+    """Exact values of all cells of all tables; the data in the page is what --json prints."""
+    path = tmp_path / "page.html"
+    arguments = ["--store", world.store, "--recipe", world.root / "recipe.yaml", "--by", "source", "--html", path]
+    facts = json.loads(fpo("features", cache.key, *arguments, "--json"))
+    page = path.read_text(encoding="utf-8")
+    data = page.split('type="application/json" id="data">')[1].split("</script>")[0]
+    assert json.loads(data) == facts
+    topics_shown = {float(part["name"]) for part in facts[0]["parts"] if part["kind"] == "topic"}
+    known, seen = numbers_of(facts) | topics_shown, 0
+    for table in Cells(page).tables:
+        for row in table[1:]:
+            for cell in row:
+                with contextlib.suppress(ValueError):
+                    assert float(cell) in known, (cell, row)
+                    seen += 1
+    assert seen > 300
+    assert all(f'id="pairs-model.layers.1-{row["feature"]}"' in page for row in facts[0]["features"])
+
+
+def test_a_label_stays_text_on_a_page(world: TinyWorld, cache: Cache, fpo: Any, tmp_path: Path) -> None:
+    path, labels = tmp_path / "page.html", tmp_path / "labels.jsonl"
+    plain = tmp_path / "plain.html"
+    labels.write_text("".join(json.dumps({"index": str(n), "description": EVIL}) + "\n" for n in range(48)))
+    arguments = ["features", cache.key, "--store", world.store, "--html"]
+    fpo(*arguments, path, "--labels", labels)
+    fpo(*arguments, plain)
+    page = path.read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page.split('type="application/json"')[0]
+    scripts = [Cells(one.read_text(encoding="utf-8")).elements.count("script") for one in (path, plain)]
+    assert scripts[0] == scripts[1]
 
 
 def test_examples_and_sources_need_a_recipe(world: TinyWorld, cache: Cache, fpo: Any) -> None:
