@@ -2,8 +2,8 @@
 One training of the study, in a process of its own, from start to what is measured of it: `held_out.json` in the run's
 folder, and where it is asked to speak `spoken.json`. Each is written once it is whole: what is there is done.
 
-What is spoken is measured on the policy's own stories: their gold reward and what they cost in KL to the reference, from the
-same random numbers for every policy, and how varied they are.
+What is spoken is measured on the policy's own stories: their gold reward and what they cost in KL to the reference,
+from the same random numbers for every policy, and how varied they are.
 """
 
 from __future__ import annotations
