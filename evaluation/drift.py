@@ -22,13 +22,15 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fpo.evaluation.correlation import pearson, spearman
-from fpo.evaluation.estimates import Mean
+from fpo.evaluation.estimates import FEWEST, Mean
 from fpo.evaluation.gaps import Estimate
 from fpo.evaluation.held_out import finite
 from fpo.evaluation.pairs import prompt_digests
-from fpo.evaluation.sampling import Engine, Sampling, uniforms
+from fpo.evaluation.sampling import Sampling, Written, check_room, uniforms
+from fpo.evaluation.speakers import engine_of
 from fpo.recipe import Recipe
 from fpo.scoring import (
     Layout,
@@ -41,7 +43,10 @@ from fpo.scoring import (
     load_sae,
     mixed_precision,
     model_folder,
+    ordinary_forward,
     pack,
+    positions,
+    unwrapped,
 )
 from fpo.scoring.sae import read_decoder
 from fpo.stage2_align.measure import Hookpoint, ObjectiveMeter
@@ -55,6 +60,7 @@ Seen = Callable[[int], object]
 
 BATCH = 16
 """Groups at a time."""
+AGREEMENT = ("slope", "r2", "rank_correlation")
 FIT_TOKENS = 8192
 """Tokens that FVU and L0 are measured on: the first ones, the same for both models."""
 
@@ -98,6 +104,13 @@ class Encoder(NamedTuple):
         with mixed_precision(self.model.device, self.autocast):
             scores: Scores = self.model(**packed._asdict())
         return [packed.counting(residual) for residual in scores.residuals]
+
+    def complete(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], numbers: F64, sampling: Sampling
+    ) -> list[Written]:
+        """What the model writes, while it answers ordinary calls."""
+        with ordinary_forward(unwrapped(self.model)):
+            return engine_of(self.model, tokenizer)(prompts, numbers, sampling)
 
 
 def encoders(recipe: Recipe, cache: Cache, run: Path) -> tuple[Encoder, Encoder]:
@@ -148,10 +161,9 @@ def drift_on_pairs(
 
 
 def drift_in_speech(
-    recipe: Recipe,
     policy: Encoder,
     reference: Encoder,
-    speakers: tuple[Engine, Engine],
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     seen: Seen = lambda groups: None,
@@ -159,14 +171,16 @@ def drift_in_speech(
     """
     (F,) of every hookpoint: what the reference reads of a feature in the policy's completions of these prompts (token
     ids, not empty, each once) less what it reads in its own.
-
-    speakers  policy and reference, that complete prompts
     """
+    check_room(prompts, sampling, positions(reference.model.config))
     sums = [_ClusterSums(sae.facts.d_sae) for sae in reference.saes]
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         numbers = [uniforms(sampling.seed, start + row, 0, 0, sampling.max_new_tokens) for row in range(len(batch))]
-        written = [[one.tokens for one in engine(batch, np.stack(numbers), sampling)] for engine in speakers]
+        written = [
+            [one.tokens for one in encoder.complete(tokenizer, batch, np.stack(numbers), sampling)]
+            for encoder in (policy, reference)
+        ]
         read = [_read_texts(reference, batch, completions) for completions in written]
         clusters = np.arange(start, start + len(batch), dtype=np.uint64)
         for place, (sae, own) in enumerate(zip(reference.saes, sums, strict=True)):
@@ -187,10 +201,12 @@ def agreement(gap: F64, drift: F64, seed: int = 0) -> dict[str, Any]:
 
     gap, drift  of the same features, those of which something can be said
     """
+    if len(gap) < FEWEST:
+        return {"features": len(gap), **{name: {"value": None, "low": None, "high": None} for name in AGREEMENT}}
     rng = np.random.default_rng(seed)
     draws = np.array([_agreement(*np.stack([gap, drift])[:, rng.integers(0, len(gap), len(gap))]) for _ in range(1000)])
     low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
-    found = zip(("slope", "r2", "rank_correlation"), _agreement(gap, drift), low, high, strict=True)
+    found = zip(AGREEMENT, _agreement(gap, drift), low, high, strict=True)
     means = {name: Mean(value, float(a), float(b))._asdict() for name, value, a, b in found}
     said: dict[str, Any] = finite({"features": len(gap), **means})
     return said

@@ -81,8 +81,13 @@ class Opened(NamedTuple):
     @property
     def engine(self) -> Engine:
         """What completes prompts."""
-        spoken: Engine = partial(complete, self.model, self.tokenizer)
-        return _unpadded(spoken) if has_prompt(self.model) else spoken
+        return engine_of(self.model, self.tokenizer)
+
+
+def engine_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """What completes prompts by a model that answers ordinary calls."""
+    spoken: Engine = partial(complete, model, tokenizer)
+    return _unpadded(spoken) if has_prompt(model) else spoken
 
 
 def opened(model: str, checkpoint: int | None = None, dtype: str | None = None) -> Opened:

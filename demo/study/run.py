@@ -91,7 +91,7 @@ def ablations(place: Place, fpo: Settings) -> Iterator[Work]:
 def _work(place: Place, method: Method, objective: Settings, seed: int, *, speaks: bool) -> Work:
     folder = place.root / "methods" / named(method, objective, seed)
     facts = {"method": method.name, "objective": objective, "seed": seed}
-    return Work(recipe(place, composed(objective), seed), folder, facts, speaks)
+    return Work(recipe(place, composed(objective), seed), folder, facts, speaks, drifts=speaks)
 
 
 def _sae(place: Place, layer: int) -> None:

@@ -2,8 +2,8 @@
 One training of the study, in a process of its own, from start to what is measured of it: `held_out.json` in the run's
 folder, and where it is asked to speak `spoken.json`. Each is written once it is whole: what is there is done.
 
-Spoken is measured on the policy's own stories: their gold reward and what they cost in KL to the reference, from the
-same random numbers for every policy, and how varied they are.
+What is spoken is measured on the policy's own stories: their gold reward and what they cost in KL to the reference,
+from the same random numbers for every policy, and how varied they are.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from fpo.demo.grammar import gold_reward
 from fpo.demo.preferences import sample_openings
 from fpo.demo.sampling import completion_logps, sample_completions
 from fpo.demo.study.plan import Place
+from fpo.evaluation.drift_report import FEATURES_FILE, DriftQuestion, drift_report
 from fpo.evaluation.held_out import PairNotes, report
 from fpo.evaluation.own_samples import token_statistics
+from fpo.evaluation.sampling import Sampling
 from fpo.recipe import Recipe
 from fpo.stage1_cache import find_cache
 from fpo.stage2_align import align, evaluate_run
@@ -35,6 +37,7 @@ SAMPLES = 400
 """Openings that no training pair has, the same for every policy."""
 
 HELD_OUT, SPOKEN = "held_out.json", "spoken.json"
+SPEECH = Sampling(max_new_tokens=96, temperature=1.0)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Work:
     facts: dict[str, Any]
     """What it is, for the summary."""
     speaks: bool = True
+    drifts: bool = False
+    """Whether its features are held against the gaps of the training pairs."""
 
     @property
     def results(self) -> list[str]:
         """The files that it leaves."""
-        return [HELD_OUT, SPOKEN] if self.speaks else [HELD_OUT]
+        return [HELD_OUT, *([SPOKEN] if self.speaks else []), *([FEATURES_FILE] if self.drifts else [])]
 
     @property
     def is_done(self) -> bool:
@@ -74,6 +79,9 @@ def carry_out(work: Work, place: Place) -> None:
         _write(work.folder / HELD_OUT, {"seconds": done.seconds, **held_out(work, place)})
     if work.speaks and not (work.folder / SPOKEN).is_file():
         _write(work.folder / SPOKEN, spoken(work.folder, place.world))
+    if work.drifts and not (work.folder / FEATURES_FILE).is_file():
+        train, held = (find_cache(work.recipe, place.store, held_out=held_out) for held_out in (False, True))
+        drift_report(work.recipe, train, held, work.folder, None, DriftQuestion(top=10, samples=200, sampling=SPEECH))
 
 
 def held_out(work: Work, place: Place) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""What training did to the features, for people: in a terminal and on a page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fpo.report import Page, Table
+
+WORDS = {"chosen": "on chosen completions", "rejected": "on rejected completions", "speech": "in its own speech"}
+
+SHORT = {"speech": "in speech", "chosen": "on chosen", "rejected": "on rejected"}
+"""Headings of drifts."""
+
+
+def drift_lines(found: dict[str, Any]) -> list[str]:
+    """For a terminal."""
+    lines: list[str] = []
+    for point in found["hookpoints"]:
+        lines += [*([""] if lines else []), *facts(point), "", _table(point).text(), "", *told(point)]
+    return lines
+
+
+def facts(point: dict[str, Any]) -> list[str]:
+    """What was looked at, and whether the SAE can be trusted with it."""
+    policy, reference = (point["fit"][name] for name in ("policy", "reference"))
+    spoken = f", {point['spoken']:,} of them completed by policy and reference" if point["spoken"] else ""
+    lines = [
+        f"features    {point['hookpoint']}, {point['groups']:,} held-out groups of {point['prompts']:,} prompts"
+        f"{spoken}",
+        f"SAE         FVU {policy['fvu']:.3f} and L0 {policy['l0']:.1f} on the policy, "
+        f"{reference['fvu']:.3f} and {reference['l0']:.1f} on the reference",
+    ]
+    if point["misfit"]:
+        lines.append("            it fits the policy far worse: a drift may be the misfit's rather than the model's")
+    return lines
+
+
+def told(point: dict[str, Any]) -> list[str]:
+    """How well the gap told each drift."""
+    lines: list[str] = []
+    for name, one in point["gap_against"].items():
+        r2, rank, slope = (one[key] for key in ("r2", "rank_correlation", "slope"))
+        lines.append(
+            f"{'gap told' if not lines else '':<12}{WORDS[name]:<27}R2 {_said(r2)}, rank correlation {_said(rank)}, "
+            f"slope {_said(slope)} ({one['features']:,} features)"
+        )
+    return lines
+
+
+def drift_page(found: dict[str, Any]) -> Page:
+    """The same with a figure."""
+    from fpo.report import Page, Point, Scatter, Section
+
+    sections = []
+    for point in found["hookpoints"]:
+        name = "speech" if point["spoken"] else "chosen"
+        points = [Point(str(one["feature"]), one["gap"], one["drift"]) for one in point["points"]]
+        figure = Scatter(
+            "Gap against drift", "gap before training: chosen minus rejected", f"drift {WORDS[name]}", points
+        )
+        text = " ".join(line.strip() for line in (*facts(point), *told(point)))
+        sections.append(Section(point["hookpoint"], text, [figure, _table(point)]))
+    title = f"What training did to the features of {found['run']}"
+    return Page(title, "Every feature in the policy less what it is in the reference.", sections, found)
+
+
+def _table(point: dict[str, Any]) -> Table:
+    from fpo.report import Column, Table
+
+    sides = [side for side in SHORT if f"{side}_low" in (point["features"] or [{}])[0]]
+    columns = [
+        Column("feature", format="d"),
+        *(Column(side, SHORT[side], "+.4f", (f"{side}_low", f"{side}_high")) for side in sides),
+        Column("gap", "gap before", "+.4f", ("gap_low", "gap_high")),
+        Column("fires", "fires", ".1%"),
+        *([Column("label")] if any(row["label"] for row in point["features"]) else []),
+    ]
+    return Table("Features that moved most surely", columns, point["features"])
+
+
+def _said(mean: dict[str, Any]) -> str:
+    if mean["value"] is None:
+        return "-"
+    return f"{mean['value']:.2f} [{mean['low']:.2f}, {mean['high']:.2f}]"
