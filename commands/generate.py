@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fpo.commands.libraries import quiet_libraries
+from fpo.commands.options import AsJson
 from fpo.errors import RunError
 
 
@@ -38,6 +40,7 @@ def generate_command(
         str | None, typer.Option("--dtype", help="Of the weights: else the run's, or float32 for a model.")
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="transformers or vllm.")] = "transformers",
+    as_json: AsJson = False,
 ) -> None:
     """Completions of a prompt set, resumable, for AlpacaEval, Arena-Hard, MT-Bench and `fpo judge`."""
     formats = ("jsonl", "alpaca-eval", "arena-hard", "mt-bench")
@@ -47,7 +50,7 @@ def generate_command(
     if output.exists():
         raise RunError(f"{output} is there already; remove it, or name another --output")
     quiet_libraries()
-    from fpo.evaluation.formats import file_of, token_counter
+    from fpo.evaluation.formats import check_format, file_of, token_counter
     from fpo.evaluation.generate import generate
     from fpo.evaluation.prompts import read_prompts
     from fpo.evaluation.sampling import Sampling
@@ -56,6 +59,8 @@ def generate_command(
     from fpo.stage2_align.run import write_whole
 
     asked = read_prompts(prompts, split, as_text=as_text)
+    check_format(format, asked, samples)
+    count = token_counter(format)
     say("loading the model ...")
     speaker = speaker_of(model, checkpoint, dtype, engine)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
@@ -73,10 +78,20 @@ def generate_command(
         room=speaker.room,
         facts=facts,
     )
-    text = file_of(format, asked, rows, name or speaker.name, time.time(), token_counter(speaker.tokenizer))
+    text = file_of(format, asked, rows, name or speaker.name, time.time(), count)
     write_whole(output, text)
     part.unlink()
     tokens = [count for row in rows for count in row.tokens]
     ended = sum(end for row in rows for end in row.ended)
+    if as_json:
+        result = {
+            "output": str(output),
+            "prompts": len(asked),
+            "completions": len(rows),
+            "mean_tokens": sum(tokens) / len(tokens),
+            "ended": ended / len(tokens),
+        }
+        print(json.dumps(result, indent=2))
+        return
     print(f"completions  {len(rows):,} to {len(asked):,} prompts, {output}")
     print(f"tokens       {sum(tokens) / len(tokens):.1f} in the mean, {ended / len(tokens):.1%} of completions end")

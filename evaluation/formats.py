@@ -14,10 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from fpo.errors import DataError
 from fpo.evaluation.generate import Generation
@@ -44,11 +41,31 @@ def file_of(
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def token_counter(tokenizer: PreTrainedTokenizerBase) -> Counts:
-    """By tiktoken's gpt-4o, which Arena-Hard's style control counts by, where it is installed; else the tokenizer's."""
-    if find_spec("tiktoken") is None:
-        return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    encoding = import_module("tiktoken").encoding_for_model("gpt-4o")
+def check_format(format: str, prompts: Sequence[Prompt], samples: int) -> None:
+    """DataError where a file of this format cannot hold so many completions of each prompt: told before any is made."""
+    if samples > 1 and format != "jsonl":
+        raise DataError(f"--samples {samples}: {format} holds one completion of each prompt; jsonl holds several")
+    for number, prompt in enumerate(prompts):
+        turns = len(prompt.turns)
+        FORMATS[format](prompt, Generation(number, 0, [""] * turns, [0] * turns, [True] * turns), "", 0.0, len)
+
+
+def token_counter(format: str) -> Counts:
+    """
+    Arena-Hard's style control compares lengths in tiktoken's gpt-4o tokens, so no other count will do; the other
+    formats hold none. Raises DataError where tiktoken or its vocabulary is not at hand.
+    """
+    if format != "arena-hard":
+        return len
+    try:
+        encoding = import_module("tiktoken").encoding_for_model("gpt-4o")
+    except ImportError:
+        raise DataError("--format arena-hard: token_len is counted by tiktoken: pip install tiktoken") from None
+    except OSError as error:  # requests' errors are
+        raise DataError(
+            f"--format arena-hard: tiktoken cannot get its gpt-4o vocabulary ({type(error).__name__}); fetch it once "
+            "with a network, into $TIKTOKEN_CACHE_DIR"
+        ) from None
     return lambda text: len(encoding.encode(text, disallowed_special=()))
 
 

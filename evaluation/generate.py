@@ -7,6 +7,7 @@ was killed goes on behind them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -63,16 +64,19 @@ def generate(
     encoder.check(prompts)
     firsts = [encoder.tokens(prompt.turns[0]) for prompt in prompts]
     check_room(firsts, sampling, room)
-    header = {**asdict(sampling), "samples": samples, "prompts": len(prompts), **(facts or {})}
+    header = {**asdict(sampling), "samples": samples, "prompts": _digest(prompts, firsts), **(facts or {})}
     done = _finished(part, header)
     wanted = [(number, sample) for number in range(len(prompts)) for sample in range(samples)]
     # The longest first: what does not fit in memory shows at once.
-    left = sorted((one for one in wanted if one not in done), key=lambda one: -len(firsts[one[0]]))
+    order = sorted(wanted, key=lambda one: -len(firsts[one[0]]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # One that was torn is asked whole again: among other rows its padding, and so its rounding, would be another.
+    left = [rows for rows in batches if any(one not in done for one in rows)]
+    before = len(wanted) - sum(map(len, left))
     started, written = time.monotonic(), 0
-    with part.open("a", encoding="utf-8") as file, progress_bar(len(wanted), "completions", "generate") as bar:
-        bar.update(len(done))
-        for start in range(0, len(left), batch_size):
-            rows = left[start : start + batch_size]
+    bar = progress_bar(len(wanted), "completions", "generate", initial=before)
+    with part.open("a", encoding="utf-8") as file, bar:
+        for rows in left:
             for row in _batch(rows, prompts, firsts, engine, encoder, sampling, room):
                 file.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
                 done[row.row, row.sample] = row
@@ -117,6 +121,14 @@ def _batch(
             row.tokens.append(len(written.tokens))
             row.ended.append(written.ended)
     yield from found
+
+
+def _digest(prompts: Sequence[Prompt], firsts: Sequence[list[int]]) -> str:
+    """Of what is asked, turn by turn, and of the tokens that the tokenizer makes of it."""
+    digest = hashlib.sha256()
+    for prompt, ids in zip(prompts, firsts, strict=True):
+        digest.update(json.dumps([prompt.turns, ids], default=str).encode() + b"\n")
+    return f"{len(prompts)}, sha256 {digest.hexdigest()[:16]}"
 
 
 def _finished(part: Path, header: dict[str, Any]) -> dict[tuple[int, int], Generation]:

@@ -65,7 +65,8 @@ class WinRate(NamedTuple):
 def read_generations(file: Path) -> list[dict[str, Any]]:
     """Rows of `fpo generate --format jsonl`. Raises DataError."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        with file.open(encoding="utf-8") as lines:  # str.splitlines would also part at a U+2028 that a model wrote
+            rows = [json.loads(line) for line in lines]
         whole = all({"row", "sample", "completions", "tokens"} <= row.keys() for row in rows)
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{file}: {one_line(error)}; judge what fpo generate --format jsonl wrote") from None

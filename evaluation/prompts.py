@@ -97,7 +97,9 @@ class Encoder:
         """Of a prompt, up to where the model goes on."""
         if isinstance(said, str):
             ids: list[int] = self.tokenizer(said)["input_ids"]
-            return ids
+            # Some tokenizers end every text; in training that token stands behind the completion.
+            ends = self.tokenizer.eos_token is not None and ids[-1:] == [self.tokenizer.eos_token_id]
+            return ids[:-1] if ends and not said.endswith(self.tokenizer.eos_token) else ids
         text = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
         templated: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return templated

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_world import TinyWorld, build_tiny_world
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fpo.cli import app
 from fpo.errors import DataError, ModelError, RunError
-from fpo.evaluation.formats import file_of
+from fpo.evaluation.formats import check_format, file_of, token_counter
 from fpo.evaluation.generate import Generation, generate
-from fpo.evaluation.prompts import Prompt, read_prompts
+from fpo.evaluation.prompts import Encoder, Prompt, read_prompts
 from fpo.evaluation.sampling import Sampling, Written, complete, uniforms
 from fpo.evaluation.speakers import speaker_of
 from fpo.stage1_cache import build_caches, find_cache
@@ -168,6 +169,13 @@ def test_a_killed_run_goes_on_where_it_was(model: Any, tokenizer: Any, tmp_path:
     batches.append(0)
     assert generate(prompts, killed, tokenizer, sampling, part, batch_size=2) == whole
     assert batches == [2, 2, 2, 0, 2, 2, 1]
+    lines_of = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(lines_of[:-2]))  # the last batch is of one row, so that before it loses one of its two
+    batches.append(0)
+    assert generate(prompts, killed, tokenizer, sampling, part, batch_size=2) == whole
+    assert batches[-2:] == [2, 1]  # asked whole again, in the batch that it was in
+    with pytest.raises(RunError, match=r"begun with prompts '9, sha256 .*now it is '9, sha256"):
+        generate([*prompts[1:], prompts[0]], killed, tokenizer, sampling, part, batch_size=2)
     with pytest.raises(RunError, match=r"begun with temperature 1\.0, now it is 0\.5"):
         generate(prompts, killed, tokenizer, Sampling(6, temperature=0.5), part, batch_size=2)
 
@@ -271,6 +279,47 @@ def test_files_are_those_that_judges_read() -> None:
         file_of("alpaca-eval", [question._replace(row={"instruction": "w1"})], [both], "mine", 5.0, count)
 
 
+def test_a_format_that_cannot_hold_what_is_asked_is_refused_before_a_model_speaks() -> None:
+    one = Prompt(("w1",), {"instruction": "w1"})
+    check_format("alpaca-eval", [one], 1)
+    check_format("jsonl", [one], 5)
+    with pytest.raises(DataError, match="--samples 2: alpaca-eval holds one completion of each prompt"):
+        check_format("alpaca-eval", [one], 2)
+    with pytest.raises(DataError, match="--format mt-bench: row 1 has no question_id"):
+        check_format("mt-bench", [one._replace(row={"question_id": 81}), one], 1)
+    with pytest.raises(DataError, match="row 0 has 2 turns"):
+        check_format("alpaca-eval", [one._replace(turns=("w1", "w2"))], 1)
+
+
+def test_arena_hard_counts_by_tiktoken_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the other formats never ask for; missing, or without its vocabulary, one line says so."""
+
+    def unreached(name: str) -> Any:
+        raise ConnectionError("no network")
+
+    for stand_in, message in ((None, "pip install tiktoken"), (unreached, "ConnectionError.*TIKTOKEN_CACHE_DIR")):
+        module = None if stand_in is None else SimpleNamespace(encoding_for_model=stand_in)
+        monkeypatch.setitem(sys.modules, "tiktoken", module)  # type: ignore[arg-type]
+        token_counter("jsonl")
+        with pytest.raises(DataError, match=message):
+            token_counter("arena-hard")
+    words = SimpleNamespace(encode=lambda text, disallowed_special: text.split())
+    module = SimpleNamespace(encoding_for_model={"gpt-4o": words}.__getitem__)
+    monkeypatch.setitem(sys.modules, "tiktoken", module)  # type: ignore[arg-type]
+    assert token_counter("arena-hard")("three words here") == 3
+
+
+def test_a_text_is_not_ended_before_the_model_goes_on(tokenizer: Any) -> None:
+    """By a tokenizer that ends every text: stage 1 takes what a prompt shares with its completions."""
+    plain = Encoder(tokenizer).tokens("w1 w2")
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    ending = TemplateProcessing(single=f"{bos[0]} $A {eos[0]}", special_tokens=[bos, eos])
+    tokenizer.backend_tokenizer.post_processor = ending
+    assert tokenizer("w1 w2")["input_ids"] == [*plain, eos[1]]
+    assert Encoder(tokenizer).tokens("w1 w2") == plain
+
+
 @pytest.mark.parametrize(
     "policy",
     [{}, {"lora": {"r": 4}}, {"prompt": {"kind": "embeddings", "virtual_tokens": 4, "text": "w5 w6 w7 w8"}}],
@@ -343,6 +392,15 @@ def test_the_command_writes_a_file_and_leaves_nothing_else(world: TinyWorld, tmp
         (1, "w3", "model"),
     ]
     assert [path.name for path in output.parent.iterdir()] == ["rows.jsonl"]
+    told = CliRunner().invoke(app, [*given, "--output", str(tmp_path / "told.jsonl"), "--json"])
+    mean = sum(row["tokens"][0] for row in rows) / 2
+    assert json.loads(told.stdout) == {
+        "output": str(tmp_path / "told.jsonl"),
+        "prompts": 2,
+        "completions": 2,
+        "mean_tokens": mean,
+        "ended": sum(row["ended"][0] for row in rows) / 2,
+    }
     again = CliRunner().invoke(app, [*given, "--output", str(output)])
     assert isinstance(again.exception, RunError)
     wrong = CliRunner().invoke(app, [*given, "--output", str(tmp_path / "x"), "--format", "alpaca"])

@@ -18,7 +18,10 @@ from typer.testing import CliRunner
 from fpo.cli import app
 from fpo.errors import DataError, ModelError
 from fpo.evaluation.estimates import clustered_mean
+from fpo.evaluation.formats import file_of
+from fpo.evaluation.generate import Generation
 from fpo.evaluation.judge import Judged, RewardModel, read_generations, win_rates
+from fpo.evaluation.prompts import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,16 @@ def test_the_command_compares_two_files(world: TinyWorld, tmp_path: Path) -> Non
     assert "1 against 2" in table.stdout
     same = CliRunner().invoke(app, ["judge", *[str(files[0])] * 2, *given[3:]])
     assert f"{files[0]} against {files[0]}" in same.stdout
+
+
+def test_a_line_separator_that_a_model_wrote_parts_no_row(tmp_path: Path) -> None:
+    """U+2028 and U+0085 are ends of lines to str.splitlines, and not to JSON."""
+    said = "one\u2028two\u0085three"
+    row = Generation(0, 0, [said], [3], [True])
+    file = tmp_path / "rows.jsonl"
+    file.write_text(file_of("jsonl", [Prompt(("w1",), {"prompt": "w1"})], [row], "mine", 0.0, len), encoding="utf-8")
+    (found,) = read_generations(file)
+    assert found["completions"] == [said]
 
 
 def test_what_is_no_judge_or_nothing_to_judge_is_refused(world: TinyWorld, tmp_path: Path) -> None:
