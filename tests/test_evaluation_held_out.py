@@ -157,6 +157,9 @@ def test_a_filter_trains_on_the_rest_and_changes_no_key(world: TinyWorld, tmp_pa
     assert cache.key == find_cache(recipe_of(world), world.store).key
     # 12 of 16 pairs are 3 steps of 4.
     assert align(recipe, cache, tmp_path / "run").steps == 3
+    # The next run of a sweep, on the same cache, has all of them.
+    every = recipe_of(world, training={"num_train_epochs": 1, "save_strategy": "no"})
+    assert align(every, cache, tmp_path / "all").steps == 4
 
 
 def test_a_filter_without_its_column_says_how_to_add_it(tmp_path: Path) -> None:
