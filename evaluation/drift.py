@@ -205,7 +205,10 @@ def agreement(gap: F64, drift: F64, seed: int = 0) -> dict[str, Any]:
         return {"features": len(gap), **{name: {"value": None, "low": None, "high": None} for name in AGREEMENT}}
     rng = np.random.default_rng(seed)
     draws = np.array([_agreement(*np.stack([gap, drift])[:, rng.integers(0, len(gap), len(gap))]) for _ in range(1000)])
-    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+    # Of drifts that are all the same nothing is known, in no draw.
+    known = np.isfinite(draws).any(0)
+    low, high = np.full((2, len(AGREEMENT)), np.nan)
+    low[known], high[known] = np.nanquantile(draws[:, known], [0.025, 0.975], axis=0)
     found = zip(AGREEMENT, _agreement(gap, drift), low, high, strict=True)
     means = {name: Mean(value, float(a), float(b))._asdict() for name, value, a, b in found}
     said: dict[str, Any] = finite({"features": len(gap), **means})

@@ -25,6 +25,7 @@ from fpo.evaluation.pairs import read_pairs
 from fpo.evaluation.sampling import Sampling
 from fpo.progress import progress_bar, say
 from fpo.recipe import Recipe
+from fpo.scoring.hookpoints import canonical_hookpoint
 from fpo.stage2_align.checkpoints import whole_checkpoint
 from fpo.stage2_align.policy import policy_tokenizer
 from fpo.stage2_align.run import write_whole
@@ -74,7 +75,7 @@ def drift_report(
     pairs = read_pairs(train)
     points = []
     for drift, speech in zip(drifts, spoken, strict=True):
-        spec = feature_columns(train, drift.hookpoint)[0]
+        spec = feature_columns(train, canonical_hookpoint(drift.hookpoint))[0]
         train.read_columns([spec])
         (gaps,) = feature_gaps(train, 0, int(spec["d_sae"]), [pairs])
         points.append(_hookpoint(drift, speech, gaps, question, labels or {}))

@@ -92,6 +92,7 @@ def align(
     Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
     check_groups(cache, recipe.objective)
+    cache.keep(None)  # what a run before this one left out
     if recipe.data.filter is not None:
         _leave_out(cache, recipe, recipe.data.filter)
     args = training_arguments(recipe, output, cache)
@@ -108,7 +109,6 @@ def align(
 
 
 def _leave_out(cache: Cache, recipe: Recipe, wanted: Filter) -> None:
-    cache.keep(None)  # what a run before this one left out
     found = without_worst(cache, recipe.objective.units, wanted)
     cache.keep(found.kept)
     if is_first_rank():
