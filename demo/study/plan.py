@@ -1,9 +1,9 @@
 """
-What is trained: every method tuned with the same budget on held-out pairs, then over seeds; and what FPO is without
-one of its parts.
+What is trained: every method tuned with the same budget on held-out pairs, then over seeds; and FPO as tuned with one
+thing changed.
 
-Tuning tries four settings of every method with the first seed, and takes the one whose held-out reward margin is
-largest in units of its own spread: the gold reward is looked at by nobody before the end.
+Tuning tries four settings of a method's own fields and then two more learning rates, with the first seed. `run.chosen`
+goes by held-out pairs alone; nothing asks for the gold reward before all is trained.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ ABLATION_SEEDS = SEEDS[:3]
 LAYERS = (1, 3, 5)
 """Of six: those that have an SAE. The demo's own is the middle one's."""
 LAYER = 3
+RATE = 1e-4
+OTHER_RATES = (3e-5, 3e-4)
 
 Settings = dict[str, Any]
+Choice = dict[str, Any]
+"""What a method is trained with: its `objective` and its learning `rate`."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,24 @@ class Place:
     def store(self) -> Path:
         return self.root / "store"
 
+    @property
+    def chosen(self) -> Path:
+        """What tuning chose."""
+        return self.root / "chosen.json"
+
+    @property
+    def reference(self) -> Path:
+        """What the reference's own stories are worth."""
+        return self.root / "reference.json"
+
 
 def recipe(
-    place: Place, objective: Settings, seed: int = 0, layers: Sequence[int] = (LAYER,), top_k: int | str = 32
+    place: Place,
+    objective: Settings,
+    rate: float = RATE,
+    seed: int = 0,
+    layers: Sequence[int] = (LAYER,),
+    top_k: int | str = 32,
 ) -> Recipe:
     """One training, as the demo's own recipe has it but for the objective."""
     return validate_recipe(
@@ -118,7 +137,7 @@ def recipe(
             "cache": {"shard_pairs": 256, "top_logits": 64},
             "objective": objective,
             "training": {
-                "learning_rate": 1e-4,
+                "learning_rate": rate,
                 "per_device_train_batch_size": 16,
                 "num_train_epochs": 1,
                 "lr_scheduler_type": "linear",
@@ -141,6 +160,7 @@ def composed(objective: Settings) -> Settings:
     return {**rest, "features": {**objective["features"], "alpha": objective["alpha"]}}
 
 
-def named(method: Method, objective: Settings, seed: int) -> str:
-    """A folder's name for one setting of a method's grid, and a seed."""
-    return "__".join([method.name, *(f"{field}={objective[field]:g}" for field in method.grid), f"seed={seed}"])
+def named(method: Method, objective: Settings, rate: float, seed: int) -> str:
+    """A folder's name for one setting of a method, and a seed."""
+    fields = {**{field: objective[field] for field in method.grid}, "rate": rate, "seed": seed}
+    return "__".join([method.name, *(f"{field}={value:g}" for field, value in fields.items())])

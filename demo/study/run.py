@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
-from typing import Any
 
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
@@ -24,21 +24,24 @@ from fpo.demo.study.plan import (
     LAYER,
     LAYERS,
     METHODS,
+    OTHER_RATES,
+    RATE,
     SEEDS,
+    Choice,
     Method,
     Place,
-    Settings,
     composed,
     named,
     recipe,
 )
-from fpo.demo.study.work import Work, carry_out
+from fpo.demo.study.work import Result, Work, carry_out, spoken
 from fpo.progress import progress_bar, say
 from fpo.stage1_cache import build_caches
+from fpo.stage2_align.run import write_whole
 
 
 def study(place: Place, processes: int) -> None:
-    """World, caches, tuning, methods, ablations."""
+    """World, caches, tuning, methods, ablations, drift; then what all that comes to."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     build_world(place.world)
@@ -46,52 +49,71 @@ def study(place: Place, processes: int) -> None:
         _sae(place, layer)
     # Every feature of every layer, so that each recipe below is served by this one.
     build_caches(recipe(place, {"name": "dpo"}, layers=LAYERS, top_k="all"), place.store)
-    tried = _all(place, list(tuning(place)), processes)
+    _write_reference(place)
+    best = tuned(lambda works: _all(place, works, processes), place)
+    write_whole(place.chosen, json.dumps(best, indent=2) + "\n")
+    for works in (methods(place, best), ablations(place, best["fpo"]), drifts(place, best)):
+        _all(place, list(works), processes)
+
+
+def tuned(results: Callable[[Sequence[Work]], list[Result]], place: Place) -> dict[str, Choice]:
+    """What each method is trained with, from the results of what is tried: the method's own fields, then the rate."""
+    tried = results(
+        [work(place, method, {"objective": own, "rate": RATE}) for method in METHODS for own in method.settings()]
+    )
     best = chosen(tried)
-    (place.root / "chosen.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
-    _all(place, [*methods(place, best), *ablations(place, best["fpo"])], processes)
+    rates = [work(place, method, {**best[method.name], "rate": rate}) for method in METHODS for rate in OTHER_RATES]
+    return chosen([*tried, *results(rates)])
 
 
-def tuning(place: Place) -> Iterator[Work]:
-    """Every setting of every method's grid, with the first seed."""
-    for method in METHODS:
-        for objective in method.settings():
-            yield _work(place, method, objective, SEEDS[0], speaks=False)
-
-
-def chosen(tried: Sequence[dict[str, Any]]) -> dict[str, Settings]:
-    """Of each method the objective whose held-out margin is largest in units of its spread."""
-    best: dict[str, dict[str, Any]] = {}
+def chosen(tried: Sequence[Result]) -> dict[str, Choice]:
+    """
+    Of each method what moved the held-out pairs most surely: the largest mean margin of logratios in units of its
+    spread over pairs. It is the same for all objectives, and no scale of a reward enters.
+    """
+    best: dict[str, Result] = {}
     for result in tried:
         known = best.get(result["method"])
         if known is None or result["margin_effect"] > known["margin_effect"]:
             best[result["method"]] = result
-    return {method.name: best[method.name]["objective"] for method in METHODS}
+    return {name: {"objective": result["objective"], "rate": result["rate"]} for name, result in best.items()}
 
 
-def methods(place: Place, best: dict[str, Settings]) -> Iterator[Work]:
+def methods(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
     """Each method as tuned, over all seeds; the first was trained in tuning."""
     for seed in SEEDS:
         for method in METHODS:
-            yield _work(place, method, best[method.name], seed, speaks=True)
+            yield work(place, method, best[method.name], seed)
 
 
-def ablations(place: Place, fpo: Settings) -> Iterator[Work]:
+def drifts(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
+    """The same policies, their features held against the gaps of the training pairs."""
+    return (replace(done, drifts=True) for done in methods(place, best))
+
+
+def ablations(place: Place, fpo: Choice) -> Iterator[Work]:
     """FPO as tuned with one thing changed; what it is already is among the methods."""
     for seed in ABLATION_SEEDS:
         for ablation in ABLATIONS:
-            objective = {**fpo, **ablation.changed}
-            if objective == fpo and not ablation.elsewhere:
+            objective = {**fpo["objective"], **ablation.changed}
+            if objective == fpo["objective"] and not ablation.elsewhere:
                 continue
-            facts = {"ablation": ablation.name, "objective": objective, "seed": seed}
-            planned = recipe(place, objective, seed, ablation.layers, ablation.top_k)
+            facts = {"ablation": ablation.name, "objective": objective, "rate": fpo["rate"], "seed": seed}
+            planned = recipe(place, objective, fpo["rate"], seed, ablation.layers, ablation.top_k)
             yield Work(planned, place.root / "ablations" / f"{ablation.name}__seed={seed}", facts)
 
 
-def _work(place: Place, method: Method, objective: Settings, seed: int, *, speaks: bool) -> Work:
-    folder = place.root / "methods" / named(method, objective, seed)
-    facts = {"method": method.name, "objective": objective, "seed": seed}
-    return Work(recipe(place, composed(objective), seed), folder, facts, speaks, drifts=speaks)
+def work(place: Place, method: Method, choice: Choice, seed: int = SEEDS[0]) -> Work:
+    """One training of a method."""
+    objective, rate = choice["objective"], choice["rate"]
+    folder = place.root / "methods" / named(method, objective, rate, seed)
+    facts = {"method": method.name, "objective": objective, "rate": rate, "seed": seed}
+    return Work(recipe(place, composed(objective), rate, seed), folder, facts)
+
+
+def _write_reference(place: Place) -> None:
+    if not place.reference.is_file():
+        write_whole(place.reference, json.dumps(spoken(place.world / "model", place.world)) + "\n")
 
 
 def _sae(place: Place, layer: int) -> None:
@@ -109,7 +131,7 @@ def _sae(place: Place, layer: int) -> None:
     building.rename(folder)
 
 
-def _all(place: Place, works: Sequence[Work], processes: int) -> list[dict[str, Any]]:
+def _all(place: Place, works: Sequence[Work], processes: int) -> list[Result]:
     """All of them, several at a time; what is there already costs nothing."""
     left = [work for work in works if not work.is_done]
     # Inherited by the processes: models this small gain nothing from a second thread.
