@@ -65,30 +65,52 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Ablation:
-    """FPO as it was tuned, with something changed."""
+    """FPO as it was tuned but for what is changed."""
 
     name: str
     label: str
     changed: Settings
+    alpha: float = 200.0
+    """At the tuned one the term may be too weak for its parts to differ."""
     top_k: int | str = 32
     """Features that the cache is asked for."""
     layers: Sequence[int] = (LAYER,)
 
-    @property
-    def elsewhere(self) -> bool:
-        """Whether it looks at other features."""
-        return self.layers != (LAYER,) or self.top_k != 32
+
+# What alpha is multiplied by so that alpha D stays what it is at layer 3 with k 32: D of the held-out rejected
+# completions there against D with the change, of a policy that was trained with beta 50 and alpha 0.
+SCALES = {
+    "k-4": 0.62,
+    "k-128": 2.06,
+    "layer-1": 3.33,
+    "layer-5": 0.41,
+    "layers-1-3-5": 0.27,
+    "l1": 0.038,
+    "cosine": 0.74,
+}
+
+
+def _scaled(name: str, label: str, changed: Settings, **elsewhere: Any) -> Ablation:
+    return Ablation(name, label, changed, 200.0 * SCALES[name], **elsewhere)
 
 
 ABLATIONS = (
-    *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {"alpha": alpha}) for alpha in (2.0, 20.0, 200.0, 2000.0)),
-    *(Ablation(f"k-{k}", f"k {k}", {"k": k}) for k in (4, 128)),
-    Ablation("layer-1", "layer 1", {}, layers=(1,)),
-    Ablation("layer-5", "layer 5", {}, layers=(5,)),
-    Ablation("layers-1-3-5", "layers 1, 3 and 5", {}, layers=LAYERS),
-    Ablation("union-all", "union of both top k, all features cached", {"feature_set": "union"}, top_k="all"),
-    Ablation("union-32", "union of both top k, 32 features cached", {"feature_set": "union"}),
-    Ablation("cosine", "one minus the cosine", {"distance": "cosine"}),
+    *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {}, alpha) for alpha in (2.0, 20.0, 200.0, 2000.0)),
+    _scaled("k-4", "k 4", {"k": 4}),
+    _scaled("k-128", "k 128", {"k": 128}, top_k=128),
+    _scaled("layer-1", "layer 1", {}, layers=(1,)),
+    _scaled("layer-5", "layer 5, the last", {}, layers=(5,)),
+    _scaled(
+        "layers-1-3-5",
+        "layers 1, 3 and 5",
+        {"hookpoints": [f"model.layers.{layer}" for layer in LAYERS]},
+        layers=LAYERS,
+    ),
+    Ablation("policy-all", "the policy's top k", {"feature_set": "policy"}, top_k="all"),
+    Ablation("union-all", "both models' top k", {"feature_set": "union"}, top_k="all"),
+    Ablation("union-32", "both models' top k, 32 features cached", {"feature_set": "union"}),
+    _scaled("l1", "mean absolute difference", {"distance": "l1"}),
+    _scaled("cosine", "one minus the cosine", {"distance": "cosine"}),
 )
 
 

@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
@@ -52,7 +53,7 @@ def study(place: Place, processes: int) -> None:
     _write_reference(place)
     best = tuned(lambda works: _all(place, works, processes), place)
     write_whole(place.chosen, json.dumps(best, indent=2) + "\n")
-    for works in (methods(place, best), ablations(place, best["fpo"]), drifts(place, best)):
+    for works in (methods(place, best), drifts(place, best), ablations(place, best["fpo"])):
         _all(place, list(works), processes)
 
 
@@ -92,12 +93,10 @@ def drifts(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
 
 
 def ablations(place: Place, fpo: Choice) -> Iterator[Work]:
-    """FPO as tuned with one thing changed; what it is already is among the methods."""
+    """FPO as tuned with one thing changed."""
     for seed in ABLATION_SEEDS:
         for ablation in ABLATIONS:
-            objective = {**fpo["objective"], **ablation.changed}
-            if objective == fpo["objective"] and not ablation.elsewhere:
-                continue
+            objective = {**fpo["objective"], "alpha": ablation.alpha, **ablation.changed}
             facts = {"ablation": ablation.name, "objective": objective, "rate": fpo["rate"], "seed": seed}
             planned = recipe(place, objective, fpo["rate"], seed, ablation.layers, ablation.top_k)
             yield Work(planned, place.root / "ablations" / f"{ablation.name}__seed={seed}", facts)
@@ -137,13 +136,29 @@ def _all(place: Place, works: Sequence[Work], processes: int) -> list[Result]:
     # Inherited by the processes: models this small gain nothing from a second thread.
     os.environ["OMP_NUM_THREADS"] = "1"
     with (
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool,
         progress_bar(len(works), "runs", "study", initial=len(works) - len(left)) as bar,
     ):
-        for finished in as_completed([pool.submit(_quietly, work, place) for work in left]):
-            finished.result()
-            bar.update(1)
+        try:
+            for finished in as_completed([pool.submit(_quietly, work, place) for work in left]):
+                finished.result()
+                bar.update(1)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return [work.read() for work in works]
+
+
+def _end_with_parent() -> None:
+    """In a process of the pool: a study that was killed leaves nobody behind who holds its run folders."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _quietly(work: Work, place: Place) -> None:
