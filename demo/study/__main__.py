@@ -1,4 +1,8 @@
-"""Run the study: `python -m fpo.demo.study [--world demo-world] [--output study] [--processes 2]`."""
+"""
+Run the study of docs/study.md: `python -m fpo.demo.study [--world demo-world] [--output runs/study] [--processes 2]`.
+
+Started again it goes on with what is missing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from fpo.errors import FpoError
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fpo.demo.study", description="Run the study of docs/study.md.")
     parser.add_argument("--world", type=Path, default=Path("demo-world"))
-    parser.add_argument("--output", type=Path, default=Path("study"))
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     try:

@@ -174,6 +174,11 @@ def recipe(
     )
 
 
+def cached(place: Place) -> Recipe:
+    """What holds every feature of every layer, so that all other recipes are served by its cache."""
+    return recipe(place, METHODS[0].fixed, layers=LAYERS, top_k="all")
+
+
 def composed(objective: Settings) -> Settings:
     """An objective whose feature term stands beside it takes the term's alpha there."""
     if "features" not in objective or "alpha" not in objective:

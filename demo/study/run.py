@@ -31,6 +31,7 @@ from fpo.demo.study.plan import (
     Choice,
     Method,
     Place,
+    cached,
     composed,
     named,
     recipe,
@@ -48,8 +49,7 @@ def study(place: Place, processes: int) -> None:
     build_world(place.world)
     for layer in set(LAYERS) - {LAYER}:
         _sae(place, layer)
-    # Every feature of every layer, so that each recipe below is served by this one.
-    build_caches(recipe(place, {"name": "dpo"}, layers=LAYERS, top_k="all"), place.store)
+    build_caches(cached(place), place.store)
     _write_reference(place)
     best = tuned(lambda works: _all(place, works, processes), place)
     write_whole(place.chosen, json.dumps(best, indent=2) + "\n")
@@ -59,12 +59,22 @@ def study(place: Place, processes: int) -> None:
 
 def tuned(results: Callable[[Sequence[Work]], list[Result]], place: Place) -> dict[str, Choice]:
     """What each method is trained with, from the results of what is tried: the method's own fields, then the rate."""
-    tried = results(
-        [work(place, method, {"objective": own, "rate": RATE}) for method in METHODS for own in method.settings()]
-    )
-    best = chosen(tried)
-    rates = [work(place, method, {**best[method.name], "rate": rate}) for method in METHODS for rate in OTHER_RATES]
-    return chosen([*tried, *results(rates)])
+    tried = results(list(field_trials(place)))
+    return chosen([*tried, *results(list(rate_trials(place, chosen(tried))))])
+
+
+def field_trials(place: Place) -> Iterator[Work]:
+    """Every setting of every method's own fields."""
+    for method in METHODS:
+        for objective in method.settings():
+            yield work(place, method, {"objective": objective, "rate": RATE})
+
+
+def rate_trials(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
+    """The other rates, with the best of a method's own fields."""
+    for method in METHODS:
+        for rate in OTHER_RATES:
+            yield work(place, method, {**best[method.name], "rate": rate})
 
 
 def chosen(tried: Sequence[Result]) -> dict[str, Choice]:
