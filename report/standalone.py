@@ -6,8 +6,8 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from fpo.report.drawing import WIDTH, words
-from fpo.report.figures import Figure, colour
+from fpo.report.drawing import WIDTH, dot, words
+from fpo.report.figures import Figure, Scatter, colour
 from fpo.report.markup import element
 from fpo.report.words import escaped, plain
 
@@ -54,17 +54,18 @@ def _legend(figure: Figure) -> tuple[str, int]:
     names = figure.series_names
     if len(names) < 2:
         return "", 0
-    left, line, shown = 0.0, 0, []
+    left, row, shown = 0.0, 0, []
     for name in names:
         taken = SWATCH + LETTER * len(plain(name)) + 14
         if left and left + taken > WIDTH:
-            left, line = 0.0, line + 1
-        middle = TITLE + ROW * line + 4
-        sample = element("path", d=f"M{left:.1f} {middle}h16", class_="curve")
+            left, row = 0.0, row + 1
+        middle = TITLE + ROW * row + 4
+        line = element("path", d=f"M{left:.1f} {middle}h16", class_="curve")
+        sample = dot(left + 8, middle) if isinstance(figure, Scatter) else line
         label = words(name, left + SWATCH, middle + 4, "start")
         shown.append(element("g", sample, label, class_=colour(name, names, None)))
         left += taken
-    return "".join(shown), ROW * (line + 1) + 6
+    return "".join(shown), ROW * (row + 1) + 6
 
 
 def _style() -> str:

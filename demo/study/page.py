@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from fpo.errors import FpoError
 from fpo.report import Bar, Bars, Figure, Point, Scatter, save_figure
 from fpo.report.axes import MINUS
 
-GOLD, KL = "gold reward of the policy's own stories", "KL(policy || reference), nats per story"
+GOLD, BEYOND = "gold reward of the policy's own stories", "gold reward above the common curve"
+KL, ROOT_KL = "KL(policy || reference), nats per story", "square root of KL(policy || reference), nats per story"
 Told = Mapping[str, Any]
 
 MEASURES = {
@@ -38,7 +40,8 @@ def write(told: Told, page: Path) -> None:
     beside = page.with_suffix("")
     beside.mkdir(exist_ok=True)
     for name, figure in figures(told).items():
-        save_figure(figure, beside / f"{name}.svg")
+        if figure.table().rows:
+            save_figure(figure, beside / f"{name}.svg")
     (beside / "summary.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     page.write_text(filled(page.read_text(encoding="utf-8"), tables(told)), encoding="utf-8")
 
@@ -80,10 +83,10 @@ def _row(one: Measured, sign: str = "") -> list[str]:
     return [said(one[name], form if form.startswith("+") else sign + form) for name, (_, form) in MEASURES.items()]
 
 
-def said(mean: Measured | None, form: str) -> str:
+def said(mean: Measured, form: str) -> str:
     """0.52 ± 0.03"""
-    if mean is None:
-        return "-"
+    if mean["low"] is None:
+        return f"{mean['value']:{form}}".replace("-", MINUS)
     reach = (mean["high"] - mean["low"]) / 2
     return f"{mean['value']:{form}} ± {reach:{form.removeprefix('+')}}".replace("-", MINUS)
 
@@ -163,33 +166,46 @@ def _displacement(methods: Sequence[Measured]) -> str:
 
 def figures(told: Told) -> dict[str, Figure]:
     """By the name of their file."""
-    methods = told["methods"]
+    methods, ablations = told["methods"], told["ablations"]
     labels = {one["name"]: one["label"] for one in methods}
-    start = told["reference"]["gold"]
-    reference = Point("reference", 0.0, start["value"], start["low"], start["high"], series="reference")
-    tried = [_point(one, labels.get(one["method"], one["method"]), bars=False) for one in told["tried"]]
+    foretold = [{**one, "rank": one["speech"]} for one in told["features"] if one["runs"]]
+    spread = [
+        Point(name, x["value"], y["value"], y["low"], y["high"], x["low"], x["high"], name)
+        for name, x, y in ((one["label"], one["entropy"], one["distinct_3"]) for one in methods)
+    ]
     return {
         "gold-against-kl": Scatter(
-            "As tuned, five seeds", KL, GOLD, [*(_point(one, one["label"]) for one in methods), reference]
+            "As tuned, over seeds", ROOT_KL, GOLD, [_paid(one, one["label"]) for one in methods]
         ),
-        "tried": Scatter("Every setting that was tried, one seed", KL, GOLD, [*tried, reference]),
+        "tried": Scatter(
+            "Every setting that was tried, one seed",
+            ROOT_KL,
+            GOLD,
+            [_bare(_paid(one, labels.get(one["method"], one["method"]))) for one in told["tried"]],
+        ),
         "accuracy": _bars("Held-out pairs ordered rightly by logratios", "share of 200 pairs", methods, "accuracy"),
-        "beyond-kl": _bars(
-            "Gold reward beyond what the KL buys", "gold reward above the common curve", methods, "above_price"
+        "beyond-kl": _bars("Gold reward beyond what the KL buys", BEYOND, methods, "above_price"),
+        "diversity": Scatter(
+            "Diversity and entropy of the policy's own stories", "entropy, nats per token", "distinct-3", spread
         ),
-        "diversity": _bars("Diversity of the policy's own stories", "distinct-3", methods, "distinct_3"),
-        "ablations": _bars(
-            "FPO with one thing changed", "gold reward above the common curve", told["ablations"], "above_price"
+        "ablations": _bars("FPO with one thing changed: reward beyond its KL", BEYOND, ablations, "above_price"),
+        "ablations-kl": _bars("FPO with one thing changed: its KL", KL, ablations, "kl"),
+        "gap-and-drift": _bars(
+            "How well gaps told the drift in the policy's stories", "rank correlation", foretold, "rank"
         ),
-        "ablations-kl": _bars("FPO with one thing changed", KL, told["ablations"], "kl"),
     }
 
 
-def _point(one: Measured, label: str, bars: bool = True) -> Point:
-    gold, kl = one["gold"], one["kl"]
-    if not bars:
-        return Point(label, kl["value"], gold["value"], series=label)
+def _paid(one: Measured, label: str) -> Point:
+    """Gold reward over the root of the KL, which it grows with at first."""
+    kl = {end: max(one["kl"][end], 0.0) ** 0.5 for end in ("value", "low", "high")}
+    gold = one["gold"]
     return Point(label, kl["value"], gold["value"], gold["low"], gold["high"], kl["low"], kl["high"], label)
+
+
+def _bare(point: Point) -> Point:
+    """Where there are many, without the bars."""
+    return replace(point, low=None, high=None, x_low=None, x_high=None)
 
 
 def _bars(title: str, x: str, methods: Sequence[Measured], name: str) -> Bars:

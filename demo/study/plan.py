@@ -63,6 +63,9 @@ METHODS = (
 )
 
 
+FPO = next(method for method in METHODS if method.name == "fpo")
+
+
 @dataclass(frozen=True)
 class Ablation:
     """FPO as it was tuned but for what is changed."""
@@ -75,6 +78,11 @@ class Ablation:
     top_k: int | str = 32
     """Features that the cache is asked for."""
     layers: Sequence[int] = (LAYER,)
+
+    @property
+    def is_in_grid(self) -> bool:
+        """Whether it is FPO with another alpha and nothing else."""
+        return not self.changed and self.layers == (LAYER,)
 
 
 # What alpha is multiplied by so that alpha D stays what it is at layer 3 with k 32: D of the held-out rejected

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from fpo.demo.autoencoder import AutoencoderSettings, save_saelens, train_autoencoder
-from fpo.demo.build import build_world
 from fpo.demo.study.plan import (
     ABLATION_SEEDS,
     ABLATIONS,
+    FPO,
     LAYER,
     LAYERS,
     METHODS,
@@ -43,10 +43,9 @@ from fpo.stage2_align.run import write_whole
 
 
 def study(place: Place, processes: int) -> None:
-    """World, caches, tuning, methods, ablations, drift; then what all that comes to."""
+    """Caches, tuning, methods, the drift of their features, ablations, in the world that is there."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    build_world(place.world)
     for layer in set(LAYERS) - {LAYER}:
         _sae(place, layer)
     build_caches(cached(place), place.store)
@@ -108,6 +107,10 @@ def ablations(place: Place, fpo: Choice) -> Iterator[Work]:
         for ablation in ABLATIONS:
             objective = {**fpo["objective"], "alpha": ablation.alpha, **ablation.changed}
             facts = {"ablation": ablation.name, "objective": objective, "rate": fpo["rate"], "seed": seed}
+            if ablation.is_in_grid:
+                # Another alpha alone may have been trained in tuning, or be the tuned one.
+                yield replace(work(place, FPO, {**fpo, "objective": objective}, seed), facts=facts)
+                continue
             planned = recipe(place, objective, fpo["rate"], seed, ablation.layers, ablation.top_k)
             yield Work(planned, place.root / "ablations" / f"{ablation.name}__seed={seed}", facts)
 

@@ -21,6 +21,7 @@ from fpo.demo.study.work import Result, Work
 from fpo.errors import RunError
 from fpo.evaluation.drift_report import FEATURES_FILE
 from fpo.evaluation.estimates import Mean
+from fpo.evaluation.held_out import finite
 from fpo.evaluation.significance import t_quantile
 
 ITEMS = {"gold": "gold", "kl": "kl", "accuracy": "margins"}
@@ -95,8 +96,9 @@ def items(results: Sequence[Result], name: str) -> Float[np.ndarray, "S N"]:
     return (np.sign(values) + 1) / 2 if name == "accuracy" else values
 
 
-def _mean(values: Float[np.ndarray, "S N"]) -> dict[str, float]:
-    return interval(values)._asdict()
+def _mean(values: Float[np.ndarray, "S N"]) -> Measured:
+    found: dict[str, Any] = finite(interval(values)._asdict())
+    return found
 
 
 def interval(values: Float[np.ndarray, "S N"]) -> Mean:
@@ -106,9 +108,12 @@ def interval(values: Float[np.ndarray, "S N"]) -> Mean:
         reach^2 = (t_{S-1})^2 var(means of trainings) / S + (t_{N-1})^2 var(means of items) / N
 
     A crossed design's two sources of error, each with its own Student's t; that of trainings holds some of the items'
-    already, so the interval is rather too wide. What there is one of, training or item, adds nothing.
+    already, so the interval is rather too wide. What there is one of, training or item, adds nothing; of one of both
+    there is no interval.
     """
     mean = float(values.mean())
+    if values.size == 1:
+        return Mean(mean, np.nan, np.nan)
     reach_2 = sum(_reach(values.mean(axis)) ** 2 for axis in (0, 1))
     reach = float(np.sqrt(reach_2))
     return Mean(mean, mean - reach, mean + reach)
@@ -159,5 +164,5 @@ def features(method: Method, results: Sequence[Result]) -> Measured:
     if found:
         for side in ("chosen", "rejected", "speech"):
             ranks = [[one["gap_against"][side]["rank_correlation"]["value"]] for one in found]
-            told[side] = interval(np.array(ranks, dtype=np.float64))._asdict()
+            told[side] = _mean(np.array(ranks, dtype=np.float64))
     return told
