@@ -12,7 +12,7 @@ import pytest
 from fpo.demo.study.page import filled, said
 from fpo.demo.study.plan import ABLATIONS, METHODS, SEEDS, Place
 from fpo.demo.study.run import ablations, chosen, field_trials, methods, rate_trials
-from fpo.demo.study.summary import above, interval, items, price
+from fpo.demo.study.summary import WHOLE, against, effect_interval, interval, items
 from fpo.demo.study.work import distinct, effect
 from fpo.recipe import dump_recipe
 
@@ -65,18 +65,33 @@ def test_effect_is_a_mean_in_units_of_its_spread():
     assert effect(np.array([0.0, 0.0])) == 0.0
 
 
+def test_an_effect_has_an_interval_that_shrinks_with_the_pairs():
+    """Effect 1 of 150 pairs: 1.96 sqrt(1.5 / 150) = 0.196."""
+    assert effect_interval(1.0, 150) == pytest.approx((1.0, 0.804, 1.196))
+
+
 def test_distinct_counts_different_runs_of_words():
     """a b c, b c a | a b c: two of three are different."""
     assert distinct(["a b c a", "a b c"], 3) == pytest.approx(2 / 3)
 
 
-def test_the_common_curve_is_found_again_and_what_lies_above_it_is_told():
-    """Gold 0.1 + 0.6 d - 0.1 d^2 at d = 0, 1, 2, 3, d = sqrt(KL); a policy at d = 2 with gold 1.2 is 0.3 above."""
-    points = [{"kl": {"value": d * d}, "gold": {"value": 0.1 + 0.6 * d - 0.1 * d * d}} for d in (0.0, 1.0, 2.0, 3.0)]
-    curve = price(points)
-    np.testing.assert_allclose(curve, [0.1, 0.6, -0.1], atol=1e-12)
-    found = above([{"kl": [3.0, 5.0], "gold": [1.0, 1.4]}], curve)
-    np.testing.assert_allclose(found, [[0.1, 0.5]], atol=1e-12)
+def test_differences_are_taken_seed_by_seed_and_story_by_story():
+    """Seeds 0 and 1 of both: 0.5 - 0.25 and 0.75 - 0.5, everywhere 0.25, by no chance. Seed 2 is alone."""
+    whole = dict.fromkeys(WHOLE, 1.0)
+
+    def trained(seed: int, gold: float) -> dict[str, Any]:
+        return {"seed": seed, "gold": [gold, gold + 0.5], "kl": [1.0, 2.0], "margins": [1.0, -1.0], **whole}
+
+    base = [trained(0, 0.25), trained(1, 0.5)]
+    found = {method.name: [] for method in METHODS} | {
+        "fpo": base,
+        "dpo": [trained(1, 0.75), trained(0, 0.5), trained(2, 9.0)],
+    }
+    (difference,) = against(METHODS, found, base)
+    assert difference["label"] == "DPO"
+    assert difference["seeds"] == [0, 1]
+    assert difference["gold"] == {"value": 0.25, "low": 0.25, "high": 0.25}
+    assert difference["kl"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_tuning_goes_by_held_out_pairs_whatever_the_gold_reward_is():
@@ -108,10 +123,10 @@ def test_an_ablation_keeps_what_it_does_not_change():
     fpo = {"objective": {"name": "fpo", "k": 32, "beta": 50.0, "alpha": 20.0}, "rate": 3e-5}
     found = {work.facts["ablation"]: work.recipe for work in ablations(PLACE, fpo) if work.facts["seed"] == 0}
     assert set(found) == {ablation.name for ablation in ABLATIONS}
-    for recipe in found.values():
+    for name, recipe in found.items():
         assert recipe.training["learning_rate"] == 3e-5
-        assert recipe.objective.model_dump()["beta"] == 50.0
-    assert found["alpha-20"].objective.model_dump() == {**found["alpha-2"].objective.model_dump(), "alpha": 20.0}
+        assert recipe.objective.model_dump()["beta"] == {"beta-100": 100.0, "beta-200": 200.0}.get(name, 50.0)
+    assert found["alpha-20"].objective.model_dump() == {**found["alpha-200"].objective.model_dump(), "alpha": 20.0}
 
 
 def test_a_number_is_told_with_its_interval():

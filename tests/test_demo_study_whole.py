@@ -47,7 +47,7 @@ def small() -> Iterator[None]:
             patch.setattr(module, "METHODS", TWO)
             patch.setattr(module, "SEEDS", (0, 1))
             patch.setattr(module, "ABLATIONS", ABLATIONS[:1], raising=False)
-        patch.setattr(run, "ABLATION_SEEDS", (0,))
+        patch.setattr(run, "FEWER_SEEDS", (0,))
         yield
 
 

@@ -20,19 +20,25 @@ from fpo.errors import FpoError
 from fpo.report import Bar, Bars, Figure, Point, Scatter, save_figure
 from fpo.report.axes import MINUS
 
-GOLD, BEYOND = "gold reward of the policy's own stories", "gold reward above the common curve"
+GOLD = "gold reward of the policy's own stories"
 KL, ROOT_KL = "KL(policy || reference), nats per story", "square root of KL(policy || reference), nats per story"
 Told = Mapping[str, Any]
 
 MEASURES = {
     "gold": ("gold reward", ".3f"),
     "kl": ("KL, nats", ".2f"),
-    "above_price": ("gold beyond its KL", "+.3f"),
     "accuracy": ("held-out accuracy", ".1%"),
     "distinct_3": ("distinct-3", ".3f"),
     "entropy": ("entropy", ".3f"),
 }
-"""Columns of the tables: their headings, and how numbers are written."""
+DISPLACEMENT = {
+    "chosen": ("logratio of chosen", "+.2f"),
+    "rejected": ("of rejected", "+.2f"),
+    "both_fall": ("pairs where both fall", ".1%"),
+    "reward_accuracy": ("accuracy of its own reward", ".1%"),
+    "entropy_of_data": ("entropy on the pairs", ".3f"),
+}
+"""Columns of tables: their headings, and how numbers are written."""
 
 
 def write(told: Told, page: Path) -> None:
@@ -58,21 +64,28 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 
 def tables(told: Told) -> dict[str, str]:
     """In Markdown, by name."""
-    methods, ablations, against = told["methods"], told["ablations"], told["against_fpo"]
-    settings = [{**one, "settings": _settings(one)} for one in methods]
+    methods, ablations = told["methods"], told["ablations"]
     return {
         "budget": _budget(told),
         "methods": _table(
-            ["method", "chosen", *_headings()], [[one["label"], one["settings"], *_row(one)] for one in settings]
+            ["method", "chosen", *_headings()], [[one["label"], _settings(one), *_row(one)] for one in methods]
         ),
-        "against-fpo": _table(["minus FPO", *_headings()], [[one["label"], *_row(one, "+")] for one in against]),
+        "against-fpo": _differences("minus FPO", told["against_fpo"]),
+        "one-rate": _table(["method", *_headings()], [[one["label"], *_row(one)] for one in told["one_rate"]]),
+        "one-rate-against-fpo": _differences("minus FPO", told["one_rate_against_fpo"]),
         "tuning": _tuning(told),
         "ablations": _table(
-            ["FPO with", "alpha", *_headings()], [[one["label"], _alpha(one), *_row(one)] for one in ablations]
+            ["FPO with", "alpha", "seeds", *_headings()],
+            [[one["label"], _alpha(one), str(len(one["seeds"])), *_row(one)] for one in ablations],
         ),
+        "against-base": _differences("minus alpha 200", told["against_base"]),
         "features": _features(told["features"]),
-        "displacement": _displacement(methods),
+        "displacement": _displacement(told["one_rate"]),
     }
+
+
+def _differences(against: str, found: Sequence[Measured]) -> str:
+    return _table([against, *_headings()], [[one["label"], *_row(one, "+")] for one in found])
 
 
 def _headings() -> list[str]:
@@ -113,11 +126,15 @@ def _alpha(one: Measured) -> str:
 
 def _budget(told: Told) -> str:
     runs, planned = told["runs"], told["planned"]
+    parts = [
+        f"{len(told['tried'])} to tune",
+        f"{runs['methods']} of {planned['methods']} as tuned",
+        f"{runs['one_rate']} of {planned['methods']} at one learning rate",
+        f"{runs['ablations']} of {planned['ablations']} ablations",
+    ]
     return (
-        f"{runs['done']} trainings: {len(told['tried'])} to tune, {runs['methods']} of {planned['methods']} of the"
-        f" methods over seeds (the first seed's are among those of tuning), {runs['ablations']} of"
-        f" {planned['ablations']} ablations; {runs['seconds'] / 60:.0f} minutes of training on one core each, two at a"
-        " time."
+        f"Trainings behind this page: {', '.join(parts)}; {runs['done']} in all, as some are several of these."
+        f" They took {runs['seconds'] / 60:.0f} minutes of one core, two at a time."
     )
 
 
@@ -128,7 +145,7 @@ def _tuning(told: Told) -> str:
         chosen = told["chosen"][one["method"]]
         mark = "**" if (one["objective"], one["rate"]) == (chosen["objective"], chosen["rate"]) else ""
         label = labels.get(one["method"], one["method"])
-        settings = [f"{mark}{_settings(one)}{mark}", f"{one['margin_effect']:.3f}"]
+        settings = [f"{mark}{_settings(one)}{mark}", said(one["effect"], ".3f")]
         rows.append([label, *settings, *(said(one[name], MEASURES[name][1]) for name in ("accuracy", "gold", "kl"))])
     return _table(["method", "settings", "margin, in its spreads", "accuracy", "gold reward", "KL"], rows)
 
@@ -143,56 +160,30 @@ def _features(found: Sequence[Measured]) -> str:
 
 
 def _displacement(methods: Sequence[Measured]) -> str:
-    forms = {
-        "chosen": "+.2f",
-        "rejected": "+.2f",
-        "both_fall": ".1%",
-        "reward_accuracy": ".1%",
-        "entropy_of_data": ".3f",
-    }
-    rows = [[one["label"], *(said(one[name], form) for name, form in forms.items())] for one in methods]
-    return _table(
-        [
-            "method",
-            "logratio of chosen",
-            "of rejected",
-            "pairs where both fall",
-            "accuracy of its own reward",
-            "entropy on the pairs",
-        ],
-        rows,
-    )
+    headings = [heading for heading, _ in DISPLACEMENT.values()]
+    rows = [[one["label"], *(said(one[name], form) for name, (_, form) in DISPLACEMENT.items())] for one in methods]
+    return _table(["method", *headings], rows)
 
 
 def figures(told: Told) -> dict[str, Figure]:
     """By the name of their file."""
-    methods, ablations = told["methods"], told["ablations"]
-    labels = {one["name"]: one["label"] for one in methods}
+    level, ablations = told["one_rate"], told["ablations"]
+    labels = {one["name"]: one["label"] for one in level}
     foretold = [{**one, "rank": one["speech"]} for one in told["features"] if one["runs"]]
+    tried = [_bare(_paid(one, labels.get(one["method"], one["method"]))) for one in told["tried"]]
     spread = [
         Point(name, x["value"], y["value"], y["low"], y["high"], x["low"], x["high"], name)
-        for name, x, y in ((one["label"], one["entropy"], one["distinct_3"]) for one in methods)
+        for name, x, y in ((one["label"], one["entropy"], one["distinct_3"]) for one in level)
     ]
     return {
-        "gold-against-kl": Scatter(
-            "As tuned, over seeds", ROOT_KL, GOLD, [_paid(one, one["label"]) for one in methods]
-        ),
-        "tried": Scatter(
-            "Every setting that was tried, one seed",
-            ROOT_KL,
-            GOLD,
-            [_bare(_paid(one, labels.get(one["method"], one["method"]))) for one in told["tried"]],
-        ),
-        "accuracy": _bars("Held-out pairs ordered rightly by logratios", "share of 200 pairs", methods, "accuracy"),
-        "beyond-kl": _bars("Gold reward beyond what the KL buys", BEYOND, methods, "above_price"),
-        "diversity": Scatter(
-            "Diversity and entropy of the policy's own stories", "entropy, nats per token", "distinct-3", spread
-        ),
-        "ablations": _bars("FPO with one thing changed: reward beyond its KL", BEYOND, ablations, "above_price"),
-        "ablations-kl": _bars("FPO with one thing changed: its KL", KL, ablations, "kl"),
-        "gap-and-drift": _bars(
-            "How well gaps told the drift in the policy's stories", "rank correlation", foretold, "rank"
-        ),
+        "as-tuned": Scatter("As tuned", ROOT_KL, GOLD, [_paid(one, one["label"]) for one in told["methods"]]),
+        "one-rate": Scatter("At one learning rate", ROOT_KL, GOLD, [_paid(one, one["label"]) for one in level]),
+        "tried": Scatter("Every setting that was tried, one seed", ROOT_KL, GOLD, tried),
+        "accuracy": _bars("Held-out pairs ordered rightly", "share of 200 pairs", level, "accuracy"),
+        "diversity": Scatter("Diversity and entropy of own stories", "entropy, nats per token", "distinct-3", spread),
+        "ablations": _bars("FPO with one thing changed: gold reward", GOLD, ablations, "gold"),
+        "ablations-kl": _bars("FPO with one thing changed: KL", KL, ablations, "kl"),
+        "gap-and-drift": _bars("How well gaps told the drift in own stories", "rank correlation", foretold, "rank"),
     }
 
 

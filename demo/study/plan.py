@@ -17,12 +17,15 @@ from typing import Any
 from fpo.recipe import Recipe, validate_recipe
 
 SEEDS = tuple(range(5))
-ABLATION_SEEDS = SEEDS[:3]
+FEWER_SEEDS = SEEDS[:3]
+"""Of ablations and of drifts."""
 LAYERS = (1, 3, 5)
 """Of six: those that have an SAE. The demo's own is the middle one's."""
 LAYER = 3
 RATE = 1e-4
 OTHER_RATES = (3e-5, 3e-4)
+ONE_RATE = 3e-4
+"""At which all methods are trained once more, since a rate decides how far a policy goes from the reference."""
 
 Settings = dict[str, Any]
 Choice = dict[str, Any]
@@ -103,9 +106,9 @@ def _scaled(name: str, label: str, changed: Settings, **elsewhere: Any) -> Ablat
 
 
 ABLATIONS = (
-    *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {}, alpha) for alpha in (2.0, 20.0, 200.0, 2000.0)),
-    _scaled("k-4", "k 4", {"k": 4}),
-    _scaled("k-128", "k 128", {"k": 128}, top_k=128),
+    *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {}, alpha) for alpha in (20.0, 200.0, 2000.0)),
+    # Whether a larger beta does what the term does.
+    *(Ablation(f"beta-{beta:g}", f"alpha 0, beta {beta:g}", {"beta": beta}, alpha=0.0) for beta in (100.0, 200.0)),
     _scaled("layer-1", "layer 1", {}, layers=(1,)),
     _scaled("layer-5", "layer 5, the last", {}, layers=(5,)),
     _scaled(
@@ -114,11 +117,13 @@ ABLATIONS = (
         {"hookpoints": [f"model.layers.{layer}" for layer in LAYERS]},
         layers=LAYERS,
     ),
-    Ablation("policy-all", "the policy's top k", {"feature_set": "policy"}, top_k="all"),
     Ablation("union-all", "both models' top k", {"feature_set": "union"}, top_k="all"),
-    Ablation("union-32", "both models' top k, 32 features cached", {"feature_set": "union"}),
-    _scaled("l1", "mean absolute difference", {"distance": "l1"}),
+    _scaled("k-4", "k 4", {"k": 4}),
+    _scaled("k-128", "k 128", {"k": 128}, top_k=128),
     _scaled("cosine", "one minus the cosine", {"distance": "cosine"}),
+    Ablation("union-32", "both models' top k, 32 features cached", {"feature_set": "union"}),
+    Ablation("policy-all", "the policy's top k", {"feature_set": "policy"}, top_k="all"),
+    _scaled("l1", "mean absolute difference", {"distance": "l1"}),
 )
 
 

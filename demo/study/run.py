@@ -19,12 +19,13 @@ from transformers.utils import logging
 
 from fpo.demo.autoencoder import AutoencoderSettings, save_saelens, train_autoencoder
 from fpo.demo.study.plan import (
-    ABLATION_SEEDS,
     ABLATIONS,
+    FEWER_SEEDS,
     FPO,
     LAYER,
     LAYERS,
     METHODS,
+    ONE_RATE,
     OTHER_RATES,
     RATE,
     SEEDS,
@@ -52,7 +53,7 @@ def study(place: Place, processes: int) -> None:
     _write_reference(place)
     best = tuned(lambda works: _all(place, works, processes), place)
     write_whole(place.chosen, json.dumps(best, indent=2) + "\n")
-    for works in (methods(place, best), drifts(place, best), ablations(place, best["fpo"])):
+    for works in (trained(place, best), drifts(place, best), ablations(place, best["fpo"])):
         _all(place, list(works), processes)
 
 
@@ -96,15 +97,27 @@ def methods(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
             yield work(place, method, best[method.name], seed)
 
 
+def at_one_rate(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
+    """The same with one learning rate for all."""
+    return methods(place, {name: {**choice, "rate": ONE_RATE} for name, choice in best.items()})
+
+
+def trained(place: Place, best: dict[str, Choice]) -> list[Work]:
+    """Both, seed by seed; a method that was tuned to that rate is trained once."""
+    every = {one.folder: one for one in (*methods(place, best), *at_one_rate(place, best))}
+    return sorted(every.values(), key=lambda one: one.facts["seed"])
+
+
 def drifts(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
-    """The same policies, their features held against the gaps of the training pairs."""
-    return (replace(done, drifts=True) for done in methods(place, best))
+    """Policies of one learning rate, their features held against the gaps of the training pairs."""
+    measured = (one for one in at_one_rate(place, best) if one.facts["seed"] in FEWER_SEEDS)
+    return (replace(one, drifts=True) for one in measured)
 
 
 def ablations(place: Place, fpo: Choice) -> Iterator[Work]:
     """FPO as tuned with one thing changed."""
-    for seed in ABLATION_SEEDS:
-        for ablation in ABLATIONS:
+    for ablation in ABLATIONS:
+        for seed in FEWER_SEEDS:
             objective = {**fpo["objective"], "alpha": ablation.alpha, **ablation.changed}
             facts = {"ablation": ablation.name, "objective": objective, "rate": fpo["rate"], "seed": seed}
             if ablation.is_in_grid:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fpo.demo.study.plan import ABLATIONS, METHODS, SEEDS, Ablation, Choice, Method, Place
-from fpo.demo.study.run import ablations, field_trials, methods, rate_trials
+from fpo.demo.study.run import ablations, at_one_rate, field_trials, methods, rate_trials
 from fpo.demo.study.work import Result, Work
 from fpo.errors import RunError
 from fpo.evaluation.drift_report import FEATURES_FILE
@@ -24,6 +24,8 @@ from fpo.evaluation.estimates import Mean
 from fpo.evaluation.held_out import finite
 from fpo.evaluation.significance import t_quantile
 
+BASE = "alpha-200"
+"""The ablation that others are held against: they have its strength."""
 ITEMS = {"gold": "gold", "kl": "kl", "accuracy": "margins"}
 """Measures that are means over stories or pairs, by where their values stand."""
 WHOLE = ("reward_accuracy", "distinct_3", "entropy", "entropy_of_data", "both_fall", "chosen", "rejected", "tokens")
@@ -33,7 +35,6 @@ SPOKEN_OF = ("gold", "distinct_3", "entropy", "tokens")
 """Measures of the reference."""
 
 Measured = dict[str, Any]
-Curve = Float[np.ndarray, " 3"]
 
 
 def summary(place: Place) -> dict[str, Any]:
@@ -45,23 +46,33 @@ def summary(place: Place) -> dict[str, Any]:
     planned = list(ablations(place, best["fpo"]))
     tried = _done([*field_trials(place), *rate_trials(place, best)])
     final, changed = _done(methods(place, best)), _done(planned)
-    points = [point(one) for one in tried]
-    curve = price([*points, point(reference | {"margins": [0.0]})])
-    of_methods = {method.name: [one for one in final if one["method"] == method.name] for method in METHODS}
+    tuned, level = _by_method(final), _by_method(_done(at_one_rate(place, best)))
     of_ablations = {of.name: [one for one in changed if one["ablation"] == of.name] for of in ABLATIONS}
-    every = {one["folder"]: one["seconds"] for one in (*tried, *final, *changed)}
+    every = {one["folder"]: one["seconds"] for one in (*tried, *_done(at_one_rate(place, best)), *final, *changed)}
     return {
         "reference": measured([reference], SPOKEN_OF),
-        "runs": {"done": len(every), "seconds": sum(every.values()), "methods": len(final), "ablations": len(changed)},
+        "runs": {
+            "done": len(every),
+            "seconds": sum(every.values()),
+            "methods": len(final),
+            "one_rate": sum(map(len, level.values())),
+            "ablations": len(changed),
+        },
         "planned": {"methods": len(METHODS) * len(SEEDS), "ablations": len(planned)},
         "chosen": best,
-        "tried": points,
-        "price": curve.tolist(),
-        "methods": [_told(method, of_methods[method.name], curve) for method in METHODS if of_methods[method.name]],
-        "ablations": [_told(of, of_ablations[of.name], curve) for of in ABLATIONS if of_ablations[of.name]],
-        "against_fpo": _against(of_methods, "fpo", curve),
-        "features": [features(method, of_methods[method.name]) for method in METHODS],
+        "tried": [point(one) for one in tried],
+        "methods": told(METHODS, tuned),
+        "against_fpo": against(METHODS, tuned, tuned["fpo"]),
+        "one_rate": told(METHODS, level),
+        "one_rate_against_fpo": against(METHODS, level, level["fpo"]),
+        "ablations": told(ABLATIONS, of_ablations),
+        "against_base": against(ABLATIONS, of_ablations, of_ablations.get(BASE, [])),
+        "features": [features(method, level[method.name]) for method in METHODS],
     }
+
+
+def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    return {method.name: [one for one in results if one["method"] == method.name] for method in METHODS}
 
 
 def _done(works: Iterable[Work]) -> list[Result]:
@@ -71,15 +82,29 @@ def _done(works: Iterable[Work]) -> list[Result]:
 
 def point(result: Result) -> Measured:
     """One policy alone: intervals are over stories and pairs."""
-    facts = {name: result.get(name) for name in ("method", "objective", "rate", "seed", "margin_effect", "seconds")}
-    return facts | {name: _mean(items([result], name)) for name in ITEMS}
+    facts = {name: result[name] for name in ("method", "objective", "rate", "seed", "seconds")}
+    effect = effect_interval(result["margin_effect"], len(result["margins"]))
+    return facts | {"effect": effect._asdict()} | measured([result], tuple(ITEMS))
 
 
-def _told(of: Method | Ablation, results: Sequence[Result], curve: Curve) -> Measured:
+def effect_interval(effect: float, n: int) -> Mean:
+    """
+    Of a mean in units of its spread over n pairs: se^2 = (1 + effect^2 / 2) / n, Hedges and Olkin 1985, "Statistical
+    Methods for Meta-Analysis".
+    """
+    reach = 1.96 * ((1 + effect**2 / 2) / n) ** 0.5
+    return Mean(effect, effect - reach, effect + reach)
+
+
+def told(kinds: Sequence[Method | Ablation], found: Mapping[str, Sequence[Result]]) -> list[Measured]:
+    """Every measure of those of which there is a training."""
+    return [_told(of, found[of.name]) for of in kinds if found[of.name]]
+
+
+def _told(of: Method | Ablation, results: Sequence[Result]) -> Measured:
     first = results[0]
     facts = {"name": of.name, "label": of.label, "seeds": [one["seed"] for one in results]}
-    facts |= {"objective": first["objective"], "rate": first["rate"]}
-    return facts | measured(results, (*ITEMS, *WHOLE)) | {"above_price": _mean(above(results, curve))}
+    return facts | {"objective": first["objective"], "rate": first["rate"]} | measured(results, (*ITEMS, *WHOLE))
 
 
 def measured(results: Sequence[Result], names: Sequence[str]) -> Measured:
@@ -124,36 +149,21 @@ def _reach(means: Float[np.ndarray, " N"]) -> float:
     return 0.0 if n == 1 else t_quantile(n - 1) * float(means.std(ddof=1)) / n**0.5
 
 
-def _against(found: Mapping[str, list[Result]], base: str, curve: Curve) -> list[Measured]:
-    """Of every other method its difference to `base`, seed by seed and item by item."""
+def against(
+    kinds: Sequence[Method | Ablation], found: Mapping[str, Sequence[Result]], base: Sequence[Result]
+) -> list[Measured]:
+    """Differences of every other to `base`, seed by seed and item by item, where they have two seeds in common."""
+    ours = {one["seed"]: one for one in base}
     compared = []
-    for method in METHODS:
-        theirs, ours = ({one["seed"]: one for one in found[name]} for name in (method.name, base))
+    for of in kinds:
+        theirs = {one["seed"]: one for one in found[of.name]}
         seeds = sorted(theirs.keys() & ours.keys())
-        if method.name == base or len(seeds) < 2:
+        if found[of.name] is base or len(seeds) < 2:
             continue
         sides = [theirs[seed] for seed in seeds], [ours[seed] for seed in seeds]
-        apart = {name: np.subtract(*(items(side, name) for side in sides)) for name in (*ITEMS, *WHOLE)}
-        apart["above_price"] = np.subtract(*(above(side, curve) for side in sides))
-        facts = {"name": method.name, "label": method.label, "seeds": seeds}
-        compared.append(facts | {name: _mean(values) for name, values in apart.items()})
+        apart = {name: _mean(np.subtract(*(items(side, name) for side in sides))) for name in (*ITEMS, *WHOLE)}
+        compared.append({"name": of.name, "label": of.label, "seeds": seeds} | apart)
     return compared
-
-
-def price(points: Sequence[Measured]) -> Curve:
-    """
-    What a KL buys whoever pays it: gold = a + b d + c d^2 with d = sqrt(KL), by least squares over policies. The form
-    is that of Gao et al. 2023, https://arxiv.org/abs/2210.10760, for best of n.
-    """
-    d = np.sqrt([max(one["kl"]["value"], 0.0) for one in points])
-    gold = np.array([one["gold"]["value"] for one in points])
-    return np.asarray(np.linalg.lstsq(np.stack([np.ones_like(d), d, d**2], 1), gold)[0])
-
-
-def above(results: Sequence[Result], curve: Curve) -> Float[np.ndarray, "S N"]:
-    """Gold reward of every story beyond what the policy's KL buys; the curve counts as known."""
-    d = np.sqrt(np.maximum(items(results, "kl").mean(1, keepdims=True), 0.0))
-    return np.asarray(items(results, "gold") - (curve[0] + curve[1] * d + curve[2] * d**2))
 
 
 def features(method: Method, results: Sequence[Result]) -> Measured:
