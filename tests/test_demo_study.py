@@ -17,7 +17,6 @@ from fpo.demo.study.work import distinct, effect
 from fpo.recipe import dump_recipe
 
 PLACE = Place(Path("world"), Path("study"))
-T_1 = 12.706  # 97.5 % point of Student's t of 1 degree of freedom; the code's approximation is wide there
 CHOICES = {method.name: {"objective": next(method.settings()), "rate": 1e-4} for method in METHODS}
 
 
@@ -46,12 +45,11 @@ def test_of_one_training_and_one_number_there_is_no_interval():
     assert interval(np.array([[1.0, 3.0]])).high > 3.0, "of one training, stories alone"
 
 
-def test_an_interval_is_never_narrower_than_the_exact_one():
-    """Student's t from Wallace's approximation: of 1, 2 and 4 degrees of freedom 12.706, 4.303 and 2.776 exactly."""
-    for n, exact in ((2, T_1), (3, 4.303), (5, 2.776)):
+def test_an_interval_of_few_seeds_is_students():
+    """Of 2, 3 and 5 trainings: 12.706, 4.303 and 2.776 standard errors."""
+    for n, t in ((2, 12.706), (3, 4.303), (5, 2.776)):
         values = np.arange(float(n))[:, None]
-        wanted = exact * values.std(ddof=1) / math.sqrt(n)
-        assert wanted <= interval(values).high - values.mean() <= 1.4 * wanted
+        assert interval(values).high - values.mean() == pytest.approx(t * values.std(ddof=1) / math.sqrt(n))
 
 
 def test_accuracy_counts_a_tie_as_half():

@@ -99,7 +99,9 @@ def test_the_summary_says_what_the_run_folders_say(whole: Place) -> None:
     """Means by the standard library, from the files alone."""
     told = summary.summary(whole)
     assert [one["name"] for one in told["methods"]] == ["fpo", "fpo_0"]
-    assert told["runs"] | {"seconds": 0} == {"done": 9, "seconds": 0, "methods": 4, "ablations": 1}
+    folders = list(whole.root.glob("*/*/spoken.json"))
+    counts = {"done": len(folders), "methods": 4, "one_rate": 4, "ablations": 1}
+    assert {name: told["runs"][name] for name in counts} == counts
     for one in told["methods"]:
         choice = told["chosen"][one["name"]]
         folders = [
@@ -128,7 +130,6 @@ def test_tuning_takes_the_surest_margin_of_what_it_tried(whole: Place) -> None:
         for file in whole.root.glob(f"methods/{method.name}__*__seed=0/held_out.json"):
             margins = json.loads(file.read_text())["margins"]
             tried[file.parent.name] = statistics.mean(margins) / statistics.stdev(margins)
-        tried = {name: value for name, value in tried.items() if method.name != "fpo" or "alpha=2_" not in name}
         choice = best[method.name]
         assert len(tried) == 3
         assert max(tried, key=tried.__getitem__) == run.named(method, choice["objective"], choice["rate"], 0)

@@ -31,6 +31,8 @@ ITEMS = {"gold": "gold", "kl": "kl", "accuracy": "margins"}
 WHOLE = ("reward_accuracy", "distinct_3", "entropy", "entropy_of_data", "both_fall", "chosen", "rejected", "tokens")
 """Measures of a policy as a whole."""
 
+FEW = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+"""Student's t at 97.5 % by degrees of freedom, where `t_quantile` is rough."""
 SPOKEN_OF = ("gold", "distinct_3", "entropy", "tokens")
 """Measures of the reference."""
 
@@ -146,7 +148,7 @@ def interval(values: Float[np.ndarray, "S N"]) -> Mean:
 
 def _reach(means: Float[np.ndarray, " N"]) -> float:
     n = len(means)
-    return 0.0 if n == 1 else t_quantile(n - 1) * float(means.std(ddof=1)) / n**0.5
+    return 0.0 if n == 1 else FEW.get(n - 1, t_quantile(n - 1)) * float(means.std(ddof=1)) / n**0.5
 
 
 def against(
