@@ -55,13 +55,13 @@ METHODS = (
     Method("tdpo2", "TDPO2", {"name": "tdpo2"}, {"beta": (0.3, 1.0), "alpha": (0.5, 2.0)}),
     Method("simpo", "SimPO", {"name": "simpo"}, {"beta": (5.0, 25.0), "gamma": (0.5, 1.5)}),
     Method("simpo_kl", "SimPO + KL", {"name": "simpo_kl", "gamma": 0.5}, {"beta": (5.0, 25.0), "alpha": (0.5, 2.0)}),
-    Method("fpo", "FPO", {"name": "fpo", "k": 32}, {"beta": (15.0, 50.0), "alpha": (20.0, 200.0)}),
     Method(
         "fpo_sums",
         "FPO, not normalised by length",
         {"name": "dpo", "features": {"k": 32}},
         {"beta": (0.3, 1.0), "alpha": (1000.0, 10000.0)},
     ),
+    Method("fpo", "FPO", {"name": "fpo", "k": 32}, {"beta": (15.0, 50.0), "alpha": (20.0, 200.0)}),
     Method("fpo_0", "FPO, alpha 0", {"name": "fpo", "k": 32, "alpha": 0.0}, {"beta": (5.0, 15.0, 50.0, 150.0)}),
 )
 
