@@ -143,5 +143,5 @@ def test_the_page_is_brought_up_to_the_summary(whole: Place, tmp_path: Path) -> 
     text = target.read_text()
     assert text.startswith("Mine.\n")
     assert "| FPO, alpha 0 |" in text
-    assert (tmp_path / "study" / "gold-against-kl.svg").is_file()
+    assert (tmp_path / "study" / "one-rate.svg").is_file()
     assert json.loads((tmp_path / "study" / "summary.json").read_text())["methods"][0]["name"] == "fpo"
