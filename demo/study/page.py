@@ -65,6 +65,7 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 def tables(told: Told) -> dict[str, str]:
     """In Markdown, by name."""
     methods, ablations = told["methods"], told["ablations"]
+    labels = {one["name"]: one["label"] for one in ablations}
     return {
         "budget": _budget(told),
         "methods": _table(
@@ -78,7 +79,10 @@ def tables(told: Told) -> dict[str, str]:
             ["FPO with", "alpha", "seeds", *_headings()],
             [[one["label"], _alpha(one), str(len(one["seeds"])), *_row(one)] for one in ablations],
         ),
-        "against-base": _differences("minus alpha 200", told["against_base"]),
+        "against-base": _table(
+            ["FPO with", "minus that with", *_headings()],
+            [[one["label"], labels[one["base"]], *_row(one, "+")] for one in told["against_base"]],
+        ),
         "features": _features(told["features"]),
         "displacement": _displacement(told["one_rate"]),
     }

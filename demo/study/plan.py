@@ -81,6 +81,8 @@ class Ablation:
     top_k: int | str = 32
     """Features that the cache is asked for."""
     layers: Sequence[int] = (LAYER,)
+    base: str = "alpha-200"
+    """The ablation that it is held against."""
 
     @property
     def is_in_grid(self) -> bool:
@@ -105,10 +107,14 @@ def _scaled(name: str, label: str, changed: Settings, **elsewhere: Any) -> Ablat
     return Ablation(name, label, changed, 200.0 * SCALES[name], **elsewhere)
 
 
+TUNED = "alpha-20"
 ABLATIONS = (
-    *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {}, alpha) for alpha in (20.0, 200.0, 2000.0)),
+    *(Ablation(f"alpha-{alpha:g}", f"alpha {alpha:g}", {}, alpha, base=TUNED) for alpha in (20.0, 200.0, 2000.0)),
     # Whether a larger beta does what the term does.
-    *(Ablation(f"beta-{beta:g}", f"alpha 0, beta {beta:g}", {"beta": beta}, alpha=0.0) for beta in (100.0, 200.0)),
+    *(
+        Ablation(f"beta-{beta:g}", f"alpha 0, beta {beta:g}", {"beta": beta}, alpha=0.0, base=TUNED)
+        for beta in (100.0, 200.0)
+    ),
     _scaled("layer-1", "layer 1", {}, layers=(1,)),
     _scaled("layer-5", "layer 5, the last", {}, layers=(5,)),
     _scaled(

@@ -24,8 +24,6 @@ from fpo.evaluation.estimates import Mean
 from fpo.evaluation.held_out import finite
 from fpo.evaluation.significance import t_quantile
 
-BASE = "alpha-200"
-"""The ablation that others are held against: they have its strength."""
 ITEMS = {"gold": "gold", "kl": "kl", "accuracy": "margins"}
 """Measures that are means over stories or pairs, by where their values stand."""
 WHOLE = ("reward_accuracy", "distinct_3", "entropy", "entropy_of_data", "both_fall", "chosen", "rejected", "tokens")
@@ -68,7 +66,11 @@ def summary(place: Place) -> dict[str, Any]:
         "one_rate": told(METHODS, level),
         "one_rate_against_fpo": against(METHODS, level, level["fpo"]),
         "ablations": told(ABLATIONS, of_ablations),
-        "against_base": against(ABLATIONS, of_ablations, of_ablations.get(BASE, [])),
+        "against_base": [
+            found | {"base": of.base}
+            for of in ABLATIONS
+            for found in against([of], of_ablations, of_ablations.get(of.base, []))
+        ],
         "features": [features(method, level[method.name]) for method in METHODS],
     }
 
