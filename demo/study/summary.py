@@ -177,6 +177,8 @@ def features(method: Method, results: Sequence[Result]) -> Measured:
     told: Measured = {"name": method.name, "label": method.label, "runs": len(found)}
     if found:
         for side in ("chosen", "rejected", "speech"):
-            ranks = [[one["gap_against"][side]["rank_correlation"]["value"]] for one in found]
-            told[side] = _mean(np.array(ranks, dtype=np.float64))
+            ranks = [one["gap_against"][side]["rank_correlation"] for one in found]
+            over_seeds = _mean(np.array([[rank["value"]] for rank in ranks], dtype=np.float64))
+            # Of one run the interval is over features.
+            told[side] = over_seeds if len(ranks) > 1 else ranks[0]
     return told
