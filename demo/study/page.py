@@ -69,10 +69,14 @@ def tables(told: Told) -> dict[str, str]:
     return {
         "budget": _budget(told),
         "methods": _table(
-            ["method", "chosen", *_headings()], [[one["label"], _settings(one), *_row(one)] for one in methods]
+            ["method", "chosen", "seeds", *_headings()],
+            [[one["label"], _settings(one), str(len(one["seeds"])), *_row(one)] for one in methods],
         ),
         "against-fpo": _differences("minus FPO", told["against_fpo"]),
-        "one-rate": _table(["method", *_headings()], [[one["label"], *_row(one)] for one in told["one_rate"]]),
+        "one-rate": _table(
+            ["method", "seeds", *_headings()],
+            [[one["label"], str(len(one["seeds"])), *_row(one)] for one in told["one_rate"]],
+        ),
         "one-rate-against-fpo": _differences("minus FPO", told["one_rate_against_fpo"]),
         "tuning": _tuning(told),
         "ablations": _table(
