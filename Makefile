@@ -10,7 +10,7 @@ ORACLES := .venv-oracles
 export FPO_STORE ?= $(CURDIR)/caches
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cache align evaluate test test-long test-store test-families test-browser test-oracles families check lint docs bench clean
+.PHONY: help demo cache align evaluate test test-long test-store test-families test-browser test-oracles families check lint docs study bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,10 @@ docs: $(VENV)/installed  ## write docs/recipe.md and docs/saes.md from the code
 
 families: $(VENV)/installed-test  ## write docs/families.md: how each model family is laid out
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/family_models.py
+
+study: $(VENV)/installed  ## docs/study.md anew: every method over seeds in the demo world, in under an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m fpo.demo.study --output runs/study
+	OMP_NUM_THREADS=1 $(BIN)/python -m fpo.demo.study.page docs/study.md --study runs/study
 
 bench: $(VENV)/installed  ## steps from the cache against padded two-model steps; the store against other formats
 	$(BIN)/python -m fpo.demo.build

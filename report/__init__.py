@@ -1,12 +1,13 @@
 """
 Figures, tables and pages. Knows numbers and words; no models, no stores, no recipes.
 
-A report is a Page: `.text()` for a terminal, `.save(path)` for one HTML file.
+A report is a Page: `.text()` for a terminal, `.save(path)` for one HTML file. A figure alone is a file of SVG.
 """
 
 from fpo.report.figures import Bar, Bars, Bins, Figure, Histogram, Line, Point, Scatter, Series
 from fpo.report.page import Item, Page, Section
 from fpo.report.passages import Pair, Passage, Passages
+from fpo.report.standalone import save_figure, standalone
 from fpo.report.tables import Column, Table
 
 __all__ = [
@@ -27,4 +28,6 @@ __all__ = [
     "Section",
     "Series",
     "Table",
+    "save_figure",
+    "standalone",
 ]

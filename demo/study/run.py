@@ -8,90 +8,137 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from typing import Any
+from dataclasses import replace
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from fpo.demo.autoencoder import AutoencoderSettings, save_saelens, train_autoencoder
-from fpo.demo.build import build_world
 from fpo.demo.study.plan import (
-    ABLATION_SEEDS,
     ABLATIONS,
+    FEWER_SEEDS,
+    FPO,
     LAYER,
     LAYERS,
     METHODS,
+    ONE_RATE,
+    OTHER_RATES,
+    RATE,
     SEEDS,
+    Choice,
     Method,
     Place,
-    Settings,
+    cached,
     composed,
     named,
     recipe,
 )
-from fpo.demo.study.work import Work, carry_out
+from fpo.demo.study.work import Result, Work, carry_out, spoken
 from fpo.progress import progress_bar, say
 from fpo.stage1_cache import build_caches
+from fpo.stage2_align.run import write_whole
 
 
 def study(place: Place, processes: int) -> None:
-    """World, caches, tuning, methods, ablations."""
+    """Caches, tuning, methods, the drift of their features, ablations, in the world that is there."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    build_world(place.world)
     for layer in set(LAYERS) - {LAYER}:
         _sae(place, layer)
-    # Every feature of every layer, so that each recipe below is served by this one.
-    build_caches(recipe(place, {"name": "dpo"}, layers=LAYERS, top_k="all"), place.store)
-    tried = _all(place, list(tuning(place)), processes)
-    best = chosen(tried)
-    (place.root / "chosen.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
-    _all(place, [*methods(place, best), *ablations(place, best["fpo"])], processes)
+    build_caches(cached(place), place.store)
+    _write_reference(place)
+    best = tuned(lambda works: _all(place, works, processes), place)
+    write_whole(place.chosen, json.dumps(best, indent=2) + "\n")
+    for works in (trained(place, best), drifts(place, best), ablations(place, best["fpo"])):
+        _all(place, list(works), processes)
 
 
-def tuning(place: Place) -> Iterator[Work]:
-    """Every setting of every method's grid, with the first seed."""
+def tuned(results: Callable[[Sequence[Work]], list[Result]], place: Place) -> dict[str, Choice]:
+    """What each method is trained with, from the results of what is tried: the method's own fields, then the rate."""
+    tried = results(list(field_trials(place)))
+    return chosen([*tried, *results(list(rate_trials(place, chosen(tried))))])
+
+
+def field_trials(place: Place) -> Iterator[Work]:
+    """Every setting of every method's own fields."""
     for method in METHODS:
         for objective in method.settings():
-            yield _work(place, method, objective, SEEDS[0], speaks=False)
+            yield work(place, method, {"objective": objective, "rate": RATE})
 
 
-def chosen(tried: Sequence[dict[str, Any]]) -> dict[str, Settings]:
-    """Of each method the objective whose held-out margin is largest in units of its spread."""
-    best: dict[str, dict[str, Any]] = {}
+def rate_trials(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
+    """The other rates, with the best of a method's own fields."""
+    for method in METHODS:
+        for rate in OTHER_RATES:
+            yield work(place, method, {**best[method.name], "rate": rate})
+
+
+def chosen(tried: Sequence[Result]) -> dict[str, Choice]:
+    """
+    Of each method what moved the held-out pairs most surely: the largest mean margin of logratios in units of its
+    spread over pairs. It is the same for all objectives, and no scale of a reward enters.
+    """
+    best: dict[str, Result] = {}
     for result in tried:
         known = best.get(result["method"])
         if known is None or result["margin_effect"] > known["margin_effect"]:
             best[result["method"]] = result
-    return {method.name: best[method.name]["objective"] for method in METHODS}
+    return {name: {"objective": result["objective"], "rate": result["rate"]} for name, result in best.items()}
 
 
-def methods(place: Place, best: dict[str, Settings]) -> Iterator[Work]:
+def methods(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
     """Each method as tuned, over all seeds; the first was trained in tuning."""
     for seed in SEEDS:
         for method in METHODS:
-            yield _work(place, method, best[method.name], seed, speaks=True)
+            yield work(place, method, best[method.name], seed)
 
 
-def ablations(place: Place, fpo: Settings) -> Iterator[Work]:
-    """FPO as tuned with one thing changed; what it is already is among the methods."""
-    for seed in ABLATION_SEEDS:
-        for ablation in ABLATIONS:
-            objective = {**fpo, **ablation.changed}
-            if objective == fpo and not ablation.elsewhere:
+def at_one_rate(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
+    """The same with one learning rate for all."""
+    return methods(place, {name: {**choice, "rate": ONE_RATE} for name, choice in best.items()})
+
+
+def trained(place: Place, best: dict[str, Choice]) -> list[Work]:
+    """Both, seed by seed; a method that was tuned to that rate is trained once."""
+    every = {one.folder: one for one in (*methods(place, best), *at_one_rate(place, best))}
+    return sorted(every.values(), key=lambda one: one.facts["seed"])
+
+
+def drifts(place: Place, best: dict[str, Choice]) -> Iterator[Work]:
+    """Policies of one learning rate, their features held against the gaps of the training pairs."""
+    measured = (one for one in at_one_rate(place, best) if one.facts["seed"] in FEWER_SEEDS)
+    return (replace(one, drifts=True) for one in measured)
+
+
+def ablations(place: Place, fpo: Choice) -> Iterator[Work]:
+    """FPO as tuned with one thing changed."""
+    for ablation in ABLATIONS:
+        for seed in FEWER_SEEDS:
+            objective = {**fpo["objective"], "alpha": ablation.alpha, **ablation.changed}
+            facts = {"ablation": ablation.name, "objective": objective, "rate": fpo["rate"], "seed": seed}
+            if ablation.is_in_grid:
+                # Another alpha alone may have been trained in tuning, or be the tuned one.
+                yield replace(work(place, FPO, {**fpo, "objective": objective}, seed), facts=facts)
                 continue
-            facts = {"ablation": ablation.name, "objective": objective, "seed": seed}
-            planned = recipe(place, objective, seed, ablation.layers, ablation.top_k)
+            planned = recipe(place, objective, fpo["rate"], seed, ablation.layers, ablation.top_k)
             yield Work(planned, place.root / "ablations" / f"{ablation.name}__seed={seed}", facts)
 
 
-def _work(place: Place, method: Method, objective: Settings, seed: int, *, speaks: bool) -> Work:
-    folder = place.root / "methods" / named(method, objective, seed)
-    facts = {"method": method.name, "objective": objective, "seed": seed}
-    return Work(recipe(place, composed(objective), seed), folder, facts, speaks, drifts=speaks)
+def work(place: Place, method: Method, choice: Choice, seed: int = SEEDS[0]) -> Work:
+    """One training of a method."""
+    objective, rate = choice["objective"], choice["rate"]
+    folder = place.root / "methods" / named(method, objective, rate, seed)
+    facts = {"method": method.name, "objective": objective, "rate": rate, "seed": seed}
+    return Work(recipe(place, composed(objective), rate, seed), folder, facts)
+
+
+def _write_reference(place: Place) -> None:
+    if not place.reference.is_file():
+        write_whole(place.reference, json.dumps(spoken(place.world / "model", place.world)) + "\n")
 
 
 def _sae(place: Place, layer: int) -> None:
@@ -109,19 +156,35 @@ def _sae(place: Place, layer: int) -> None:
     building.rename(folder)
 
 
-def _all(place: Place, works: Sequence[Work], processes: int) -> list[dict[str, Any]]:
+def _all(place: Place, works: Sequence[Work], processes: int) -> list[Result]:
     """All of them, several at a time; what is there already costs nothing."""
     left = [work for work in works if not work.is_done]
     # Inherited by the processes: models this small gain nothing from a second thread.
     os.environ["OMP_NUM_THREADS"] = "1"
     with (
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool,
         progress_bar(len(works), "runs", "study", initial=len(works) - len(left)) as bar,
     ):
-        for finished in as_completed([pool.submit(_quietly, work, place) for work in left]):
-            finished.result()
-            bar.update(1)
+        try:
+            for finished in as_completed([pool.submit(_quietly, work, place) for work in left]):
+                finished.result()
+                bar.update(1)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return [work.read() for work in works]
+
+
+def _end_with_parent() -> None:
+    """In a process of the pool: a study that was killed leaves nobody behind who holds its run folders."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _quietly(work: Work, place: Place) -> None:

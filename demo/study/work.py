@@ -1,9 +1,10 @@
 """
-One training of the study, in a process of its own, from start to what is measured of it: `held_out.json` in the run's
-folder, and where it is asked to speak `spoken.json`. Each is written once it is whole: what is there is done.
+One training of the study, from its start to what is measured of it: `held_out.json` and `spoken.json` in the run's
+folder. Each is written once it is whole: what is there is done. What is measured pair by pair and story by story stays
+in them, since methods are compared on the same pairs and stories.
 
-What is spoken is measured on the policy's own stories: their gold reward and what they cost in KL to the reference,
-from the same random numbers for every policy, and how varied they are.
+A policy's own stories begin with openings that no training pair has and are drawn by the same random numbers for every
+policy. Measured are their gold reward, their KL to the reference, and how varied they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -25,7 +27,7 @@ from fpo.demo.preferences import sample_openings
 from fpo.demo.sampling import completion_logps, sample_completions
 from fpo.demo.study.plan import Place
 from fpo.evaluation.drift_report import FEATURES_FILE, DriftQuestion, drift_report
-from fpo.evaluation.held_out import PairNotes, report
+from fpo.evaluation.held_out import PairNotes
 from fpo.evaluation.own_samples import token_statistics
 from fpo.evaluation.sampling import Sampling
 from fpo.recipe import Recipe
@@ -37,6 +39,8 @@ SAMPLES = 400
 """Openings that no training pair has, the same for every policy."""
 
 HELD_OUT, SPOKEN = "held_out.json", "spoken.json"
+Result = dict[str, Any]
+"""What a training is, and what was measured of it."""
 SPEECH = Sampling(max_new_tokens=96, temperature=1.0)
 
 
@@ -48,23 +52,22 @@ class Work:
     folder: Path
     facts: dict[str, Any]
     """What it is, for the summary."""
-    speaks: bool = True
     drifts: bool = False
     """Whether its features are held against the gaps of the training pairs."""
 
     @property
     def results(self) -> list[str]:
         """The files that it leaves."""
-        return [HELD_OUT, *([SPOKEN] if self.speaks else []), *([FEATURES_FILE] if self.drifts else [])]
+        return [HELD_OUT, SPOKEN, *([FEATURES_FILE] if self.drifts else [])]
 
     @property
     def is_done(self) -> bool:
         """Whether they are there."""
         return all((self.folder / name).is_file() for name in self.results)
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Result:
         """What they say, with what the run is."""
-        found: dict[str, Any] = dict(self.facts)
+        found: Result = dict(self.facts)
         for name in self.results:
             found |= json.loads((self.folder / name).read_text(encoding="utf-8"))
         return found
@@ -77,7 +80,7 @@ def carry_out(work: Work, place: Place) -> None:
     if not (work.folder / HELD_OUT).is_file():
         done = align(work.recipe, find_cache(work.recipe, place.store), work.folder, resume=True)
         _write(work.folder / HELD_OUT, {"seconds": done.seconds, **held_out(work, place)})
-    if work.speaks and not (work.folder / SPOKEN).is_file():
+    if not (work.folder / SPOKEN).is_file():
         _write(work.folder / SPOKEN, spoken(work.folder, place.world))
     if work.drifts and not (work.folder / FEATURES_FILE).is_file():
         train, held = (find_cache(work.recipe, place.store, held_out=held_out) for held_out in (False, True))
@@ -90,17 +93,26 @@ def held_out(work: Work, place: Place) -> dict[str, Any]:
     notes = PairNotes(cache, work.recipe.objective.units)
     metrics = evaluate_run(work.recipe, cache, work.folder, note=notes.note)
     pairs = notes.pairs()
-    displacement = report(pairs)["displacement"]
+    chosen, rejected = pairs.logratios.T
     return {
-        "margin_effect": float(pairs.margin.mean() / pairs.margin.std(ddof=1)),
-        "accuracy": metrics["eval_rewards/accuracies"],
+        "margin_effect": effect(chosen - rejected),
+        "margins": (chosen - rejected).tolist(),
+        "reward_accuracy": metrics["eval_rewards/accuracies"],
         "entropy_of_data": metrics["eval_entropy"],
-        **{name: displacement[name]["value"] for name in ("both_fall", "chosen", "rejected")},
+        "chosen": float(chosen.mean()),
+        "rejected": float(rejected.mean()),
+        "both_fall": float(pairs.both_fall.mean()),
     }
 
 
+def effect(values: NDArray[np.floating]) -> float:
+    """A mean in units of the standard deviation; 0 where all values are one."""
+    spread = float(values.std(ddof=1))
+    return float(values.mean()) / spread if spread else 0.0
+
+
 def _write(path: Path, result: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(result, indent=2) + "\n")
+    write_whole(path, json.dumps(result) + "\n")
 
 
 def spoken(folder: Path, world: Path, samples: int = SAMPLES) -> dict[str, Any]:
@@ -123,10 +135,8 @@ def spoken(folder: Path, world: Path, samples: int = SAMPLES) -> dict[str, Any]:
         for prompt, ids in zip(prompts[:100], written[:100], strict=True)
     ]
     return {
-        "gold": float(rewards.mean()),
-        "gold_error": float(rewards.std(ddof=1) / samples**0.5),
-        "kl": float(logratios.mean()),
-        "kl_error": float(logratios.std(ddof=1) / samples**0.5),
+        "gold": rewards.tolist(),
+        "kl": logratios.tolist(),
         "distinct_3": distinct(texts, 3),
         "entropy": float(np.mean(entropies)),
         "tokens": float(np.mean([len(ids) for ids in written])),
