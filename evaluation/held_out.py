@@ -116,6 +116,7 @@ class _Known(NamedTuple):
 def _of_cache(cache: Cache, kind: UnitKind) -> _Known:
     reads, gram = cache.columns, holds_gram(cache)
     cache.read_columns([GRAM] if gram else [])
+    cache.prefetch(range(len(cache.shard_groups)))
     parts, scores = [], []
     for sid in range(len(cache.shard_groups)):
         groups = cache.shard(sid)

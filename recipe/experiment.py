@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
 
 from fpo.nearest import nearest
-from fpo.objectives import DEFAULT_OBJECTIVE, AnyObjective, FeatureTerm
+from fpo.objectives import DEFAULT_OBJECTIVE, AnyObjective, FeatureTerm, Pairing
 from fpo.recipe.arithmetic import MIXED_PRECISION, Arithmetic, training_arithmetic
 from fpo.recipe.sections import CacheOptions, Data, Feature, Generate, Policy, Reference
 from fpo.section import Section
@@ -62,9 +62,9 @@ class Recipe(Section):
                 "cache.hidden_gram: data.filter tells pairs apart by their completions' hidden states; set it to true "
                 "(a column beside the cache: one pass, the rest stays)"
             )
-        if self.data.filter is not None and self.objective.units == "completions":
+        if self.data.filter is not None and self.objective.units not in get_args(Pairing):
             raise ValueError(
-                f"data.filter: it compares chosen with rejected, and {self.objective.name} takes completions one by one"
+                f"data.filter: it compares chosen with rejected, and {self.objective.name} takes no pairs; leave it out"
             )
         if self.reference.autocast is not None and self.reference.dtype != "float32":
             raise ValueError(

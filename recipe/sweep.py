@@ -94,13 +94,18 @@ def _check_names(variants: list[Variant]) -> None:
 def _check_cache(field: str, variants: list[Variant]) -> None:
     section = field.partition(".")[0]
     if section in _OF_THE_CACHE and any(
-        getattr(variant.recipe, section) != getattr(variants[0].recipe, section) for variant in variants
+        _of_the_cache(variant.recipe, section) != _of_the_cache(variants[0].recipe, section) for variant in variants
     ):
         values = ", ".join(dict.fromkeys(variant.swept[field] for variant in variants))
         raise RecipeError(
             f"--set {field}: a sweep trains from one cache, and {values} need several; build and train each by itself: "
             f"fpo cache and fpo align with --set {field}={variants[0].swept[field]}"
         )
+
+
+def _of_the_cache(recipe: Recipe, section: str) -> Any:
+    # What is left out of training stands in the cache.
+    return recipe.data.model_copy(update={"filter": None}) if section == "data" else getattr(recipe, section)
 
 
 def _spelled(value: Any) -> str:

@@ -91,6 +91,7 @@ def align(
     held_out  the cache of the held-out groups, where the recipe reads them (`reads_held_out`)
     Raises RecipeError, DataError, RunError, ParityError, ModelError, CacheDamaged.
     """
+    cache.keep(None)  # what a run before this one left out
     check_groups(cache, recipe.objective)
     cache.keep(None)  # what a run before this one left out
     if recipe.data.filter is not None:
@@ -112,7 +113,11 @@ def _leave_out(cache: Cache, recipe: Recipe, wanted: Filter) -> None:
     found = without_worst(cache, recipe.objective.units, wanted)
     cache.keep(found.kept)
     if is_first_rank():
-        say(f"data.filter: {found.n_dropped:,} groups are left out, whose {wanted.by} is above {found.above:.4g}")
+        of = cache.n_groups + found.n_dropped
+        say(
+            f"data.filter: {found.n_dropped:,} of {of:,} groups are left out, whose {wanted.by} is "
+            f"{found.above:.4g} or more"
+        )
 
 
 def _together(first: bool, opening: Callable[[], OpenedRun]) -> OpenedRun:

@@ -12,6 +12,7 @@ Dimension key:  U pairs   G groups   K completions
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,7 @@ def without_worst(cache: Cache, kind: UnitKind, wanted: Filter) -> Filtered:
     """
     reads = cache.columns
     cache.read_columns([GRAM])
+    cache.prefetch(range(len(cache.shard_groups)))
     scores, completions = [], []
     for sid in range(len(cache.shard_groups)):
         groups = cache.shard(sid)
@@ -79,7 +81,8 @@ def without_worst(cache: Cache, kind: UnitKind, wanted: Filter) -> Filtered:
         completions.append(groups.n_completions)
     cache.columns = reads
     every = np.concatenate(scores)
-    n_dropped = int(len(every) * wanted.drop)
+    # As it is written: 0.29 of 100 is 29, and a little less in binary.
+    n_dropped = int(len(every) * Fraction(str(wanted.drop)))
     # Equal scores: the first ones stay.
     stays = np.ones(len(every), dtype=bool)
     stays[np.argsort(every, kind="stable")[len(every) - n_dropped :]] = False

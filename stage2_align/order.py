@@ -48,11 +48,11 @@ def epoch_blocks(
     """
     The blocks of one epoch; together their rows (less the leftovers) are every pair once.
 
-    shard_groups  pairs in each shard
+    shard_groups  pairs in each shard, 0 where a filter leaves none: such a one is not read
     batch         pairs per optimiser step, over all processes
     """
     offsets = np.concatenate([[0], np.cumsum(shard_groups)])
-    order = _shuffle(len(shard_groups), seed, epoch)
+    order = [int(shard) for shard in _shuffle(len(shard_groups), seed, epoch) if shard_groups[shard]]
     blocks: list[Block] = []
     carry: Rows = np.empty(0, np.int64)
     for first in range(0, len(order), block_shards):
@@ -61,7 +61,7 @@ def epoch_blocks(
         rows = np.concatenate([carry, own[_shuffle(len(own), seed, epoch, len(blocks))]])
         last = first + block_shards >= len(order)
         leftover = 0 if last else len(rows) % batch
-        blocks.append(Block(tuple(int(s) for s in shards), rows, len(carry), leftover))
+        blocks.append(Block(tuple(shards), rows, len(carry), leftover))
         carry = rows[len(rows) - leftover :]
     return blocks
 

@@ -137,8 +137,13 @@ def policy_layout(model: Any, cache: Cache) -> Layout:
     first, which is a random part of the data, and the one with the longest pairs on average. Raises ModelError.
     """
     entries = cache.manifest.shards
-    longest = max(range(len(entries)), key=lambda sid: entries[sid].n_tokens / max(entries[sid].n_groups, 1))
-    few = [pairs.take(extremes(pairs.splits, pairs.n_completions)) for pairs in map(cache.shard, sorted({0, longest}))]
+    # A filter may leave nothing of a shard.
+    read = [sid for sid, n_groups in enumerate(cache.shard_groups) if n_groups]
+    longest = max(read, key=lambda sid: entries[sid].n_tokens / entries[sid].n_groups)
+    few = [
+        pairs.take(extremes(pairs.splits, pairs.n_completions))
+        for pairs in map(cache.shard, sorted({read[0], longest}))
+    ]
     pairs = Groups.concat(few)
     pairs = pairs.take(extremes(pairs.splits, pairs.n_completions))
     prompts, completions = pairs.lengths

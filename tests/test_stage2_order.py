@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fpo.stage2_align.order import cut_batches, epoch_blocks
 
-shards = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+# Of some shards a filter may leave nothing.
+shards = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 
 
 def order_of(shard_groups: list[int], batch: int, block_shards: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
