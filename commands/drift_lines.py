@@ -74,7 +74,7 @@ def _table(point: dict[str, Any]) -> Table:
         *(Column(side, SHORT[side], "+.4f", (f"{side}_low", f"{side}_high")) for side in sides),
         Column("gap", "gap before", "+.4f", ("gap_low", "gap_high")),
         Column("fires", "fires", ".1%"),
-        *([Column("label")] if any(row["label"] for row in point["features"]) else []),
+        *([Column("label", "name", link="link")] if any(row["label"] for row in point["features"]) else []),
     ]
     return Table("Features that moved most surely", columns, point["features"])
 

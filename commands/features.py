@@ -1,4 +1,4 @@
-"""`fpo features`: what the features say of a cache before training."""
+"""`fpo features`: what the features say of a cache before training, and of a run after it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpo.commands.caches import store_root
+from fpo.commands.caches import recipe_cache, store_root
 from fpo.commands.feature_lines import print_report
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson, StoreOption
@@ -25,7 +25,9 @@ EXAMPLES = 3
 
 
 def features_command(
-    cache: Annotated[str, typer.Argument(help="Cache: key, any unique prefix of it, or a tag.", metavar="CACHE")],
+    what: Annotated[
+        str, typer.Argument(help="Cache (key, any unique prefix of it, a tag), or run folder.", metavar="CACHE|RUN")
+    ],
     store: StoreOption = None,
     hookpoint: Annotated[str | None, typer.Option(help="Only the features at this hookpoint.")] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Features of each side that are shown.")] = 10,
@@ -53,11 +55,28 @@ def features_command(
         Path | None, typer.Option(metavar="FILE.csv", help="Write the features as rows of lm-eval's steered model.")
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option("--checkpoint", metavar="N", help="Of a run: its policy after step N.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Of a run: held-out prompts that policy and reference complete.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of such a completion.")] = 256,
     as_json: AsJson = False,
 ) -> None:
     """
-    What separates chosen from rejected completions in a cache: every feature's gap, with intervals (docs/features.md).
+    Every feature with intervals (docs/features.md): of a cache the gap, what separates chosen from rejected
+    completions; of a run the drift, what training did to it, and how well the gap told it.
     """
+    if (Path(what) / "recipe.yaml").is_file():
+        for option, value in (("--recipe", recipe), ("--examples", examples), ("--by", by), ("--steer", steer)):
+            if value is not None:
+                raise FpoError(f"{option} is for caches, and {what} is a run; leave it out")
+        quiet_libraries()
+        _run_features(Path(what), store, (hookpoint, top, labels), checkpoint, (samples, max_new_tokens), html, as_json)
+        return
+    if checkpoint is not None or samples:
+        raise FpoError(f"--checkpoint and --samples are for runs, and {what} is none (no recipe.yaml there)")
     if recipe is None and (examples or by):
         raise FpoError(
             f"{'--by' if by else '--examples'} needs --recipe: a cache does not say where its model and data lie"
@@ -68,7 +87,7 @@ def features_command(
     from fpo.recipe import load_recipe
     from fpo.store import open_cache
 
-    opened = open_cache(store_root(store), cache)
+    opened = open_cache(store_root(store), what)
     loaded = None if recipe is None else load_recipe(recipe)
     specs = feature_columns(opened, hookpoint)
     targets = [] if steer is None else [steer_target(spec, sae_name(opened, spec)) for spec in specs]
@@ -88,6 +107,45 @@ def features_command(
     for what, path in (("steering", steer), ("page", html)):
         if path is not None:
             print(f"{what:<12}{path}")
+
+
+def _run_features(
+    run: Path,
+    store: str | None,
+    named: tuple[str | None, int, str | None],
+    checkpoint: int | None,
+    spoken: tuple[int, int],
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """
+    named   which hookpoint, how many features, where their names are
+    spoken  how many prompts, and how many tokens
+    """
+    from fpo.commands.drift_lines import drift_lines, drift_page
+    from fpo.evaluation.drift_report import DriftQuestion, drift_report
+    from fpo.evaluation.sampling import Sampling
+    from fpo.stage2_align import evaluated_recipe, evaluated_store
+
+    recipe, root = evaluated_recipe(run), evaluated_store(run, store)
+    hookpoint, top, labels = named
+    entries = tuple(entry for entry in recipe.features if hookpoint in (None, entry.hookpoint))
+    if not entries:
+        at = f" at {hookpoint}" if hookpoint else ""
+        raise FpoError(f"{run}: its recipe has no features{at}, so there is no drift to tell")
+    train, held_out = (
+        recipe_cache(recipe, run / "recipe.yaml", root, None, held_out=held_out) for held_out in (False, True)
+    )
+    question = DriftQuestion(top, spoken[0], Sampling(spoken[1], temperature=1.0), labels)
+    found = drift_report(recipe.model_copy(update={"features": entries}), train, held_out, run, checkpoint, question)
+    if html is not None:
+        drift_page(found).save(html)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    print("\n".join(drift_lines(found)))
+    if html is not None:
+        print(f"{'page':<12}{html}")
 
 
 def _reports(

@@ -18,9 +18,10 @@ from fpo.evaluation.drift import (
     drift_on_pairs,
     encoders,
 )
-from fpo.evaluation.feature_report import feature_columns
+from fpo.evaluation.feature_report import feature_columns, sae_name
 from fpo.evaluation.gaps import Estimate, Gaps, feature_gaps
 from fpo.evaluation.held_out import finite
+from fpo.evaluation.labels import Names, feature_names
 from fpo.evaluation.pairs import read_pairs
 from fpo.evaluation.sampling import Sampling
 from fpo.progress import progress_bar, say
@@ -47,6 +48,8 @@ class DriftQuestion(NamedTuple):
     samples: int = 0
     """Held-out prompts that both models complete; 0 leaves speech out."""
     sampling: Sampling = Sampling(256, temperature=1.0)
+    labels: str | None = None
+    """Where features are named, as `feature_names` has it."""
 
 
 def drift_report(
@@ -56,14 +59,12 @@ def drift_report(
     run: Path,
     checkpoint: int | None,
     question: DriftQuestion,
-    labels: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """
     The drift of every hookpoint's features, in JSON types; also in the run's folder, for a run as it ended.
 
     train     what it was trained from, whose gaps are held against the drift
     held_out  what both models read
-    labels    of features, by index
     Raises as `encoders`; CacheMissing where the training cache has no features at one of the recipe's hookpoints.
     """
     folder = run if checkpoint is None else whole_checkpoint(run, checkpoint)
@@ -78,7 +79,8 @@ def drift_report(
         spec = feature_columns(train, canonical_hookpoint(drift.hookpoint))[0]
         train.read_columns([spec])
         (gaps,) = feature_gaps(train, 0, int(spec["d_sae"]), [pairs])
-        points.append(_hookpoint(drift, speech, gaps, question, labels or {}))
+        names = feature_names(question.labels, sae_name(train, spec))
+        points.append(_hookpoint(drift, speech, gaps, question, names))
     found: dict[str, Any] = finite({"run": run.name, "checkpoint": checkpoint, "hookpoints": points})
     if checkpoint is None:
         write_whole(run / FEATURES_FILE, json.dumps(found, indent=2) + "\n")
@@ -96,7 +98,7 @@ def _spoken(
 
 
 def _hookpoint(
-    drift: Drift, speech: Estimate | None, gaps: Gaps, question: DriftQuestion, labels: Mapping[int, str]
+    drift: Drift, speech: Estimate | None, gaps: Gaps, question: DriftQuestion, names: Names
 ) -> dict[str, Any]:
     tested = np.flatnonzero(gaps.tested)
     by_side = {"chosen": drift.chosen, "rejected": drift.rejected} | ({} if speech is None else {"speech": speech})
@@ -111,7 +113,7 @@ def _hookpoint(
         "fit": {"policy": drift.policy_fit._asdict(), "reference": drift.reference_fit._asdict()},
         "misfit": drift.policy_fit.fvu > WORSE_FIT * drift.reference_fit.fvu,
         "gap_against": {name: agreement(gaps.gap.value[tested], one.value[tested]) for name, one in by_side.items()},
-        "features": [_feature(int(feature), drift, by_side, gaps, labels) for feature in shown],
+        "features": [_feature(int(feature), drift, by_side, gaps, names) for feature in shown],
         "points": [
             {"feature": int(feature), "gap": float(gaps.gap.value[feature]), "drift": float(leading.value[feature])}
             for feature in often
@@ -119,10 +121,8 @@ def _hookpoint(
     }
 
 
-def _feature(
-    feature: int, drift: Drift, by_side: Mapping[str, Estimate], gaps: Gaps, labels: Mapping[int, str]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"feature": feature, "label": labels.get(feature)}
+def _feature(feature: int, drift: Drift, by_side: Mapping[str, Estimate], gaps: Gaps, names: Names) -> dict[str, Any]:
+    row: dict[str, Any] = {"feature": feature, "label": names.label(feature), "link": names.link(feature)}
     for name, one in by_side.items():
         value, reach = float(one.value[feature]), float(one.reach[feature])
         row |= {name: value, f"{name}_low": value - reach, f"{name}_high": value + reach}

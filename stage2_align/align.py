@@ -93,7 +93,6 @@ def align(
     """
     cache.keep(None)  # what a run before this one left out
     check_groups(cache, recipe.objective)
-    cache.keep(None)  # what a run before this one left out
     if recipe.data.filter is not None:
         _leave_out(cache, recipe, recipe.data.filter)
     args = training_arguments(recipe, output, cache)

@@ -68,9 +68,9 @@ def whole(cache: Cache) -> Groups:
 @torch.no_grad()
 def written_out(model: Any, groups: Groups) -> list[Ches]:
     """
-    Of each group and each of its completions i against each j, from transformers' own forwards: with S the sum and m the
-    mean of the last hidden states over the positions that predict a completion's tokens, from the prompt's last token to
-    the sequence's last but one, S_i S_j - S_i S_i and m_i m_j - m_i m_i.
+    Of each group and each of its completions i against each j, from transformers' own forwards: with S the sum and m
+    the mean of the last hidden states over the positions that predict a completion's tokens, from the prompt's last
+    token to the sequence's last but one, S_i S_j - S_i S_i and m_i m_j - m_i m_i.
     """
     sums, means = [], []
     for one, (_, tokens, prompt) in enumerate(sequences(groups.input_ids, groups.splits, groups.n_completions)):
