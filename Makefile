@@ -21,12 +21,14 @@ demo: $(VENV)/installed  ## from nothing to an aligned policy and its evaluation
 	$(BIN)/python -m fpo.demo.build
 	$(BIN)/fpo cache recipes/demo.yaml
 	$(BIN)/fpo align recipes/demo.yaml --output runs/demo --resume
-	$(BIN)/fpo evaluate runs/demo
+	$(BIN)/fpo evaluate runs/demo --samples 200 --max-new-tokens 96
 	$(BIN)/python -m fpo.demo.evaluate runs/demo
+	$(BIN)/fpo features runs/demo --samples 200 --max-new-tokens 96 --top 5 --html runs/demo/features.html
 	@echo
 	@echo "world   demo-world/       model, SAE and pairs"
 	@echo "caches  $(FPO_STORE)"
 	@echo "run     runs/demo/        policy, metrics.jsonl, recipe.yaml, evaluation.json"
+	@echo "report  runs/demo/features.html    what training did to the features, and how well the cache told it"
 	@echo "fpo     source .venv/bin/activate    (then the command is there)"
 	@echo "next    make align RECIPE=recipes/demo-dpo.yaml     (another objective, from the same cache)"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fpo.report import Page, Table
+    from fpo.report import Page, Scatter, Table
 
 WORDS = {"chosen": "on chosen completions", "rejected": "on rejected completions", "speech": "in its own speech"}
 
@@ -49,20 +49,59 @@ def told(point: dict[str, Any]) -> list[str]:
 
 
 def drift_page(found: dict[str, Any]) -> Page:
-    """The same with a figure."""
-    from fpo.report import Page, Point, Scatter, Section
+    """The same with figures."""
+    from fpo.report import Page, Section
 
     sections = []
     for point in found["hookpoints"]:
-        name = "speech" if point["spoken"] else "chosen"
-        points = [Point(str(one["feature"]), one["gap"], one["drift"]) for one in point["points"]]
-        figure = Scatter(
-            "Gap against drift", "gap before training: chosen minus rejected", f"drift {WORDS[name]}", points
-        )
-        text = " ".join(line.strip() for line in (*facts(point), *told(point)))
-        sections.append(Section(point["hookpoint"], text, [figure, _table(point)]))
+        spoken = f" {point['spoken']:,} of them were completed by policy and reference." if point["spoken"] else ""
+        text = f"{point['groups']:,} held-out groups of {point['prompts']:,} prompts.{spoken}"
+        text += " The SAE fits the policy far worse: a drift may be the misfit's." * point["misfit"]
+        sides = [side for side in ("speech", "chosen") if side in point["gap_against"]]
+        figures = [_scatter(point, side) for side in sides]
+        sections.append(Section(point["hookpoint"], text, [*figures, _told_table(point), _fit(point), _table(point)]))
     title = f"What training did to the features of {found['run']}"
-    return Page(title, "Every feature in the policy less what it is in the reference.", sections, found)
+    lead = (
+        "Every feature in the policy less what it is in the reference, and how well its gap told that before training."
+    )
+    return Page(title, lead, sections, found)
+
+
+def _scatter(point: dict[str, Any], side: str) -> Scatter:
+    from fpo.report import Point, Scatter
+
+    points = [Point(str(one["feature"]), one["gap"], one[side]) for one in point["points"]]
+    gap = "gap before training: chosen minus rejected"
+    return Scatter(f"Gap against drift {WORDS[side]}", gap, "drift", points)
+
+
+def _told_table(point: dict[str, Any]) -> Table:
+    from fpo.report import Column, Table
+
+    measures = {"r2": "R2", "rank_correlation": "rank correlation", "slope": "slope"}
+    rows = [
+        {
+            "drift": WORDS[side],
+            "features": one["features"],
+            **{name: one[name]["value"] for name in measures},
+            **{f"{name} {end}": one[name][end] for name in measures for end in ("low", "high")},
+        }
+        for side, one in point["gap_against"].items()
+    ]
+    columns = [
+        Column("drift"),
+        *(Column(name, label, ".2f", (f"{name} low", f"{name} high")) for name, label in measures.items()),
+        Column("features", format=","),
+    ]
+    return Table("How well the gap told the drift", columns, rows)
+
+
+def _fit(point: dict[str, Any]) -> Table:
+    from fpo.report import Column, Table
+
+    columns = [Column("model"), Column("fvu", "FVU", ".3f"), Column("l0", "L0", ".1f")]
+    rows = [{"model": model, **point["fit"][model]} for model in ("policy", "reference")]
+    return Table("How the SAE fits", columns, rows)
 
 
 def _table(point: dict[str, Any]) -> Table:

@@ -115,7 +115,11 @@ def _hookpoint(
         "gap_against": {name: agreement(gaps.gap.value[tested], one.value[tested]) for name, one in by_side.items()},
         "features": [_feature(int(feature), drift, by_side, gaps, names) for feature in shown],
         "points": [
-            {"feature": int(feature), "gap": float(gaps.gap.value[feature]), "drift": float(leading.value[feature])}
+            {
+                "feature": int(feature),
+                "gap": float(gaps.gap.value[feature]),
+                **{name: float(one.value[feature]) for name, one in by_side.items()},
+            }
             for feature in often
         ],
     }

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_world import D_SAE, TinyWorld, build_tiny_world
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from fpo.cli import app
 from fpo.evaluation.drift import AGREEMENT, agreement
 from fpo.evaluation.drift_report import FEATURES_FILE, DriftQuestion, drift_report
 from fpo.evaluation.sampling import Sampling
@@ -74,7 +76,7 @@ def test_of_an_untouched_policy_nothing_drifts(world: TinyWorld, tmp_path: Path)
     report = asked_of(world, tmp_path, samples=12)
     assert report["features"] == []
     assert report["gap_against"]["chosen"]["r2"] == {"value": None, "low": None, "high": None}
-    assert {point["drift"] for point in report["points"]} == {0.0}
+    assert {point[side] for point in report["points"] for side in ("chosen", "rejected", "speech")} == {0.0}
     assert report["fit"]["policy"] == report["fit"]["reference"]
     assert not report["misfit"]
 
@@ -162,3 +164,24 @@ def test_what_a_run_says_stays_in_it(world: TinyWorld, tmp_path: Path) -> None:
     report = asked_of(world, tmp_path, scale_up)
     kept = json.loads((tmp_path / FEATURES_FILE).read_text(encoding="utf-8"))
     assert kept["hookpoints"] == [report]
+
+
+def test_the_command_tells_a_run_from_a_cache(world: TinyWorld, tmp_path: Path) -> None:
+    """A run's features in JSON, in lines and on a page; what is asked of the other one is refused in one line."""
+    untouched(world, tmp_path / "run")
+    given, page = ["features", str(tmp_path / "run"), "--store", str(world.store)], tmp_path / "drift.html"
+    done = CliRunner().invoke(app, [*given, "--json", "--samples", "12", "--max-new-tokens", "4", "--html", str(page)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "run" / FEATURES_FILE).read_text())
+    assert found["hookpoints"][0]["spoken"] == 12
+    assert "Gap against drift" in page.read_text()
+    lines = CliRunner().invoke(app, given)
+    assert "gap told" in lines.stdout
+    for options, message in (
+        (["--steer", "x.csv"], "--steer is for caches"),
+        (["--hookpoint", "model.layers.9"], "no features at model.layers.9"),
+    ):
+        assert message in str(CliRunner().invoke(app, [*given, *options]).exception)
+    of_cache = CliRunner().invoke(app, ["features", "0000", "--store", str(world.store), "--samples", "3"])
+    assert "--checkpoint and --samples are for runs" in str(of_cache.exception)
