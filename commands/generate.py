@@ -77,6 +77,7 @@ def generate_command(
         batch_size=batch_size,
         room=speaker.room,
         facts=facts,
+        today=speaker.today,
     )
     text = file_of(format, asked, rows, name or speaker.name, time.time(), count)
     write_whole(output, text)

@@ -50,6 +50,7 @@ def generate(
     batch_size: int = 16,
     room: int | None = None,
     facts: dict[str, Any] | None = None,
+    today: str | None = None,
 ) -> list[Generation]:
     """
     Every prompt's completions, in order.
@@ -57,12 +58,13 @@ def generate(
     part     where finished rows are kept; removed by whoever has made use of the result
     samples  completions of each prompt
     room     positions that the model has, None where it names no limit
+    today    ISO date that a chat template gets which asks for one
     facts    of the model and the prompts: what a part must have been written with to be gone on with
     Raises DataError where a prompt leaves no room for a token, RunError where the part is of something else.
     """
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, today)
     encoder.check(prompts)
-    firsts = [encoder.tokens(prompt.turns[0]) for prompt in prompts]
+    firsts = [encoder.tokens(prompt.turns[0], number) for number, prompt in enumerate(prompts)]
     check_room(firsts, sampling, room)
     header = {**asdict(sampling), "samples": samples, "prompts": _digest(prompts, firsts), **(facts or {})}
     done = _finished(part, header)
@@ -109,7 +111,7 @@ def _batch(
                 asked.append(firsts[rows[place][0]])
                 continue
             said[place] += now
-            asked.append(encoder.tokens(said[place]))
+            asked.append(encoder.tokens(said[place], rows[place][0]))
         if turn:
             check_room(asked, sampling, room)
         numbers = [uniforms(sampling.seed, *rows[place], turn, sampling.max_new_tokens) for place in here]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fpo.errors import DataError
 from fpo.stage1_cache.read import read_rows
+from fpo.stage1_cache.texts import ChatTemplate
 
 Message = dict[str, Any]
 
@@ -82,24 +83,27 @@ def _conversation(value: Any) -> list[Message]:
 class Encoder:
     """Turns what was said into token ids, as the pairs of training were: by the chat template, or as text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> None:
+        """today: ISO date that a chat template gets which asks for one"""
         self.tokenizer = tokenizer
+        self.template = None if tokenizer.chat_template is None else ChatTemplate(tokenizer, None, today)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """DataError where messages are asked of a tokenizer without a chat template."""
-        if self.tokenizer.chat_template is None and any(not isinstance(prompt.turns[0], str) for prompt in prompts):
+        if self.template is None and any(not isinstance(prompt.turns[0], str) for prompt in prompts):
             raise DataError(
                 f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template, so nobody can speak in turns; "
                 "--text takes prompts as the text that they are"
             )
 
-    def tokens(self, said: list[Message] | str) -> list[int]:
-        """Of a prompt, up to where the model goes on."""
+    def tokens(self, said: list[Message] | str, number: int) -> list[int]:
+        """Of the prompt with this number, up to where the model goes on. Raises DataError where a template refuses."""
         if isinstance(said, str):
             ids: list[int] = self.tokenizer(said)["input_ids"]
             # Some tokenizers end every text; in training that token stands behind the completion.
             ends = self.tokenizer.eos_token is not None and ids[-1:] == [self.tokenizer.eos_token_id]
             return ids[:-1] if ends and not said.endswith(self.tokenizer.eos_token) else ids
-        text = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        assert self.template is not None  # see `check`
+        text = self.template.render(said, {}, number, opened=True)
         templated: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return templated

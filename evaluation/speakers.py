@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +45,8 @@ class Speaker(NamedTuple):
     """Tokens that a prompt and its completion may have together; None where the model names no limit."""
     facts: dict[str, Any]
     """What tells it from another, in JSON types."""
+    today: str
+    """ISO date for chat templates that ask for one."""
 
 
 class _Weights(NamedTuple):
@@ -54,6 +58,8 @@ class _Weights(NamedTuple):
     base: Path
     """Of the weights below the adapter, if there is one; else the folder."""
     dtype: str
+    today: str
+    """The one that a run was trained with; else it is today's."""
 
     @property
     def adapter(self) -> Path | None:
@@ -113,10 +119,12 @@ def speaker_of(model: str, checkpoint: int | None, dtype: str | None, engine: st
     if engine == "vllm":
         weights = _weights(model, checkpoint, dtype)
         tokenizer, room = load_tokenizer(str(weights.folder), None), positions(model_config(weights.base))
-        return Speaker(weights.name, _by_vllm(weights), tokenizer, room, {**weights.facts, "engine": engine})
+        return Speaker(
+            weights.name, _by_vllm(weights), tokenizer, room, {**weights.facts, "engine": engine}, weights.today
+        )
     found = opened(model, checkpoint, dtype)
     facts = {**found.weights.facts, "engine": engine}
-    return Speaker(found.weights.name, found.engine, found.tokenizer, found.room, facts)
+    return Speaker(found.weights.name, found.engine, found.tokenizer, found.room, facts, found.weights.today)
 
 
 def _weights(model: str, checkpoint: int | None, dtype: str | None) -> _Weights:
@@ -125,14 +133,15 @@ def _weights(model: str, checkpoint: int | None, dtype: str | None) -> _Weights:
         if checkpoint is not None:
             raise RunError(f"{model}: --checkpoint is for runs, and this is none (no {RECIPE_FILE})")
         folder = model_folder(model)
-        return _Weights(run.name, folder, folder, dtype or "float32")
+        return _Weights(run.name, folder, folder, dtype or "float32", date.today().isoformat())
     if checkpoint is None and not read_run(run)["complete"]:
         raise RunError(f"{run}: this run is not finished; --checkpoint N takes the policy after step N")
     recipe, name = load_recipe(run / RECIPE_FILE), run.resolve().name
     folder = run if checkpoint is None else whole_checkpoint(run, checkpoint)
     base = adapter_base(recipe, folder) if (folder / "adapter_config.json").is_file() else folder
     named = name if checkpoint is None else f"{name}-{checkpoint}"
-    return _Weights(named, folder, base, dtype or recipe.policy_arithmetic().dtype)
+    today = recipe.data.today or date.today().isoformat()
+    return _Weights(named, folder, base, dtype or recipe.policy_arithmetic().dtype, today)
 
 
 def _unpadded(engine: Engine) -> Engine:
@@ -161,6 +170,9 @@ def _by_vllm(weights: _Weights) -> Engine:
     llm = vllm.LLM(model=str(weights.base), dtype=weights.dtype, enable_lora=weights.adapter is not None)
     lora = None
     if weights.adapter is not None:
+        kind = json.loads((weights.adapter / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        if kind != "LORA":
+            raise ModelError(f"--engine vllm: it reads LoRA adapters, and {weights.adapter} has {kind}; leave it out")
         request = importlib.import_module("vllm.lora.request").LoRARequest
         lora = request(weights.name, 1, str(weights.adapter))
 

@@ -311,13 +311,13 @@ def test_arena_hard_counts_by_tiktoken_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_text_is_not_ended_before_the_model_goes_on(tokenizer: Any) -> None:
     """By a tokenizer that ends every text: stage 1 takes what a prompt shares with its completions."""
-    plain = Encoder(tokenizer).tokens("w1 w2")
+    plain = Encoder(tokenizer).tokens("w1 w2", 0)
     eos = (tokenizer.eos_token, tokenizer.eos_token_id)
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     ending = TemplateProcessing(single=f"{bos[0]} $A {eos[0]}", special_tokens=[bos, eos])
     tokenizer.backend_tokenizer.post_processor = ending
     assert tokenizer("w1 w2")["input_ids"] == [*plain, eos[1]]
-    assert Encoder(tokenizer).tokens("w1 w2") == plain
+    assert Encoder(tokenizer).tokens("w1 w2", 0) == plain
 
 
 @pytest.mark.parametrize(
@@ -405,3 +405,17 @@ def test_the_command_writes_a_file_and_leaves_nothing_else(world: TinyWorld, tmp
     assert isinstance(again.exception, RunError)
     wrong = CliRunner().invoke(app, [*given, "--output", str(tmp_path / "x"), "--format", "alpaca"])
     assert wrong.exit_code == 2
+
+
+def test_a_template_that_asks_for_the_date_gets_that_of_training(tokenizer: Any, tmp_path: Path) -> None:
+    """Not the wall clock's: the prompt would be another one tomorrow."""
+    tokenizer.chat_template = "{{ strftime_now('w%d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    asked: list[str] = []
+
+    def engine(batch: Any, numbers: Any, sampling: Any) -> list[Written]:
+        asked.extend(tokenizer.decode(ids) for ids in batch)
+        return [Written([14, 2], ended=True) for _ in batch]
+
+    prompts = [Prompt(([{"role": "user", "content": "w1"}],), {"prompt": "w1"})]
+    generate(prompts, engine, tokenizer, Sampling(5), tmp_path / "part", today="2026-11-24")
+    assert asked == ["w24 w1"]
