@@ -39,10 +39,13 @@ def align_command(
     from fpo.recipe import load_variants, reads_held_out
 
     variants = load_variants(recipe, overrides)
-    loaded = variants[0].recipe
     if is_first_rank():
         say("opening the cache ...")
     quiet_libraries()
+    from fpo.stage1_cache import with_module_paths
+
+    variants = [variant._replace(recipe=with_module_paths(variant.recipe)) for variant in variants]
+    loaded = variants[0].recipe
     output = None if output is None else output.expanduser()
     if len(variants) > 1:
         align_sweep(recipe, store, output, overrides, variants, as_json)

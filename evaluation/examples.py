@@ -85,6 +85,7 @@ class ExampleReader:
         does where files are missing.
         """
         identity = identity_of_scorer(recipe, cache)
+        recipe = identity.recipe
         own = next((one for one in identity.specs if {**one, "top_k": 0} == {**spec, "top_k": 0}), None)
         if own is None:
             raise CacheConflict(

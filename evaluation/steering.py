@@ -16,6 +16,7 @@ from typing import NamedTuple
 from fpo.errors import FpoError
 from fpo.evaluation.feature_report import FeatureRow
 from fpo.evaluation.labels import pretrained
+from fpo.scoring.hook_names import INPUT
 from fpo.store import Spec
 
 
@@ -49,6 +50,8 @@ def steer_target(spec: Spec, sae: str | None) -> SteerTarget:
     if sae is None:
         raise FpoError("--steer: the cache does not say what its SAE is called, so lm-eval could not load it")
     hookpoint, path = _inside_base(spec["hookpoint"]), sae.rstrip("/")
+    if hookpoint.endswith(INPUT):
+        raise FpoError(f"--steer: lm-eval adds to what a module gives, and this SAE reads {spec['hookpoint']}")
     if spec["sae"]["config"].get("format") == "sparsify":
         if path.endswith(f"/{hookpoint}"):
             return SteerTarget("sparsify", path.removesuffix(f"/{hookpoint}"), "", hookpoint)

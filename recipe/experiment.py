@@ -44,7 +44,7 @@ class Recipe(Section):
     def _combine(self) -> Recipe:
         hookpoints = [feature.hookpoint for feature in self.features]
         for hookpoint in hookpoints:
-            if hookpoints.count(hookpoint) > 1:
+            if hookpoint and hookpoints.count(hookpoint) > 1:
                 raise ValueError(f"features: hookpoint {hookpoint} is listed twice")
         _check_features(self.objective, self.features)
         if self.objective.needs.mismatched and not self.cache.mismatched:

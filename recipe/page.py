@@ -48,7 +48,8 @@ def reference_page() -> str:
         for field, info in section.model_fields.items():
             shape = "section" if name == "" and field != "training" else _type_name(info.annotation)
             default = "required" if info.is_required() else "" if name == "" else f"`{json.dumps(info.default)}`"
-            lines.append(f"| `{field}` | {shape} | {default} | {info.description} |")
+            meaning = " ".join((info.description or "").split())
+            lines.append(f"| `{field}` | {shape} | {default} | {meaning} |")
     lines += ["", "## training", "", "Not set here, since the pipeline sets them or has no use for them:", ""]
     lines += ["| argument | instead |", "|---|---|"]
     lines += [f"| `{name}` | {instead} |" for name, instead in OWNED_ARGUMENTS.items()]

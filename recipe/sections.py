@@ -93,8 +93,11 @@ class Feature(Section):
     sae: Place
     """SAELens or sparsify folder, Gemma Scope `params.npz` or its folder, or hub id with the path inside."""
 
-    hookpoint: str
-    """Module whose output the SAE reads, as a module path of the model: `model.layers.12`."""
+    hookpoint: str = ""
+    """
+    What the SAE reads: a module's output (`model.layers.12`) or its input (`model.layers.12.mlp:input`), or the place's
+    name in TransformerLens or sparsify. Left out, it is the place that the SAE's own files name.
+    """
 
     top_k: PositiveInt | Literal["all"] = 64
     """How many pooled features are kept per completion; `all` keeps every non-zero one."""

@@ -1,11 +1,12 @@
 """
-Hookpoints: the named module whose output an SAE reads.
+Hookpoints: the named module whose output an SAE reads, or with `:input` behind the name, whose input.
 
 A hookpoint is the module path that `named_modules` of the Hugging Face model shows, whatever stands around
 the model (PEFT, DDP, a multimodal model): `model.layers.12` is the output of layer 12, `transformer.h.3.mlp`
 that of GPT-2's fourth MLP. `model.layers.N` is understood for every family, so that one word names the same
-place in a text-only and in a multimodal checkpoint. `hidden_states[-1]` of transformers is no hookpoint: it
-stands after the final norm, where no residual SAE was trained.
+place in a text-only and in a multimodal checkpoint. `model.layers.3.self_attn.o_proj:input` is what the attention
+heads of layer 3 give, `model.layers.3.mlp:input` what its MLP reads. `hidden_states[-1]` of transformers is no
+hookpoint: it stands after the final norm, where no residual SAE was trained.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from fpo.errors import ModelError
 from fpo.nearest import nearest_few
-from fpo.scoring.hook_names import from_transformer_lens
+from fpo.scoring.hook_names import INPUT
 
-_LAYER_PATH = re.compile(r"^(?:[\w.]+\.)?(?:layers|h|(?<=\.)blocks)\.(\d+)(\.[\w.]+)?$")
+# Groups: the layer, and what is meant inside it.
+_LAYER_PATH = re.compile(r"^(?:[\w.]+\.)?(?:layers|h|(?<=\.)blocks)\.(\d+)((?:\.[\w.]+)?(?::input)?)$")
 
 # What a layer of each family contains, for check_hookpoint: (path of the layers, direct children of a layer).
 _LLAMA_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
@@ -50,12 +52,13 @@ _LAYERS_PATHS = frozenset(("model.layers", "model.language_model.layers", "model
 
 def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
     """
-    The module that `name` means in `model`, looking through DDP and PEFT wrappers.
+    The module whose output (or input) `name` means in `model`, looking through DDP and PEFT wrappers.
 
     Raises ModelError where there is none, with the nearest names and the range of layers.
     """
     base = unwrapped(model)
     layers_path, layers = _decoder_layers(base)
+    name = name.removesuffix(INPUT)
     alias = re.fullmatch(r"model\.layers\.(\d+(?:\.[\w.]+)?)", name)
     for path in (name, f"{layers_path}.{alias[1]}" if alias else ""):
         with suppress(AttributeError):
@@ -68,8 +71,8 @@ def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
 @contextmanager
 def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """
-    While open, every forward of `model` puts the output of each named module into the yielded dict, with its
-    gradient history and in the model's own shape and dtype; of a tuple output, the first element.
+    While open, every forward of `model` puts the output (or input) of each named module into the yielded dict, with
+    its gradient history and in the model's own shape and dtype; of a tuple output, the first element.
 
     A later forward overwrites: reentrant checkpointing runs the hook again in backward. Raises ModelError for
     an unknown name, before any hook is registered.
@@ -77,15 +80,25 @@ def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor
     modules = {name: resolve_hookpoint(model, name) for name in names}
     outputs: dict[str, Tensor] = {}
 
-    def store_as(name: str) -> Any:
+    def store_output(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             outputs[name] = output[0] if isinstance(output, tuple | list) else output
 
         return hook
 
+    def store_input(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            outputs[name] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
     with ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.callback(module.register_forward_hook(store_as(name)).remove)
+            if name.endswith(INPUT):
+                handle = module.register_forward_pre_hook(store_input(name), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(store_output(name))
+            hooks.callback(handle.remove)
         yield outputs
 
 
@@ -121,7 +134,7 @@ def canonical_hookpoint(name: str) -> str:
 
 def check_hookpoint(config: Mapping[str, Any], name: str) -> None:
     """
-    Check a name against a model's config.json, before any weights load.
+    Check a hookpoint against a model's config.json, before any weights load.
 
     Raises ModelError where the layer or the submodule cannot exist. Returns where the name fits and also
     where the config cannot tell: an unknown family, or a path outside the layers.
@@ -141,10 +154,10 @@ def check_hookpoint(config: Mapping[str, Any], name: str) -> None:
     if prefix not in (layers_path, "model.layers", "model.language_model.layers"):
         raise ModelError(
             f"no hookpoint {name}: the layers of a {config['model_type']} model are {layers_path}.N; "
-            f"did you mean {layers_path}.{index}{inside or ''}?"
+            f"did you mean {layers_path}.{index}{inside}?"
         )
-    child = inside.split(".")[1] if inside else None
-    if child is not None and child not in children:
+    child = inside.removesuffix(INPUT).removeprefix(".").split(".")[0]
+    if child and child not in children:
         near = nearest_few(child, children)
         raise ModelError(
             f"no hookpoint {name}: a layer of a {config['model_type']} model has {', '.join(children)}"
@@ -158,20 +171,33 @@ def _check_outside_layers(name: str, config: Mapping[str, Any], layers_path: str
     if layers_path is None or digits is None:
         return
     known = f", {layers_path}.0 to {layers_path}.{count - 1}" if count else ""
-    meant = _meant(name, int(digits[1]), config.get("model_type", ""), layers_path, count)
-    question = f"did you mean {meant}? This" if meant else "no module gives it. This"
+    meant = _meant(name, int(digits[1]), layers_path, count)
+    question = f"did you mean {meant}? This" if meant else "no module gives or reads it. This"
     raise ModelError(f"no hookpoint {name}: {question} model has {count} layers{known}")
 
 
-def _meant(name: str, number: int, family: str, layers_path: str, count: int | None) -> str | None:
-    """The module that gives what TransformerLens or transformers call so; None where no layer's module does."""
+def hookpoint_width(config: Mapping[str, Any], name: str) -> int | None:
+    """Numbers per token that a hookpoint gives by a model's config.json; None where it cannot tell."""
+    text = config.get("text_config") or config
+    hidden = next((text[k] for k in ("hidden_size", "n_embd") if k in text), None)
+    match = _LAYER_PATH.match(name)
+    if match is None or hidden is None:
+        return None
+    depth = match[2].removesuffix(INPUT).count(".")
+    if depth <= 1:  # a layer, or a child of it
+        return int(hidden)
+    if re.search(r"\.(o_proj|attn\.c_proj|attention\.dense):input$", match[2]):
+        heads = next((text[k] for k in ("num_attention_heads", "n_head") if k in text), None)
+        return None if heads is None else int(text.get("head_dim") or hidden // heads) * int(heads)
+    return None
+
+
+def _meant(name: str, number: int, layers_path: str, count: int | None) -> str | None:
+    """The module that gives what transformers call so; None where no layer's module does."""
     if re.search(r"hidden_states\W", name):
         # hidden_states[0] is the embedding, [i] what layer i - 1 gives, the last one the same after the final norm.
         return f"{layers_path}.{number - 1}" if 0 < number <= (count or number) else None
-    if name.startswith("blocks."):
-        translated = from_transformer_lens(name, family)
-        return None if translated == name else translated
-    return f"{layers_path}.{number}"
+    return None if name.startswith("blocks.") else f"{layers_path}.{number}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -205,7 +231,7 @@ def _decoder_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _without_prefix(name: str) -> str:
     match = _LAYER_PATH.match(name)
-    return f"{int(match[1])}{match[2] or ''}" if match else name
+    return f"{int(match[1])}{match[2]}" if match else name
 
 
 def _no_such_hookpoint(name: str, names: list[str], layers_path: str, count: int) -> str:

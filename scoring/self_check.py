@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fpo.errors import SelfCheckError
+from fpo.scoring.hook_names import INPUT
 from fpo.scoring.hookpoints import capture, final_norm_name, hookpoint_names, resolve_hookpoint, same_hookpoint
 from fpo.scoring.packing import Packed
 from fpo.scoring.sae import Decoder, Sae
@@ -125,7 +126,7 @@ def _scored(output: Tensor, packed: Packed) -> Float[Tensor, "N D"]:
 
 
 def _comparable(model: PreTrainedModel, hookpoint: str) -> list[str]:
-    """The same module of every layer, and the final norm where the hookpoint is a layer's output."""
+    """The same place in every layer, and the final norm where the hookpoint is a layer's output."""
     layers = hookpoint_names(model)
     target = resolve_hookpoint(model, hookpoint)
     modules = dict(model.named_modules())
@@ -133,6 +134,6 @@ def _comparable(model: PreTrainedModel, hookpoint: str) -> list[str]:
     owner = next((layer for layer in layers if path == layer or path.startswith(layer + ".")), None)
     if owner is None:
         return []
-    suffix = path[len(owner) :]
-    norm = final_norm_name(model) if not suffix else None
-    return [name for name in (layer + suffix for layer in layers) if name in modules] + ([norm] if norm else [])
+    inside, side = path[len(owner) :], INPUT if hookpoint.endswith(INPUT) else ""
+    norm = final_norm_name(model) if not inside + side else None
+    return [layer + inside + side for layer in layers if layer + inside in modules] + ([norm] if norm else [])

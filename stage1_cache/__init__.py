@@ -5,9 +5,19 @@ Pairs to cache.
     texts, tokenise TRL's rules                    score     one shard through the reference
     masks           which tokens count             build     fpo cache; fill writes the shards
     drops           what was left out, and why     recompute random pairs, scored again
+    places          where SAEs read
 """
 
 from fpo.stage1_cache.build import CacheReport, build_caches, find_cache, read_beside
+from fpo.stage1_cache.places import with_module_paths
 from fpo.stage1_cache.recompute import RecomputeReport, recompute
 
-__all__ = ["CacheReport", "RecomputeReport", "build_caches", "find_cache", "read_beside", "recompute"]
+__all__ = [
+    "CacheReport",
+    "RecomputeReport",
+    "build_caches",
+    "find_cache",
+    "read_beside",
+    "recompute",
+    "with_module_paths",
+]

@@ -27,7 +27,7 @@ from fpo.scoring.self_check import check_sae
 from fpo.stage1_cache.drops import DropReport
 from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_check, self_check_of
 from fpo.stage1_cache.fill import Filled, Filling, Part, completed, inputs, rows_of, token_groups
-from fpo.stage1_cache.identity import CacheIdentity, cache_identities, check_inputs, shared_groups, spelled
+from fpo.stage1_cache.identity import CacheIdentity, cache_identities, checked, shared_groups, spelled
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.store import (
     Cache,
@@ -129,7 +129,7 @@ def build_caches(
     rebuild       read every byte of complete caches, and compute the damaged shards again
     Raises FpoError for what a user can cause, before the model is loaded wherever that can be told.
     """
-    check_inputs(recipe)
+    recipe = checked(recipe)
     identities = cache_identities(recipe, None if is_url(store) else Store(store))
     lazy = _LazyScorer(recipe, batch_tokens, identities[0])
     siblings = {cache_key(identity.key_recipe) for identity in identities}
@@ -150,7 +150,7 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
     Raises CacheMissing (also for a column) or CacheIncomplete; RecipeError where held-out groups are asked for and the
     recipe has none.
     """
-    check_inputs(recipe)
+    recipe = checked(recipe)
     if held_out and recipe.data.eval_split is None:
         raise RecipeError(
             "data.eval_split is not set, so there are no held-out pairs; name a split: --set data.eval_split=test"

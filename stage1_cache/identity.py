@@ -33,9 +33,10 @@ from fpo.scoring import (
     significant_config,
     weight_files,
 )
-from fpo.scoring.hookpoints import canonical_hookpoint, check_hookpoint, same_hookpoint
+from fpo.scoring.hookpoints import canonical_hookpoint, hookpoint_width, same_hookpoint
 from fpo.scoring.sae import sae_config, sae_facts, sae_weights_digest
 from fpo.scoring.weights import weights_digest
+from fpo.stage1_cache.places import with_module_paths
 from fpo.stage1_cache.read import data_fingerprint, read_groups
 from fpo.stage1_cache.shared import SharedTokens
 from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
@@ -418,10 +419,10 @@ def cache_identities(recipe: Recipe, store: Store | None = None) -> list[CacheId
     return [CacheIdentity(recipe, split, store) for split in splits]
 
 
-def check_inputs(recipe: Recipe) -> None:
+def checked(recipe: Recipe) -> Recipe:
     """
-    Everything about a recipe that can be refused from headers and config files alone, before anything heavy
-    loads: model folder, length, hookpoints, SAE files and widths, data files and columns.
+    The recipe with its hookpoints as module paths, once everything is refused that can be from headers and config files
+    alone, before anything heavy loads: model folder, length, hookpoints, SAE files and widths, data files and columns.
 
     Raises RecipeError naming the field; other FpoErrors name the file.
     """
@@ -436,19 +437,16 @@ def check_inputs(recipe: Recipe) -> None:
     vocabulary = config.get_text_config().vocab_size
     if recipe.cache.top_logits > vocabulary:
         raise RecipeError(f"cache.top_logits: {recipe.cache.top_logits} is more than the {vocabulary} tokens there are")
-    width = config.get_text_config().hidden_size
+    recipe = with_module_paths(recipe)
     for index, feature in enumerate(recipe.features):
-        try:
-            check_hookpoint(config.to_dict(), feature.hookpoint)
-        except ModelError as error:
-            raise RecipeError(f"features[{index}].hookpoint: {error}") from None
         facts = sae_facts(feature.sae, feature.hookpoint)
-        if facts.d_in != width:
+        width = hookpoint_width(config.to_dict(), feature.hookpoint)
+        if width not in (None, facts.d_in):
             raise RecipeError(
                 f"features[{index}].sae: {feature.sae} reads {facts.d_in} numbers per token, "
                 f"{feature.hookpoint} of {recipe.reference.model} gives {width}"
             )
-        # A hint that is no module's path fits no hookpoint: the SAE reads something that no module gives.
+        # A hint that is no module's path fits no hookpoint: the SAE reads what no module gives or reads.
         if feature.self_check and facts.hook_hint and not same_hookpoint(facts.hook_hint, feature.hookpoint):
             raise RecipeError(
                 f"features[{index}].hookpoint: {feature.sae} says that it reads {facts.hook_hint}, the recipe says "
@@ -458,6 +456,7 @@ def check_inputs(recipe: Recipe) -> None:
             raise RecipeError(f"features[{index}].top_k: {feature.top_k} is more than the SAE's {facts.d_sae} features")
     for identity in cache_identities(recipe):
         data_fingerprint(recipe.data.source, identity.split, recipe.data.subset, recipe.data.revision)
+    return recipe
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from fpo.recipe import Recipe
 from fpo.scoring import LOGPS_TOLERANCE, extremes
 from fpo.stage1_cache.build import reference_scorer
 from fpo.stage1_cache.identity import CacheIdentity, cache_identities
+from fpo.stage1_cache.places import with_module_paths
 from fpo.stage1_cache.score import TokenGroups, take
 from fpo.store import Cache, Features, Groups, TokenLogps, column_name, differences, serving
 from fpo.store.format.groups import summed_logps
@@ -51,6 +52,7 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
     most of the first shard where one differs by more than the tolerance of the reference's arithmetic.
     """
     identity = identity_of_scorer(recipe, cache)
+    recipe = identity.recipe
     precision = recipe.reference.arithmetic.precision
     tolerance, feature_tolerance = LOGPS_TOLERANCE[precision], FEATURES_TOLERANCE[precision]
     held = cache.held_columns(identity.specs)
@@ -93,7 +95,7 @@ def recompute(recipe: Recipe, cache: Cache, count: int, seed: int, batch_tokens:
 
 def identity_of_scorer(recipe: Recipe, cache: Cache) -> CacheIdentity:
     """What the recipe stands for. Raises CacheConflict where its scorer is not the cache's."""
-    identity = cache_identities(recipe)[0]
+    identity = cache_identities(with_module_paths(recipe))[0]
     differing = differences(cache.recipe["scorer"], identity.scorer)
     if differing:
         raise CacheConflict(f"the recipe does not score as cache {cache.key[:12]} was scored\n  {differing[0]}")

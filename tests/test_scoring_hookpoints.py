@@ -8,11 +8,13 @@ from tiny_models import FAMILIES, LLAMA_LIKE, layer_of, tiny_model
 from torch import nn
 
 from fpo.errors import ModelError
+from fpo.scoring.hook_names import in_our_words
 from fpo.scoring.hookpoints import (
     capture,
     check_hookpoint,
     final_norm_name,
     hookpoint_names,
+    hookpoint_width,
     resolve_hookpoint,
     same_hookpoint,
 )
@@ -51,6 +53,59 @@ def test_attention_and_mlp_outputs_are_one_tensor_of_hidden_size(family):
     assert [tuple(outputs[name].shape) for name in names] == [(1, 8, 32)] * 2
     for name in names:
         check_hookpoint(model.config.to_dict(), name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_input_is_what_the_module_is_called_with(family):
+    """Held against what stands before it: the layer before, the norm before, and the projection of what is captured."""
+    model = tiny_model(family)
+    layer = layer_of(family)
+    projection = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense"}.get(family, "self_attn.o_proj")
+    norm = {
+        "gpt2": "ln_2",
+        "gpt_neox": "post_attention_layernorm",
+        "gemma2": "pre_feedforward_layernorm",
+        "gemma3_text": "pre_feedforward_layernorm",
+    }.get(family, "post_attention_layernorm")
+    before = hookpoint_names(model)[0]
+    places = [before, f"{layer}:input", f"{layer}.{norm}", f"{layer}.mlp:input", f"{layer}.{projection}"]
+    with torch.no_grad(), capture(model, [*places, f"{layer}.{projection}:input"]) as outputs:
+        model(TOKENS)
+        assert torch.equal(outputs[f"{layer}:input"], outputs[before])
+        assert torch.equal(outputs[f"{layer}.mlp:input"], outputs[f"{layer}.{norm}"])
+        heads = outputs[f"{layer}.{projection}:input"]
+        expected = outputs[f"{layer}.{projection}"].clone()
+        assert torch.equal(resolve_hookpoint(model, f"{layer}.{projection}")(heads), expected)
+    assert heads.shape[-1] == hookpoint_width(model.config.to_dict(), f"{layer}.{projection}:input")
+    assert hookpoint_width(model.config.to_dict(), f"{layer}.mlp:input") == 32
+    for name in (f"{layer}:input", f"{layer}.mlp:input", f"{layer}.{projection}:input"):
+        check_hookpoint(model.config.to_dict(), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "path"),
+    [
+        ("model.layers.3.mlp", "llama", "model.layers.3.mlp"),
+        ("layers.3.mlp", "llama", "model.layers.3.mlp"),
+        ("h.3.attn", "gpt2", "model.layers.3.attn"),
+        ("blocks.3.hook_resid_post", "llama", "model.layers.3"),
+        ("blocks.3.hook_resid_pre", "gpt2", "transformer.h.2"),
+        ("blocks.0.hook_resid_pre", "gpt2", "transformer.h.0:input"),
+        ("blocks.3.hook_resid_mid", "gpt2", "transformer.h.3.ln_2:input"),
+        ("blocks.3.hook_resid_mid", "gemma2", "model.layers.3.pre_feedforward_layernorm:input"),
+        ("blocks.3.hook_resid_mid", "gpt_neox", "blocks.3.hook_resid_mid"),
+        ("blocks.3.hook_mlp_out", "llama", "model.layers.3.mlp"),
+        ("blocks.3.hook_mlp_out", "gemma2", "model.layers.3.post_feedforward_layernorm"),
+        ("blocks.3.hook_attn_out", "gemma3_text", "model.layers.3.post_attention_layernorm"),
+        ("blocks.3.attn.hook_z", "llama", "model.layers.3.self_attn.o_proj:input"),
+        ("blocks.3.attn.hook_z", "gpt2", "transformer.h.3.attn.c_proj:input"),
+        ("blocks.3.mlp.hook_in", "qwen3", "model.layers.3.mlp:input"),
+        ("model.layers.3.mlp.input", "gemma3", "model.layers.3.mlp:input"),
+        ("blocks.3.ln2.hook_normalized", "llama", "blocks.3.ln2.hook_normalized"),
+    ],
+)
+def test_names_of_other_libraries_become_ours(name, model_type, path):
+    assert in_our_words(name, model_type) == path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,14 +246,12 @@ GPT2 = {"model_type": "gpt2", "n_layer": 12}
         (LLAMA, "model.layers.3.self_atn", "did you mean model.layers.3.self_attn?"),
         (LLAMA, "model.layers.3.attn", "a layer of a llama model has self_attn, mlp"),
         (LLAMA, "model.layer.3", "did you mean model.layers.3?"),
-        (LLAMA, "blocks.3.hook_resid_post", "did you mean model.layers.3?"),
-        (LLAMA, "blocks.3.hook_resid_pre", "did you mean model.layers.2?"),
-        (LLAMA, "blocks.2.hook_mlp_out", "did you mean model.layers.2.mlp?"),
-        (GPT2, "blocks.2.hook_attn_out", "did you mean transformer.h.2.attn?"),
-        (LLAMA, "blocks.2.attn.hook_z", "no module gives it"),
+        (LLAMA, "model.layers.3.mpl:input", "did you mean model.layers.3.mlp?"),
+        (LLAMA, "model.layers.12.mlp:input", "this model has 12 layers"),
+        (LLAMA, "blocks.2.ln2.hook_normalized", "no module gives or reads it"),
         (LLAMA, "hidden_states.3", "did you mean model.layers.2?"),
         (LLAMA, "hidden_states.12", "did you mean model.layers.11?"),
-        (LLAMA, "hidden_states.0", "no module gives it"),
+        (LLAMA, "hidden_states.0", "no module gives or reads it"),
     ],
 )
 def test_a_config_alone_refuses_a_hookpoint_that_cannot_be(config, name, message):
@@ -213,6 +266,8 @@ def test_a_config_alone_refuses_a_hookpoint_that_cannot_be(config, name, message
     [
         (LLAMA, "model.layers.11"),
         (LLAMA, "model.layers.3.mlp.down_proj"),
+        (LLAMA, "model.layers.3.self_attn.o_proj:input"),
+        (LLAMA, "model.layers.0:input"),
         (LLAMA, "model.norm"),
         (GPT2, "transformer.h.3.attn"),
         (GPT2, "model.layers.3.attn"),
@@ -232,7 +287,9 @@ def test_a_config_lets_pass_what_fits_and_what_it_cannot_tell(config, name):
         ("model.layers.3", "model.layers.3.mlp", False),
         ("model.layers.3", "model.layers.4", False),
         ("model.norm", "model.norm", True),
-        ("blocks.3.attn.hook_z", "model.layers.3", False),
+        ("transformer.h.3.mlp:input", "model.layers.3.mlp:input", True),
+        ("model.layers.3.mlp:input", "model.layers.3.mlp", False),
+        ("model.layers.3:input", "model.layers.3", False),
     ],
 )
 def test_same_hookpoint_looks_past_prefixes(one, other, same):

@@ -72,7 +72,7 @@ def test_gemma_scope_says_everything_in_its_path(tmp_path):
             "gemma-scope-2b-pt-mlp/layer_3/width_16k/average_l0_60",
             "model.layers.3.post_feedforward_layernorm",
         ),
-        ("gemma-scope-2b-pt-att/layer_3/width_16k/average_l0_60", "blocks.3.attn.hook_z"),
+        ("gemma-scope-2b-pt-att/layer_3/width_16k/average_l0_60", "model.layers.3.self_attn.o_proj:input"),
         ("elsewhere/layer_3/width_16k/average_l0_60", None),
     ],
 )
@@ -122,12 +122,12 @@ def test_saelens_topk_is_coupled_and_promises_k(tmp_path):
     ("hook_name", "model_name", "hint"),
     [
         ("blocks.5.hook_resid_pre", "gpt2-small", "transformer.h.4"),
-        ("blocks.0.hook_resid_pre", "gpt2-small", "blocks.0.hook_resid_pre"),
+        ("blocks.0.hook_resid_pre", "gpt2-small", "transformer.h.0:input"),
         ("blocks.5.hook_mlp_out", "gpt2-small", "transformer.h.5.mlp"),
         ("blocks.5.hook_attn_out", "pythia-70m-deduped", "gpt_neox.layers.5.attention"),
         ("blocks.5.hook_attn_out", "gemma-2-2b", "model.layers.5.post_attention_layernorm"),
         ("blocks.5.hook_mlp_out", "mistral-7b", "model.layers.5.mlp"),
-        ("blocks.5.hook_resid_mid", "mistral-7b", "blocks.5.hook_resid_mid"),
+        ("blocks.5.hook_resid_mid", "mistral-7b", "model.layers.5.post_attention_layernorm:input"),
         ("model.layers.2", "stories260K", "model.layers.2"),
     ],
 )
@@ -287,10 +287,21 @@ def test_saelens_architectures_that_are_no_token_encoder_are_refused(architectur
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"hook_point": "blocks.1.attn.hook_z"},
+        {"reshape_activations": "hook_z", "metadata": {"hook_name": "blocks.1.attn.hook_z"}},
+    ],
+)
+def test_an_sae_of_attention_heads_reads_the_input_of_their_projection(options, tmp_path):
+    source = write_saelens(tmp_path, random_sae(), "standard", **options)
+    assert sae_facts(source).hook_hint == "model.layers.1.self_attn.o_proj:input"
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"reshape_activations": "hook_z", "metadata": {}}, "reshape_activations hook_z"),
-        ({"hook_point": "blocks.1.attn.hook_z"}, "reads attention heads"),
+        ({"reshape_activations": "flatten", "metadata": {}}, "reshape_activations flatten"),
         ({"normalize_activations": "covariance_whitening", "metadata": {}}, "covariance_whitening"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn tanh-relu"),
         ({"d_sae": 99, "metadata": {}}, "config says d_sae 99, the weights have 24"),

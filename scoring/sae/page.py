@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import inspect
 
+from fpo.scoring.hook_names import from_transformer_lens
 from fpo.scoring.sae import arrays
 from fpo.scoring.sae.formats import FORMATS
+
+_SITES = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "mlp.hook_in",
+)
+"""What TransformerLens calls the places inside a layer."""
 
 _PAGE = """\
 # SAE formats
@@ -27,6 +39,21 @@ Everything is computed in float32, from weights of any float type, as one of
 
 with the bias that is subtracted from the input, and the norms of the decoder's rows, folded into `W` and `b`. Only the
 encoder is read, and for the self-check the decoder.
+
+## Where an SAE reads
+
+`features[].hookpoint` is a path that `named_modules()` of the model shows: `model.layers.12` is what layer 12 gives,
+`model.layers.12.mlp` what its MLP gives. `model.layers.N` is understood for every family. With `:input` behind it, it is
+what the module reads: `model.layers.12.mlp:input`, `model.layers.12.self_attn.o_proj:input` (the attention heads,
+concatenated). Left out, it is the place that the SAE's files name. These names of others are understood, too:
+
+| name | Llama, Qwen, Mistral | Gemma 2, Gemma 3 | GPT-2 |
+|---|---|---|---|
+{places}
+| `layers.12.mlp`, `h.12.mlp` (sparsify) | `model.layers.12.mlp` | the same | the same |
+
+`hidden_states[i]` of transformers is what layer i - 1 gives, but for the last one, which stands behind the final norm
+and is no place that an SAE was trained on.
 
 ## What is refused
 
@@ -53,10 +80,18 @@ def formats_page() -> str:
         for reason in known.refuses.items():
             refused.setdefault(reason, []).append(known.title)
     return _PAGE.format(
+        places="\n".join(_place(site) for site in _SITES),
         formulas="\n".join(formulas),
         read="\n".join(read),
         refused="\n".join(f"| {', '.join(titles)} | {what} | {why} |" for (what, why), titles in refused.items()),
     )
+
+
+def _place(site: str) -> str:
+    """A TransformerLens name in the words of three families."""
+    name = f"blocks.12.{site}"
+    found = (from_transformer_lens(name, family) for family in ("llama", "gemma-2", "gpt2"))
+    return f"| `{name}` | " + " | ".join(f"`{path}`" for path in found) + " |"
 
 
 def _said(documented: object) -> str:

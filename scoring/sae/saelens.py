@@ -47,7 +47,7 @@ class SaeLens(Format):
         "architecture": f"supported: {', '.join(_ARCHITECTURES)}",
         "activation_fn": f"supported: {', '.join(_FUNCTIONS)}",
         "normalize_activations": f"supported: {', '.join(_NORMS)}",
-        "reshape_activations": "the SAE reads attention heads, no module's output",
+        "reshape_activations": "supported: none, and hook_z, which the input of the attention's projection is already",
         "a scaling_factor other than 1": "fold it into the decoder and export again",
         **UNSET_THRESHOLD,
     }
@@ -118,7 +118,7 @@ class SaeLens(Format):
             raise self.refuse(files, "activation_fn", str(function))
         if (norm := config.get("normalize_activations") or "none") not in _NORMS:
             raise self.refuse(files, "normalize_activations", str(norm))
-        if (reshape := config.get("reshape_activations") or "none") != "none":
+        if (reshape := config.get("reshape_activations") or "none") not in ("none", "hook_z"):
             raise self.refuse(files, "reshape_activations", str(reshape))
         if architecture == "topk" and not isinstance(config.get("k"), int):
             raise SaeError(f"SAE {files.source}: a topk SAE whose cfg.json has no k")
