@@ -19,7 +19,6 @@ from fpo.errors import SaeError
 from fpo.scoring.sae.arrays import Array, Decoder, SaeArrays, SaeFacts, SaeHeader
 from fpo.scoring.sae.tensors import Shape, Weights
 
-TRANSCODER = {"a transcoder": "it reads one place and predicts another"}
 UNSET_THRESHOLD = {"threshold -1": "it was never set in training, every feature would pass"}
 
 _MAX_JSON_BYTES = 2**20
@@ -121,10 +120,11 @@ def check_k(files: SaeFiles, k: int, d_sae: int) -> None:
 
 def decoder_of(files: SaeFiles, facts: SaeFacts, matrix: str, bias: str) -> Decoder:
     """These two tensors. Raises SaeError where they are not shaped as a decoder's."""
-    for name, shape in ((matrix, (facts.d_sae, facts.d_in)), (bias, (facts.d_in,))):
+    d_out = facts.d_in if facts.predicts is None else files.matrix(matrix)[1]
+    for name, shape in ((matrix, (facts.d_sae, d_out)), (bias, (d_out,))):
         if (found := files.tensors.shapes.get(name, "no such tensor")) != shape:
             raise SaeError(f"SAE {files.source}: the decoder's {name} must have shape {shape}, found {found}")
-    return files.tensors.read(matrix), files.tensors.read(bias)
+    return Decoder(files.tensors.read(matrix), files.tensors.read(bias))
 
 
 def read_threshold(known: Format, files: SaeFiles, name: str) -> Array:
