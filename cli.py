@@ -18,6 +18,7 @@ import typer
 from fpo.commands.align import align_command
 from fpo.commands.cache import cache_command
 from fpo.commands.compare import compare_command
+from fpo.commands.data import data_command
 from fpo.commands.evaluate import evaluate_command
 from fpo.commands.features import features_command
 from fpo.commands.generate import generate_command
@@ -33,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+app.command("data")(data_command)
 app.command("cache")(cache_command)
 app.command("align")(align_command)
 app.command("evaluate")(evaluate_command)

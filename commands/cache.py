@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpo.commands.caches import store_root
+from fpo.commands.data import data_lines
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson, Overrides, RecipePath, StoreOption, command_line
 from fpo.commands.wording import size
@@ -106,17 +107,14 @@ def _cache_facts(report: CacheReport) -> dict[str, Any]:
 
 
 def _print_cache(report: CacheReport) -> None:
+    from fpo.stage1_cache import SplitReport
     from fpo.store import counted
 
     cache = report.cache
     print(f"{report.split}")
     print(f"  key         {cache.key}")
     print(f"  path        {cache.folder.where('')}")
-    for number, line in enumerate(report.drops.lines()):
-        print(f"  {'data' if number == 0 else '':<12}{line.strip()}")
-    if report.trained_on:
-        print(f"  {'':<12}noted {report.trained_on:,}: the training split holds them too, so they are not held out")
-    print(f"  prompt      {report.drops.prompt_line()}")
+    print("\n".join(f"  {line}" for line in data_lines(SplitReport(report.split, report.drops, report.trained_on))))
     shards = counted(len(cache.shard_groups), "shard")
     print(f"  base        {shards}, {_size(report, cache.manifest.n_bytes, built=report.base_built)}")
     for column in report.columns:

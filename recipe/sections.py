@@ -190,6 +190,9 @@ class Data(Section):
     filter: Filter | None = None
     """Leave the worst groups out of training; null trains on all. Evaluation keeps all of its own."""
 
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row with a value that its column cannot hold: refused, or left out and counted. Broken files are refused."""
+
     transform: Transform | None = None
     """Pairs from lists, no ties, no duplicates, reward-augmented pairs; null leaves groups as the data has them."""
 

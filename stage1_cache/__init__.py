@@ -8,15 +8,24 @@ Pairs to cache.
     places          where SAEs read
 """
 
-from fpo.stage1_cache.build import CacheReport, build_caches, find_cache, read_beside
+from fpo.stage1_cache.build import (
+    CacheReport,
+    SplitReport,
+    build_caches,
+    find_cache,
+    look_at_data,
+    read_beside,
+)
 from fpo.stage1_cache.places import with_module_paths
 from fpo.stage1_cache.recompute import RecomputeReport, recompute
 
 __all__ = [
     "CacheReport",
     "RecomputeReport",
+    "SplitReport",
     "build_caches",
     "find_cache",
+    "look_at_data",
     "read_beside",
     "recompute",
     "with_module_paths",

@@ -142,6 +142,36 @@ def build_caches(
     ]
 
 
+@dataclass(frozen=True)
+class SplitReport:
+    """What a split of a recipe's data holds."""
+
+    split: str
+    drops: DropReport
+    trained_on: int = 0
+    """Of the held-out split: groups with a completion that the training split holds too."""
+
+    def facts(self) -> dict[str, Any]:
+        """In JSON types."""
+        return {"split": self.split, "drops": self.drops.as_dict(), "trained_on": self.trained_on}
+
+
+def look_at_data(recipe: Recipe) -> list[SplitReport]:
+    """
+    What the recipe's splits hold, token for token as `build_caches` would score them; no model is loaded. Raises
+    FpoError for what a user can cause.
+    """
+    identities = cache_identities(checked(recipe))
+    return [
+        SplitReport(
+            identity.split,
+            DropReport.from_dict(identity.remembered["drops"]),
+            shared_groups(identity, identities[0]) if number else 0,
+        )
+        for number, identity in enumerate(identities)
+    ]
+
+
 def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
     """
     The complete cache of a recipe's training groups, or of its held-out ones, with the columns that its objective reads

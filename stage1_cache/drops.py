@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 DROPPED = {
     "prompt_fills_max_length": "the prompt alone fills max_length",
     "no_shared_prompt": "there is no prompt turn: an empty prompt, or no first turn that both sides share",
@@ -16,6 +19,7 @@ DROPPED = {
     "no_scored_token": "no prompt and a completion of one token, which nothing precedes",
     "nothing_counts": "no token of a completion counts: it is cut away, or data.turns leaves it out",
     "no_completion": "its list of completions is empty",
+    "bad_row": "a value that its column cannot hold, or messages that the chat template refuses",
     "no_pair": "it has one completion, and data.transform makes pairs",
     "tie": "its scores are equal, and data.transform goes by them",
     "near": "its scores are nearer than data.transform.min_margin",
@@ -23,7 +27,7 @@ DROPPED = {
 }
 """
 Why a row is left out, or a completion of a row that keeps others. TRL drops the first, stops at the second, trains on
-the next two without a signal; the last four only where data.transform asks for it.
+the next two without a signal; the last five only where the recipe asks for it.
 """
 
 NOTED = {
@@ -37,6 +41,7 @@ NOTED = {
     "identical": "chosen and rejected are the same tokens: their margin is always 0",
     "alike": "two completions are the same tokens",
     "score_against": "chosen has a lower score than rejected",
+    "tied": "chosen and rejected have the same score",
     "one_begins_other": "one side begins the other: the implicit prompt ends just before the shorter side",
     "prompt_repeated": "all completions repeat the explicit prompt, which is then there twice",
     "bos_doubled": "the prompt begins with two BOS tokens, of the text or template and of the tokenizer",
@@ -44,6 +49,11 @@ NOTED = {
 """What is counted in rows that are kept, as TRL keeps them."""
 
 EXAMPLES = 5
+PARTS = ("prompt", "chosen", "rejected", "completion")
+"""Of a row, whose lengths are measured."""
+BINS = 24
+"""Of a histogram."""
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
 @dataclass
@@ -57,6 +67,32 @@ class Finding:
         self.count += 1
         if len(self.rows) < EXAMPLES:
             self.rows.append(row)
+
+
+@dataclass
+class Spread:
+    """How a number is spread over rows or completions. Numbers are text, since a manifest holds no floats."""
+
+    quantiles: list[str]
+    """At `QUANTILES`."""
+    edges: list[str]
+    """Of the bins, which are equally wide."""
+    counts: list[int]
+
+    @staticmethod
+    def of(values: npt.NDArray[Any], most: float | None = None) -> Spread | None:
+        """None where there are no numbers; NaN is none. The bins end at `most` and begin at 0, or are as values are."""
+        known = values.astype(np.float64)
+        known = known[~np.isnan(known)]
+        if not len(known):
+            return None
+        counts, edges = np.histogram(known, bins=BINS, range=None if most is None else (0, most))
+        return Spread(_spelled(np.quantile(known, QUANTILES, method="nearest")), _spelled(edges), counts.tolist())
+
+    def line(self) -> str:
+        """For people."""
+        least, low, middle, high, most = (f"{float(value):,.4g}" for value in self.quantiles)
+        return f"{least} to {most} (nine in ten {low} to {high}, the median {middle})"
 
 
 @dataclass
@@ -78,6 +114,8 @@ class DropReport:
     prompt_tokens: int = 0
     """Of all rows that are kept."""
     unused_columns: list[str] = field(default_factory=list)
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    """Of what is kept: by what is measured."""
 
     def drop(self, reason: str, row: int) -> None:
         assert reason in DROPPED
@@ -114,7 +152,8 @@ class DropReport:
             part: {key: Finding(**finding) for key, finding in facts[part].items()}
             for part in ("dropped", "left_out", "noted")
         }
-        return DropReport(**{**facts, **findings})
+        spreads = {name: Spread(**spread) for name, spread in facts["spreads"].items()}
+        return DropReport(**{**facts, **findings, "spreads": spreads})
 
     def prompt_line(self) -> str:
         """Where the prompts come from, how long they are, and which columns nothing is read from."""
@@ -123,6 +162,10 @@ class DropReport:
         unused = f"; columns not used: {', '.join(self.unused_columns)}" if self.unused_columns else ""
         return f"{where}, {mean:.{0 if mean >= 10 else 1}f} tokens on average{unused}"
 
+    def lengths(self) -> dict[str, Spread]:
+        """Of tokens, by the part of a row."""
+        return {part: self.spreads[f"{part} tokens"] for part in PARTS if f"{part} tokens" in self.spreads}
+
     def lines(self) -> list[str]:
         """The report for people: the total, then one line per reason to drop or to leave out, and per thing noted."""
         found = [("dropped", self.dropped[key], DROPPED[key]) for key in DROPPED if key in self.dropped]
@@ -130,6 +173,10 @@ class DropReport:
         found += [("noted", self.noted[key], NOTED[key]) for key in NOTED if key in self.noted]
         size = f" with {self.completions:,} completions" if self.unit == "groups" else ""
         return [f"{self.kept:,} of {self.read:,} {self.unit} kept{size}", *(_line(*item) for item in found)]
+
+
+def _spelled(values: npt.NDArray[np.float64]) -> list[str]:
+    return [f"{value:.6g}" for value in values]
 
 
 def _line(verb: str, finding: Finding, meaning: str) -> str:

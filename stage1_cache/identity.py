@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class CacheIdentity:
         options = self.recipe.cache
         return {
             **self._asked_of_tokens(),
-            "what": "tokenised groups, digest by shard",
+            "what": "tokenised groups, digest by shard, with how lengths and scores are spread",
             "format": FORMAT_VERSION,
             "shard_pairs": options.shard_pairs,
             "seed": options.seed,
@@ -137,6 +137,7 @@ class CacheIdentity:
             "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
             "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
             "columns": data.columns,
+            "on_bad_row": data.on_bad_row,
             "rules": TOKENISE_RULES,
             "today": data.today,
             "score": [data.score, data.turns, data.as_messages],
@@ -172,7 +173,10 @@ class CacheIdentity:
     def _tokenised(self, folder: Path | None, sign_of_life: Callable[[], None] | None) -> TokenisedGroups:
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
-        dataset, columns = read_groups(data.source, self.split, data.subset, data.revision, data.columns)
+        drop_bad = data.on_bad_row == "drop"
+        dataset, columns, bad = read_groups(
+            data.source, self.split, data.subset, data.revision, data.columns, drop_bad=drop_bad
+        )
         tokens = tokenise(
             dataset,
             load_tokenizer(name, revision),
@@ -183,6 +187,7 @@ class CacheIdentity:
             turns=data.turns,
             as_messages=data.as_messages,
             transform=data.transform,
+            bad=bad if drop_bad else None,
             folder=folder,
             sign_of_life=sign_of_life,
         )
@@ -356,7 +361,7 @@ class CacheIdentity:
                 "seed": self.recipe.cache.seed,
                 "shard_groups": [len(rows) for rows in self.plan],
             },
-            "drops": self.tokens.drops.as_dict(),
+            "drops": replace(self.tokens.drops, spreads=self.tokens.spreads()).as_dict(),
         }
 
 

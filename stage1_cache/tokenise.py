@@ -33,7 +33,7 @@ from fpo.progress import progress_bar
 from fpo.recipe import Transform
 from fpo.scoring import template_text
 from fpo.stage1_cache.ahead import one_ahead
-from fpo.stage1_cache.drops import DROPPED, DropReport
+from fpo.stage1_cache.drops import DROPPED, DropReport, Spread
 from fpo.stage1_cache.masks import Masks, shared_prefix
 from fpo.stage1_cache.read import PAIR, Group, Layout, as_conversation, layout_of
 from fpo.stage1_cache.texts import ChatTemplate, with_end_token
@@ -105,6 +105,24 @@ class TokenisedGroups:
         """(K,) tokens, also those that are not scored."""
         return np.delete(self._lengths, self._prompts)
 
+    def spreads(self) -> dict[str, Spread]:
+        """How long prompts and completions are, in tokens, and how far the scores of a group are apart."""
+        measured: dict[str, npt.NDArray[Any]] = {}
+        firsts = np.cumsum(self.n_completions.astype(np.int64)) - self.n_completions
+        if self.drops.unit == "pairs":
+            measured |= {
+                f"{side} tokens": self.lengths_of_completions[firsts + place]
+                for place, side in enumerate(("chosen", "rejected"))
+            }
+        else:
+            measured["completion tokens"] = self.lengths_of_completions
+        longest = float(self.lengths_of_completions.max())
+        found = {name: Spread.of(values, longest) for name, values in measured.items()}
+        found["prompt tokens"] = Spread.of(self.lengths_of_prompts)
+        most, least = (extreme.reduceat(self.score, firsts) for extreme in (np.maximum, np.minimum))
+        found["score margin"] = Spread.of((most - least)[self.n_completions > 1])
+        return {name: spread for name, spread in found.items() if spread is not None}
+
     @property
     def _lengths(self) -> npt.NDArray[np.int64]:
         """(G+K,) tokens of each part."""
@@ -129,6 +147,7 @@ def tokenise(
     turns: Sequence[int | None] | None = None,
     as_messages: bool = False,
     transform: Transform | None = None,
+    bad: frozenset[int] | None = None,
     folder: Path | None = None,
     sign_of_life: Callable[[], None] | None = None,
     batch_size: int = 256,
@@ -138,7 +157,9 @@ def tokenise(
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
     path of one, in place of the tokenizer's own; `today`: the ISO date that a template gets which asks for it.
-    `score`, `turns`, `as_messages`, `transform`: as the recipe's `data` has them. `folder`: where the arrays are
+    `score`, `turns`, `as_messages`, `transform`: as the recipe's `data` has them. `bad`: rows that are left
+    out unread, as then are those that the chat template refuses; None refuses them.
+    `folder`: where the arrays are
     written, a file each, and mapped; None holds them in memory. `sign_of_life` is called after each batch of
     `batch_size` rows.
     Raises `DataError` without a chat template for messages or an end token for text, for a template that is no
@@ -164,22 +185,31 @@ def tokenise(
     def prepared(rows: list[tuple[int, dict[str, Any]]]) -> _Batch:
         batch = _Batch(len(rows))
         for number, row in rows:
+            copy, at = divmod(number, len(dataset))
+            if at in (bad or ()):
+                batch.unusable.append(("bad_row", number))
+                continue
             group = layout.group(row)
             if as_messages:
                 group = as_conversation(group)
             if reason := _unusable(group, conversational):
                 batch.unusable.append((reason, number))
                 continue
-            copy, at = divmod(number, len(dataset))
             transformed = transforms.of(group, at, copy)
             if isinstance(transformed, str):
                 batch.unusable.append((transformed, number))
                 continue
             group = transformed
             if conversational:
-                texts = template.rendered(group, row, number)
-                sides = zip(group.completions, texts[1:], strict=True)
-                counted = [masks.of(group.prompt, one, text, row, number) for one, text in sides]
+                try:
+                    texts = template.rendered(group, row, number)
+                    sides = zip(group.completions, texts[1:], strict=True)
+                    counted = [masks.of(group.prompt, one, text, row, number) for one, text in sides]
+                except DataError:
+                    if bad is None:
+                        raise
+                    batch.unusable.append(("bad_row", number))
+                    continue
             else:
                 texts = with_end_token(group.prompt, group.completions, tokenizer.eos_token)
                 counted = [None] * len(group.completions)
@@ -353,6 +383,8 @@ class _Builder:
                 note(("chosen_truncated", "rejected_truncated")[place] if self.whole else "truncated", row)
         for what in group.notes:
             note(what, row)
+        if self.whole and group.scores[0] == group.scores[1]:
+            note("tied", row)
         if not all(map(_says_something, group.completions)):
             note("empty_side", row)
         if shared < len(alone):

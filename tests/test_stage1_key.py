@@ -360,9 +360,9 @@ def test_data_that_was_another_while_it_was_read_is_not_remembered(
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    def stashed(*arguments: Any) -> Any:
+    def stashed(*arguments: Any, **options: Any) -> Any:
         put(original.replace(b"w1", b"w2"))
-        return read_groups(*arguments)
+        return read_groups(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("fpo.stage1_cache.identity.read_groups", stashed)

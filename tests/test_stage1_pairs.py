@@ -163,7 +163,7 @@ def test_a_prompt_under_another_name_is_never_silently_lost(tmp_path, row, lost,
 )
 def test_columns_that_can_be_no_prompt_stop_nobody(tmp_path, row):
     (tmp_path / "pairs.jsonl").write_text(lines(*prompted(**row)))
-    dataset, columns = read_groups(str(tmp_path / "pairs.jsonl"), "train")
+    dataset, columns, _ = read_groups(str(tmp_path / "pairs.jsonl"), "train")
     assert dataset.column_names == ["chosen", "rejected"]
     assert columns.prompt is None
     assert set(columns.unused) == set(row)

@@ -85,12 +85,16 @@ _KNOWN = {name for family in _FAMILIES for name in (*family.needs, *family.may)}
 
 
 def group_columns(
-    dataset: Dataset, source: str, columns: Mapping[str, str | None] | None = None
-) -> tuple[Dataset, ColumnUse]:
+    dataset: Dataset,
+    source: str,
+    columns: Mapping[str, str | None] | None = None,
+    *,
+    drop_bad: bool = False,
+) -> tuple[Dataset, ColumnUse, frozenset[int]]:
     """
-    The dataset with only the columns that groups are made of, under our names and every row checked, and which
-    those are. A prompt of text beside completions that are whole conversations (UltraFeedback) is left out: it is
-    implicit in them.
+    The dataset with only the columns that groups are made of, under our names and every row checked, which those
+    are, and which rows hold what they cannot; without `drop_bad` the first such row is refused. A prompt of text beside
+    completions that are whole conversations (UltraFeedback) is left out: it is implicit in them.
 
     `columns`: our name to the dataset's, as `data.columns` of the recipe; null leaves a column out. Raises `DataError`.
     """
@@ -117,11 +121,15 @@ def group_columns(
     if layout is PAIR and conversational and isinstance(first.get("prompt"), str):
         rows = _without_text_prompt(rows, first, source)
         del read["prompt"]
-    _check_values(rows, layout, conversational, source)
+    wrong_rows = _wrong_rows(rows, layout, conversational, source)
+    if not drop_bad and (refused := next(wrong_rows, None)) is not None:
+        raise DataError(refused.message)
+    bad = frozenset(one.row for one in wrong_rows)
     use = ColumnUse(read.get("prompt"), tuple(name for name in names if name not in read.values()))
     bare = layout is PAIR and (not conversational or _opens_with_answer(first))
-    _refuse_loss(dataset, source, columns, read, answers_only=bare)
-    return rows, use
+    good = dataset.select([row for row in range(len(dataset)) if row not in bad]) if bad else dataset
+    _refuse_loss(good, source, columns, read, answers_only=bare)
+    return rows, use, bad
 
 
 def meant(name: str, names: Iterable[str]) -> str:
@@ -316,24 +324,30 @@ def _without_text_prompt(dataset: Dataset, first: dict[str, Any], source: str) -
     return dataset.remove_columns("prompt")
 
 
-def _check_values(rows: Dataset, layout: Layout, conversational: bool, source: str) -> None:
-    """`DataError` for the first value, by row and column, that its column cannot hold."""
+class _WrongRow(NamedTuple):
+    row: int
+    message: str
+    """With the source, the row and the column."""
+
+
+def _wrong_rows(rows: Dataset, layout: Layout, conversational: bool, source: str) -> Iterator[_WrongRow]:
+    """The values, by row and column, that their columns cannot hold. Raises `DataError` for what is no text at all."""
     if layout is not PAIR:
-        return _check_groups(rows, layout, conversational, source)
+        yield from _wrong_groups(rows, layout, conversational, source)
+        return
     for column in ("prompt", "chosen", "rejected"):
         if column in rows.column_names:
-            _check_column(rows, column, conversational, source)
+            yield from _wrong_values(rows, column, conversational, source)
     if numbers := [name for name in (*PAIR_SCORES, "margin", "weight") if name in rows.column_names]:
         for number, row in enumerate(rows.select_columns(numbers)):
             try:
                 pair_numbers(row)
             except WrongValue as wrong:
                 advice = f"or leave the column out with data.columns: {{{wrong.column}: null}}"
-                raise DataError(f"{source}, row {number}, {wrong}, {advice}") from None
-    return None
+                yield _WrongRow(number, f"{source}, row {number}, {wrong}, {advice}")
 
 
-def _check_groups(rows: Dataset, layout: Layout, conversational: bool, source: str) -> None:
+def _wrong_groups(rows: Dataset, layout: Layout, conversational: bool, source: str) -> Iterator[_WrongRow]:
     texts = rows.select_columns([name for name in rows.column_names if name not in EXTRAS])
     number = 0
     for table in texts.with_format("arrow").iter(batch_size=_BATCH):
@@ -345,14 +359,16 @@ def _check_groups(rows: Dataset, layout: Layout, conversational: bool, source: s
             try:
                 group = layout.group(row)
             except WrongValue as wrong:
-                raise DataError(f"{source}, row {number}, {wrong}") from None
+                yield _WrongRow(number, f"{source}, row {number}, {wrong}")
+                number += 1
+                continue
             for place, value in (("prompt", group.prompt), *zip(group.places, group.completions, strict=True)):
                 if what := _wrong(value, conversational, layout.shows):
-                    raise DataError(f"{source}, row {number}, column {place!r}: {what}")
+                    yield _WrongRow(number, f"{source}, row {number}, column {place!r}: {what}")
             number += 1
 
 
-def _check_column(dataset: Dataset, column: str, conversational: bool, source: str) -> None:
+def _wrong_values(dataset: Dataset, column: str, conversational: bool, source: str) -> Iterator[_WrongRow]:
     values = dataset.select_columns([column])
     typed = isinstance(dataset.features[column], Value)
     for first, table in enumerate(values.with_format("arrow").iter(batch_size=_BATCH)):
@@ -363,7 +379,7 @@ def _check_column(dataset: Dataset, column: str, conversational: bool, source: s
             continue
         for row, value in enumerate(values[first : first + _BATCH][column], start=first):
             if wrong := _wrong(value, conversational, "chosen"):
-                raise DataError(f"{source}, row {row}, column {column!r}: {wrong}")
+                yield _WrongRow(row, f"{source}, row {row}, column {column!r}: {wrong}")
 
 
 _BATCH = 4096

@@ -40,6 +40,8 @@ class ReadGroups(NamedTuple):
 
     dataset: Dataset
     columns: ColumnUse
+    bad: frozenset[int]
+    """Rows that hold what their columns cannot; none where these are refused."""
 
 
 def read_groups(
@@ -48,6 +50,8 @@ def read_groups(
     subset: str | None = None,
     revision: str | None = None,
     columns: Mapping[str, str | None] | None = None,
+    *,
+    drop_bad: bool = False,
 ) -> ReadGroups:
     """
     The rows of one split, with the columns of their layout and no others.
@@ -56,9 +60,10 @@ def read_groups(
     such files named by their split, or written by `Dataset.save_to_disk`; or a hub id with `subset` and
     `revision`. `split` may slice and add, as in `datasets`: train[:90%], train+test. Where prompt is text
     and the completions are whole conversations (UltraFeedback), the conversations count and prompt is left
-    out. `columns`: our column names to the dataset's, see `group_columns`. Raises `DataError`.
+    out. `columns`: our column names to the dataset's, see `group_columns`, as for `drop_bad`. Raises `DataError`.
     """
-    return ReadGroups(*group_columns(read_rows(source, split, subset, revision), source, columns))
+    rows = read_rows(source, split, subset, revision)
+    return ReadGroups(*group_columns(rows, source, columns, drop_bad=drop_bad))
 
 
 def read_column(
