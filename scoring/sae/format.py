@@ -119,12 +119,14 @@ def check_k(files: SaeFiles, k: int, d_sae: int) -> None:
         raise SaeError(f"SAE {files.source}: k is {k}, of {d_sae} features")
 
 
-def decoder_of(files: SaeFiles, facts: SaeFacts, matrix: str, bias: str) -> Decoder:
-    """These two tensors. Raises SaeError where they are not shaped as a decoder's."""
-    for name, shape in ((matrix, (facts.d_sae, facts.d_in)), (bias, (facts.d_in,))):
-        if (found := files.tensors.shapes.get(name, "no such tensor")) != shape:
-            raise SaeError(f"SAE {files.source}: the decoder's {name} must have shape {shape}, found {found}")
-    return files.tensors.read(matrix), files.tensors.read(bias)
+def decoder_of(files: SaeFiles, facts: SaeFacts, matrix: str, bias: str, *, transposed: bool = False) -> Decoder:
+    """These two tensors. Raises SaeError where they are not shaped as a decoder's; `transposed`, as nn.Linear's."""
+    shape = (facts.d_in, facts.d_sae) if transposed else (facts.d_sae, facts.d_in)
+    for name, expected in ((matrix, shape), (bias, (facts.d_in,))):
+        if (found := files.tensors.shapes.get(name, "no such tensor")) != expected:
+            raise SaeError(f"SAE {files.source}: the decoder's {name} must have shape {expected}, found {found}")
+    W_dec = files.tensors.read(matrix)
+    return W_dec.T if transposed else W_dec, files.tensors.read(bias)
 
 
 def read_threshold(known: Format, files: SaeFiles, name: str) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fpo.errors import SaeError
 from fpo.scoring.sae.arrays import Decoder, SaeArrays, SaeFacts
+from fpo.scoring.sae.dictionary_learning import DictionaryLearning
 from fpo.scoring.sae.files import accepted, find_files
 from fpo.scoring.sae.format import Format, SaeFiles
 from fpo.scoring.sae.gemma_scope import GemmaScope
@@ -23,6 +24,7 @@ FORMATS: tuple[Format, ...] = (
     GemmaScope2(),
     SaeLens(),
     Sparsify(),
+    DictionaryLearning(),
 )
 """In the order in which a hub repository is asked for their files."""
 
