@@ -7,16 +7,17 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from tiny_saes import D_IN, D_SAE, Tensors, random_sae, random_tokens
 from torch import nn
-from torch_saes import dictionary_state, write_dictionary
+from torch_saes import dictionary_state, write_connor_rob, write_dictionary, write_goodfire, write_qwen_scope
 
 from fpo.errors import SaeError
-from fpo.scoring.sae import load_sae, read_decoder, read_sae, sae_config, sae_facts, sae_weights_digest
+from fpo.scoring.sae import SaeFacts, load_sae, read_decoder, read_sae, sae_config, sae_facts, sae_weights_digest
 from fpo.scoring.sae.tensors import Weights
 
 Wide = NDArray[np.float64]
@@ -166,6 +167,162 @@ def test_a_dictionary_without_its_configuration_is_refused(tmp_path):
     assert "config.json has no trainer, as dictionary_learning writes it" in refusal(source)
     (tmp_path / "config.json").unlink()
     assert "config.json is missing beside the weights" in refusal(source)
+
+
+GOODFIRE = "Llama-3.1-8B-Instruct-SAE-l19.pth"
+QWEN = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
+HOOK_Z = "gpt2-small_L5_Hcat_z_lr1.20e-03_ds49152_v9.pt"
+
+
+def write_qresearch(path: Path, t: Tensors) -> str:
+    return write_goodfire(path, t, suffix="")
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "format_name"),
+    [
+        (write_goodfire, GOODFIRE, "goodfire"),
+        (write_goodfire, "Llama-3.3-70B-Instruct-SAE-l19.pt", "goodfire"),
+        (write_qresearch, "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", "qresearch"),
+    ],
+)
+def test_two_linear_layers_are_a_relu_of_the_raw_input(write, name, format_name, tmp_path):
+    t, x = random_sae(), random_tokens()
+    source = write(tmp_path / name, t)
+    expected = relu(x.astype(np.float64) @ t["W_enc"] + t["b_enc"])
+    np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
+    W_dec, b_dec = read_decoder(source)
+    np.testing.assert_array_equal(W_dec, t["W_dec"])
+    np.testing.assert_array_equal(b_dec, t["b_dec"])
+    assert sae_facts(source) == SaeFacts(
+        D_IN, D_SAE, "relu", True, format_name, advertised_l0=None, hook_hint="model.layers.19", center_input=False
+    )
+    assert sae_facts(str(tmp_path)) == sae_facts(source)
+
+
+def test_qwen_scope_is_a_topk_of_the_raw_input(tmp_path):
+    t, x = random_sae(), random_tokens()
+    source = write_qwen_scope(tmp_path / QWEN / "layer7.sae.pt", t)
+    expected = largest(relu(x.astype(np.float64) @ t["W_enc"] + t["b_enc"]), 5)
+    np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
+    W_dec, b_dec = read_decoder(source)
+    np.testing.assert_array_equal(W_dec, t["W_dec"])
+    np.testing.assert_array_equal(b_dec, t["b_dec"])
+    assert sae_facts(source) == SaeFacts(
+        D_IN, D_SAE, "topk", False, "qwen_scope", advertised_l0=5.0, hook_hint="model.layers.7", center_input=False
+    )
+    assert sae_config(source)["k"] == 5
+
+
+def test_a_negative_one_of_the_k_largest_is_no_feature_of_qwen_scope(tmp_path):
+    t = {**random_sae(), "b_enc": np.full(D_SAE, -100, np.float32)}
+    t["b_enc"][3] = 100
+    source = write_qwen_scope(tmp_path / QWEN / "layer7.sae.pt", t)
+    assert [list(row.nonzero()[0]) for row in encoded(source, random_tokens(2))] == [[3], [3]]
+
+
+@pytest.mark.parametrize(
+    ("folder", "k"), [("SAE-Res-Qwen3-8B-Base-W64K-L0_4", 4), ("SAE-W64K-L0_9/SAE-W64K-L0_4/copy", 4), ("L0_4", 4)]
+)
+def test_k_of_qwen_scope_stands_in_the_path(folder, k, tmp_path):
+    assert sae_config(write_qwen_scope(tmp_path / folder / "layer0.sae.pt", random_sae()))["k"] == k
+
+
+def test_a_qwen_scope_without_k_or_with_too_many_is_refused(tmp_path):
+    assert refusal(write_qwen_scope(tmp_path / "qwen/layer0.sae.pt", random_sae())).endswith(
+        "a TopK whose k no file says; Qwen writes it in the repository's name, so put layer0.sae.pt in a folder of "
+        "that name, such as SAE-Res-Qwen3-8B-Base-W64K-L0_50"
+    )
+    assert "k is 50, of 24 features" in refusal(write_qwen_scope(tmp_path / "W64K-L0_50/layer0.sae.pt", random_sae()))
+
+
+def test_an_attention_sae_of_gpt2_reads_what_the_projection_reads(tmp_path):
+    t, x = random_sae(), random_tokens()
+    source = write_connor_rob(tmp_path / HOOK_Z, t)
+    expected = relu((x.astype(np.float64) - t["b_dec"]) @ t["W_enc"] + t["b_enc"])
+    np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
+    W_dec, b_dec = read_decoder(source)
+    np.testing.assert_array_equal(W_dec, t["W_dec"])
+    np.testing.assert_array_equal(b_dec, t["b_dec"])
+    facts = sae_facts(source)
+    assert facts == SaeFacts(
+        D_IN,
+        D_SAE,
+        "relu",
+        True,
+        "connor_rob",
+        advertised_l0=None,
+        hook_hint="transformer.h.5.attn.c_proj:input",
+        center_input=False,
+    )
+
+
+def test_an_attention_sae_needs_the_configuration_of_its_own_name(tmp_path):
+    source = write_connor_rob(tmp_path / HOOK_Z, random_sae(), dict_size=99)
+    assert "config says dict_size 99, the weights have 24" in refusal(source)
+    (tmp_path / HOOK_Z.replace(".pt", "_cfg.json")).rename(tmp_path / "other_cfg.json")
+    assert "*_cfg.json is missing beside the weights" in refusal(source)
+
+
+def test_of_several_files_one_must_be_named(tmp_path):
+    first, second = (write_qwen_scope(tmp_path / QWEN / f"layer{n}.sae.pt", random_sae(n)) for n in (0, 1))
+    assert "layer0.sae.pt, layer1.sae.pt may each be an SAE; name one of these files" in refusal(str(tmp_path / QWEN))
+    assert sae_facts(second).hook_hint == "model.layers.1"
+    Path(first).unlink()
+    assert sae_facts(str(tmp_path / QWEN)).hook_hint == "model.layers.1"
+
+
+def test_a_file_of_a_fixed_name_comes_before_those_of_any_name(tmp_path):
+    """What lies beside an SAE (an optimiser's state, say) is not even opened."""
+    source = write_dictionary(tmp_path, random_sae(), "AutoEncoder")
+    write_goodfire(tmp_path / GOODFIRE, random_sae())
+    (tmp_path / "optimizer.pt").write_bytes(b"no tensors")
+    assert sae_facts(source).format == "dictionary_learning"
+    assert sae_facts(f"{source}/{GOODFIRE}").format == "goodfire"
+
+
+def test_a_dictionary_under_another_name_is_not_taken_for_an_sae_of_equal_shape(tmp_path):
+    """Its encoder subtracts a bias, or it is a TopK; qresearch's of the same names does and is neither."""
+    for dict_class in ("AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder"):
+        torch.save(dictionary_state(dict_class, random_sae()), tmp_path / "sae.pt")
+        message = refusal(str(tmp_path / "sae.pt"))
+        assert "sae.pt is not as Goodfire or qresearch R1 Distill or Connor & Rob" in message
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that has the files under tmp_path/owner/repo; the list says what was asked for."""
+    asked = []
+
+    def download(repo: str, name: str, revision: str | None = None) -> str:
+        asked.append(name)
+        if not (tmp_path / repo / name).is_file():
+            raise huggingface_hub.errors.EntryNotFoundError(name)
+        return str(tmp_path / repo / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def test_on_the_hub_a_file_without_a_fixed_name_is_named(hub, tmp_path):
+    write_qwen_scope(tmp_path / QWEN / "layer7.sae.pt", random_sae())
+    facts = sae_facts(f"{QWEN}/layer7.sae.pt")
+    assert (facts.advertised_l0, facts.hook_hint) == (5.0, "model.layers.7")
+    assert hub[0] == "layer7.sae.pt"
+    with pytest.raises(SaeError, match=r"has no SAE in ''; accepted: .* where such a name has a \*, name the file"):
+        sae_facts(QWEN)
+    assert not any("*" in name for name in hub)
+
+
+def test_on_the_hub_a_configuration_is_found_by_the_name_of_the_weights(hub, tmp_path):
+    write_connor_rob(tmp_path / "me/saes/gpt2" / HOOK_Z, random_sae())
+    assert sae_facts(f"me/saes/gpt2/{HOOK_Z}").hook_hint == "transformer.h.5.attn.c_proj:input"
+    assert f"gpt2/{HOOK_Z.removesuffix('.pt')}_cfg.json" in hub
+
+
+def test_on_the_hub_a_dictionary_is_a_folder(hub, tmp_path):
+    write_dictionary(tmp_path / "me/saes/resid_post_layer_3/trainer_1", random_sae(), "BatchTopKSAE", k=4, layer=3)
+    assert sae_facts("me/saes/resid_post_layer_3/trainer_1").hook_hint == "model.layers.3"
 
 
 def saved(path: Path, contents: object, **options: Any) -> Weights:

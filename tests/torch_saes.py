@@ -57,3 +57,28 @@ def write_dictionary(
     config = {"trainer": {**said, **trainer}, "buffer": {"ctx_len": 128, **(buffer or {})}}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+def write_goodfire(path: Path, t: Tensors, suffix: str = "_linear") -> str:
+    """qresearch's names have no suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name.replace(".", f"{suffix}."): matrix for name, matrix in linear(t).items()}
+    biases = {f"encoder{suffix}.bias": t["b_enc"], f"decoder{suffix}.bias": t["b_dec"]}
+    torch.save({**state, **{name: torch.from_numpy(bias) for name, bias in biases.items()}}, path)
+    return str(path)
+
+
+def write_qwen_scope(path: Path, t: Tensors) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turned = {name: torch.from_numpy(t[name].T.copy()) for name in ("W_enc", "W_dec")}
+    torch.save({**turned, **as_torch(t, "b_enc", "b_dec")}, path)
+    return str(path)
+
+
+def write_connor_rob(path: Path, t: Tensors, **config: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(as_torch(t, "W_enc", "W_dec", "b_enc", "b_dec"), path)
+    d_in, d_sae = t["W_enc"].shape
+    said = {"act_size": d_in, "dict_size": d_sae, "act_name": "blocks.5.attn.hook_z", "model_name": "gpt2-small"}
+    path.with_name(f"{path.stem}_cfg.json").write_text(json.dumps({**said, **config}))
+    return str(path)

@@ -15,6 +15,7 @@ from fpo.scoring.sae.format import (
     UNSET_THRESHOLD,
     Format,
     SaeFiles,
+    check_config_sizes,
     check_k,
     decoder_of,
     read_threshold,
@@ -72,9 +73,7 @@ class DictionaryLearning(Format):
         d_in, d_sae = files.matrix("encoder.weight" if kind.as_linear else "W_enc")
         if kind.as_linear:
             d_in, d_sae = d_sae, d_in
-        for name, found in (("activation_dim", d_in), ("dict_size", d_sae)):
-            if (said := trainer.get(name, found)) != found:
-                raise SaeError(f"SAE {files.source}: config says {name} {said}, the weights have {found}")
+        check_config_sizes(files, d_in, d_sae, names=("activation_dim", "dict_size"), section=trainer)
         files.check_shapes(_vectors(kind, d_in, d_sae))
         k, is_topk = trainer.get("k"), kind.activation == "topk"
         if is_topk:

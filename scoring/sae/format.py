@@ -73,9 +73,12 @@ class Format(ABC):
     title: ClassVar[str]
     """For people."""
     weights: ClassVar[str]
-    """Where the weights stand inside an SAE's folder. Formats may share a name: the contents decide."""
-    config: ClassVar[str]
-    """The same of the configuration."""
+    """
+    Where the weights stand inside an SAE's folder, with a * where the name is not fixed. Formats may share a name: the
+    contents decide.
+    """
+    config: ClassVar[str | None]
+    """The same of the configuration; a * stands for the weights' name without its suffix. None where there is none."""
     needs_config: ClassVar[bool]
     """Whether nothing can be said without the configuration."""
     refuses: ClassVar[Mapping[str, str]]
@@ -84,7 +87,7 @@ class Format(ABC):
     @property
     def files(self) -> list[str]:
         """The files that make one SAE."""
-        return [self.config, self.weights] if self.needs_config else [self.weights]
+        return [self.config, self.weights] if self.config and self.needs_config else [self.weights]
 
     @abstractmethod
     def claims(self, files: SaeFiles) -> bool:
@@ -107,10 +110,18 @@ class Format(ABC):
         return SaeError(f"SAE {files.source}: {f'{what} {value}'.rstrip()} is not supported: {self.refuses[what]}")
 
 
-def check_config_sizes(files: SaeFiles, d_in: int, d_sae: int) -> None:
-    """SaeError where the configuration gives other sizes than the weights have."""
-    for name, found in (("d_in", d_in), ("d_sae", d_sae)):
-        if (said := files.config.get(name, found)) != found:
+def check_config_sizes(
+    files: SaeFiles,
+    d_in: int,
+    d_sae: int,
+    *,
+    names: tuple[str, str] = ("d_in", "d_sae"),
+    section: Mapping[str, Any] | None = None,
+) -> None:
+    """SaeError where the configuration, or this section of it, gives other sizes than the weights have."""
+    config = files.config if section is None else section
+    for name, found in zip(names, (d_in, d_sae), strict=True):
+        if (said := config.get(name, found)) != found:
             raise SaeError(f"SAE {files.source}: config says {name} {said}, the weights have {found}")
 
 
