@@ -97,10 +97,12 @@ class Encoder(NamedTuple):
     layout: Layout
     autocast: str | None
     saes: Sequence[Sae]
+    targets: Sequence[int | None]
+    """Which of `residuals` the decoder of each SAE is held against: of a transcoder another one than it reads."""
 
     @torch.inference_mode()
     def residuals(self, packed: Packed) -> list[Tensor]:
-        """What each hookpoint gives where tokens that count are predicted."""
+        """What each hookpoint gives where tokens that count are predicted; then what transcoders predict."""
         with mixed_precision(self.model.device, self.autocast):
             scores: Scores = self.model(**packed._asdict())
         return [packed.counting(residual) for residual in scores.residuals]
@@ -120,8 +122,11 @@ def encoders(recipe: Recipe, cache: Cache, run: Path) -> tuple[Encoder, Encoder]
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     saes = [load_sae(entry.sae, entry.hookpoint) for entry in recipe.features]
-    names = [entry.hookpoint for entry in recipe.features]
-    hookpoints = tuple(Hookpoint(name, sae, None) for name, sae in zip(names, saes, strict=True))
+    predicted = [(sae.facts.predicts, sae) for sae in saes if sae.facts.predicts is not None]
+    names = [*(entry.hookpoint for entry in recipe.features), *(name for name, _ in predicted)]
+    of_names = [*saes, *(sae for _, sae in predicted)]
+    hookpoints = tuple(Hookpoint(name, sae, None) for name, sae in zip(names, of_names, strict=True))
+    targets = [None if sae.facts.predicts is None else names.index(sae.facts.predicts, len(saes)) for sae in saes]
     policy: Any = policy_model(recipe, ObjectiveMeter(recipe.objective, hookpoints, incomplete=False), run)
     ours = recipe.reference
     adapters = [adapter_folder(ours.adapter)] if ours.adapter else []
@@ -131,7 +136,7 @@ def encoders(recipe: Recipe, cache: Cache, run: Path) -> tuple[Encoder, Encoder]
     found = []
     for model, autocast in ((policy, recipe.policy_arithmetic().autocast), (reference, ours.arithmetic.autocast)):
         model.to(device)
-        found.append(Encoder(model, policy_layout(model, cache), autocast, placed))
+        found.append(Encoder(model, policy_layout(model, cache), autocast, placed, targets))
     return found[0], found[1]
 
 
@@ -148,11 +153,11 @@ def drift_on_pairs(
         batch = groups.take(rows)
         residuals = [_read(encoder, batch) for encoder in (policy, reference)]
         counts = batch.counted.tolist()
-        for place, (sae, own, (ours, theirs)) in enumerate(zip(policy.saes, sums, fits, strict=True)):
+        for place, (sae, target, own, fit) in enumerate(zip(policy.saes, policy.targets, sums, fits, strict=True)):
             acts = [sae.pooled_mean(read[place], counts).double().cpu().numpy() for read in residuals]
             own.add(acts[0], acts[1], batch, prompts[rows])
-            ours.add(sae, residuals[0][place])
-            theirs.add(sae, residuals[1][place])
+            for known, read in zip(fit, residuals, strict=True):
+                known.add(sae, read[place], None if target is None else read[target])
         seen(len(batch))
     return [
         own.drift(entry.hookpoint, ours.fit(), theirs.fit())
@@ -329,15 +334,19 @@ class _FitSums:
     def __init__(self, sae: str, hookpoint: str) -> None:
         self.decoder = read_decoder(sae, hookpoint)
         self.kept: list[Tensor] = []
+        self.wanted: list[Tensor] = []
         self.n = 0
 
-    def add(self, sae: Sae, residual: Tensor) -> None:
-        """Up to FIT_TOKENS of what the model gives."""
+    def add(self, sae: Sae, residual: Tensor, target: Tensor | None) -> None:
+        """Up to FIT_TOKENS of what the model gives, and of what a transcoder's decoder is held against."""
         room = FIT_TOKENS - self.n
         if room > 0:
             self.sae = sae
             self.kept.append(residual[:room].float())
             self.n += len(self.kept[-1])
+            if target is not None:
+                self.wanted.append(target[:room].float())
 
     def fit(self) -> Fit:
-        return Fit(*self.sae.fvu_and_l0(torch.cat(self.kept), self.decoder))
+        target = torch.cat(self.wanted) if self.wanted else None
+        return Fit(*self.sae.fvu_and_l0(torch.cat(self.kept), self.decoder, target))

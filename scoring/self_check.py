@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fpo.errors import SelfCheckError
+from fpo.errors import ModelError, SelfCheckError
 from fpo.scoring.hook_names import INPUT
 from fpo.scoring.hookpoints import capture, final_norm_name, hookpoint_names, resolve_hookpoint, same_hookpoint
 from fpo.scoring.packing import Packed
@@ -99,17 +99,16 @@ def check_sae(model: PreTrainedModel, sae: Sae, decoder: Decoder, hookpoint: str
     model    with scoring installed, on the device of `sae` and `packed`
     decoder  what read_decoder returns
     """
-    places = [
-        hookpoint,
-        *(name for name in _comparable(model, hookpoint) if not same_hookpoint(name, hookpoint)),
-    ]
-    with capture(model, places) as outputs:
+    places = _places(model, hookpoint, sae.facts.predicts)
+    with capture(model, {name for pair in places.items() for name in pair}) as outputs:
         model(**packed._asdict())
     measured: dict[str, tuple[float, float]] = {}
-    for name in places:
-        residual = _scored(outputs[name], packed)
-        if residual.shape[-1] == sae.facts.d_in:
-            measured[name] = sae.fvu_and_l0(residual, decoder)
+    for name, predicted in places.items():
+        x, target = _scored(outputs[name], packed), _scored(outputs[predicted], packed)
+        if x.shape[-1] == sae.facts.d_in and target.shape[-1] == len(decoder.b):
+            measured[name] = sae.fvu_and_l0(x, decoder, None if predicted == name else target)
+    if hookpoint not in measured:
+        raise ModelError(f"{places[hookpoint]}: it is not as wide as what the transcoder predicts ({len(decoder.b)})")
     fvu, l0 = measured.pop(hookpoint)
     return SelfCheck(
         hookpoint=hookpoint,
@@ -123,6 +122,16 @@ def check_sae(model: PreTrainedModel, sae: Sae, decoder: Decoder, hookpoint: str
 
 def _scored(output: Tensor, packed: Packed) -> Float[Tensor, "N D"]:
     return output.flatten(0, 1)[packed.predictors]
+
+
+def _places(model: PreTrainedModel, hookpoint: str, predicts: str | None) -> dict[str, str]:
+    """The hookpoint and the comparable places, each with the one that a decoder there is held against."""
+    others = [name for name in _comparable(model, hookpoint) if not same_hookpoint(name, hookpoint)]
+    if predicts is None:
+        return {name: name for name in (hookpoint, *others)}
+    targets = [name for name in _comparable(model, predicts) if not same_hookpoint(name, predicts)]
+    pairs = zip(others, targets, strict=True) if len(others) == len(targets) else ()
+    return {hookpoint: predicts, **dict(pairs)}
 
 
 def _comparable(model: PreTrainedModel, hookpoint: str) -> list[str]:

@@ -74,6 +74,37 @@ def test_saelens_encodes_and_reconstructs_alike(architecture, norm, subtracts, t
 
 
 @pytest.mark.parametrize(
+    "architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
+)
+def test_saelens_transcoders_encode_and_predict_alike(architecture, tensors, x, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    own = {**tensors, "W_skip": np.random.default_rng(8).standard_normal((D_IN, D_IN)).astype(np.float32)}
+    if "skip" not in architecture:
+        del own["W_skip"]
+    metadata = {
+        "sae_lens_version": "6.54.12",
+        "hook_name": "blocks.1.mlp.hook_in",
+        "hook_name_out": "blocks.1.mlp.hook_out",
+    }
+    source = write_saelens(
+        tmp_path,
+        own,
+        architecture,
+        d_out=D_IN,
+        apply_b_dec_to_input=False,
+        normalize_activations="none",
+        metadata=metadata,
+    )
+    theirs = sae_lens.SAE.load_from_disk(source)
+    target = x.flip(0)
+    with torch.no_grad():
+        assert_same(load_sae(source).encode(x), theirs.encode(x))
+        missed = (theirs(x) - target).square().sum() / (target - target.mean(0)).square().sum()
+    fvu, _ = load_sae(source).fvu_and_l0(x, read_decoder(source), target)
+    assert fvu == pytest.approx(float(missed), rel=1e-4)
+
+
+@pytest.mark.parametrize(
     ("architecture", "options"),
     [
         ("standard", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 16}}),
@@ -193,6 +224,27 @@ def test_sparsify_encodes_and_reconstructs_alike(activation, dtype, x, tmp_path)
     assert_same(ours.encode(x), dense)
     decoder = read_decoder(str(tmp_path), "model.layers.1")
     assert ours.fvu_and_l0(x, decoder)[0] == pytest.approx(missed, rel=1e-4)
+
+
+def test_sparsify_transcoders_encode_and_predict_alike(x, tmp_path):
+    sparsify = pytest.importorskip("sparsify")
+    torch.manual_seed(0)
+    config = sparsify.SparseCoderConfig(k=16, expansion_factor=8, transcode=True, skip_connection=True)
+    made = sparsify.SparseCoder(D_IN, config)
+    with torch.no_grad():
+        for parameter in (made.b_dec, made.encoder.bias, made.W_skip):
+            parameter += torch.randn_like(parameter)
+    made.save_to_disk(tmp_path / "layers.1.mlp")
+    theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "layers.1.mlp")
+    place, target = "model.layers.1.mlp:input", x.flip(0)
+    with torch.no_grad():
+        encoded = theirs.encode(x)
+        dense = torch.zeros(len(x), 8 * D_IN).scatter_(1, encoded.top_indices, encoded.top_acts)
+        predicted = theirs(x, target).sae_out
+    ours = load_sae(str(tmp_path), place)
+    assert_same(ours.encode(x), dense)
+    missed = float((predicted - target).square().sum() / (target - target.mean(0)).square().sum())
+    assert ours.fvu_and_l0(x, read_decoder(str(tmp_path), place), target)[0] == pytest.approx(missed, rel=1e-4)
 
 
 def test_sparsify_tensors_of_our_own_writer_encode_alike(tensors, x, tmp_path):

@@ -114,7 +114,7 @@ def test_topk_with_rescaled_activations_selects_and_returns_in_units_of_the_deco
     h *= np.linalg.norm(w["W_dec"], axis=1)
     source = write_saelens(tmp_path, t, "topk", k=k, rescale_acts_by_decoder_norm=True, metadata={})
     assert_encodes(source, np.maximum(h, 0) * largest(h, k))
-    W_dec, _ = read_decoder(source)
+    W_dec = read_decoder(source).W
     np.testing.assert_allclose(np.linalg.norm(W_dec, axis=1), 1, rtol=1e-6)
 
 

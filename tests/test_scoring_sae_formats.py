@@ -198,7 +198,7 @@ def test_only_the_encoder_is_read(tmp_path, monkeypatch):
     source = write_gemma_scope(tmp_path, random_sae())
     read_sae(source)
     assert sorted(names) == ["W_enc", "b_enc", "threshold"]
-    W_dec, b_dec = read_decoder(source)
+    W_dec, b_dec, _ = read_decoder(source)
     assert (W_dec.shape, b_dec.shape) == ((D_SAE, D_IN), (D_IN,))
 
 
@@ -277,8 +277,7 @@ def refusal(source: str, weights: bool = False) -> str:
         ("abstopk", "signed"),
         ("batchtopk", "training checkpoint; export it with SAELens' save_inference_model"),
         ("matryoshka_batchtopk", "training checkpoint"),
-        ("transcoder", "a transcoder is not supported"),
-        ("jumprelu_skip_transcoder", "a transcoder is not supported"),
+        ("transcoder", "a transcoder without hook_name_out is not supported"),
         ("quantum", "architecture 'quantum' is not supported: supported: standard, jumprelu, gated, topk"),
     ],
 )
@@ -334,8 +333,7 @@ def test_a_scaling_factor_is_refused_unless_it_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"transcode": True}, "a transcoder"),
-        ({"skip_connection": True}, "a skip connection"),
+        ({"transcode": True}, "a transcoder in a folder that names no module"),
         ({"signed": True}, "signed"),
         ({"activation": "batchtopk"}, "activation batchtopk is not supported: supported: topk, groupmax"),
         ({"activation": "groupmax", "k": 5}, "24 features do not split into 5 equal groups"),
@@ -350,8 +348,9 @@ def test_sparsify_options_that_we_do_not_compute_are_refused(options, reason, tm
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"type": "transcoder"}, "a transcoder"),
-        ({"affine_connection": True}, "a transcoder"),
+        ({"type": "transcoder"}, "a transcoder that does not name its places"),
+        ({"affine_connection": True}, "a transcoder that does not name its places"),
+        ({"type": "cross_layer_transcoder"}, "a cross-layer transcoder"),
         ({"type": "crosscoder"}, "a crosscoder"),
         ({"architecture": "topk"}, "architecture topk"),
     ],
@@ -363,18 +362,14 @@ def test_gemma_scope_2_kinds_that_are_no_sae_are_refused(config, reason, tmp_pat
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_9", "a transcoder"),
-        ("transcoder_all/layer_1_width_16k_l0_small", "a transcoder"),
+        ("gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_9", "a norm's output without its gain"),
+        ("transcoder_all/layer_1_width_16k_l0_small", "a transcoder that does not name its places"),
+        ("clt/layer_1_width_16k_l0_small", "a cross-layer transcoder"),
         ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_9", "an embedding SAE"),
     ],
 )
 def test_gemma_scope_paths_that_name_no_sae_of_a_hookpoint_are_refused(path, reason, tmp_path):
     assert reason in refusal(write_gemma_scope(tmp_path / path, random_sae()))
-
-
-def test_an_affine_skip_connection_is_refused(tmp_path):
-    t = {**random_sae(), "affine_skip_connection": np.eye(D_IN, dtype=np.float32)}
-    assert "a skip connection" in refusal(write_gemma_scope_2(tmp_path, t))
 
 
 def test_sources_that_are_no_sae_are_refused_with_what_was_found(tmp_path):

@@ -36,6 +36,13 @@ def encoded(source: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
     return load_sae(source).encode(torch.from_numpy(x)).numpy()
 
 
+def assert_decoder(source: str, t: Tensors) -> None:
+    W, b, skip = read_decoder(source)
+    np.testing.assert_array_equal(W, t["W_dec"])
+    np.testing.assert_array_equal(b, t["b_dec"])
+    assert skip is None
+
+
 def relu(h: Wide) -> Wide:
     return np.maximum(h, 0)
 
@@ -87,9 +94,7 @@ def test_a_class_of_dictionary_learning_encodes_as_it_does_there(dict_class, tmp
     expected = as_the_class_encodes(dict_class, wide(t), x.astype(np.float64))
     assert 0.05 < (expected > 0).mean() < 0.8
     np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
-    W_dec, b_dec = read_decoder(source)
-    np.testing.assert_array_equal(W_dec, t["W_dec"])
-    np.testing.assert_array_equal(b_dec, t["b_dec"])
+    assert_decoder(source, t)
     facts = sae_facts(source)
     assert (facts.d_in, facts.d_sae, facts.format) == (D_IN, D_SAE, "dictionary_learning")
     assert (facts.architecture, facts.elementwise) == (CLASSES[dict_class], CLASSES[dict_class] != "topk")
@@ -191,9 +196,7 @@ def test_two_linear_layers_are_a_relu_of_the_raw_input(write, name, format_name,
     source = write(tmp_path / name, t)
     expected = relu(x.astype(np.float64) @ t["W_enc"] + t["b_enc"])
     np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
-    W_dec, b_dec = read_decoder(source)
-    np.testing.assert_array_equal(W_dec, t["W_dec"])
-    np.testing.assert_array_equal(b_dec, t["b_dec"])
+    assert_decoder(source, t)
     assert sae_facts(source) == SaeFacts(
         D_IN, D_SAE, "relu", True, format_name, advertised_l0=None, hook_hint="model.layers.19", center_input=False
     )
@@ -205,9 +208,7 @@ def test_qwen_scope_is_a_topk_of_the_raw_input(tmp_path):
     source = write_qwen_scope(tmp_path / QWEN / "layer7.sae.pt", t)
     expected = largest(relu(x.astype(np.float64) @ t["W_enc"] + t["b_enc"]), 5)
     np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
-    W_dec, b_dec = read_decoder(source)
-    np.testing.assert_array_equal(W_dec, t["W_dec"])
-    np.testing.assert_array_equal(b_dec, t["b_dec"])
+    assert_decoder(source, t)
     assert sae_facts(source) == SaeFacts(
         D_IN, D_SAE, "topk", False, "qwen_scope", advertised_l0=5.0, hook_hint="model.layers.7", center_input=False
     )
@@ -241,9 +242,7 @@ def test_an_attention_sae_of_gpt2_reads_what_the_projection_reads(tmp_path):
     source = write_connor_rob(tmp_path / HOOK_Z, t)
     expected = relu((x.astype(np.float64) - t["b_dec"]) @ t["W_enc"] + t["b_enc"])
     np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
-    W_dec, b_dec = read_decoder(source)
-    np.testing.assert_array_equal(W_dec, t["W_dec"])
-    np.testing.assert_array_equal(b_dec, t["b_dec"])
+    assert_decoder(source, t)
     facts = sae_facts(source)
     assert facts == SaeFacts(
         D_IN,

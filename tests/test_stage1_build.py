@@ -27,7 +27,7 @@ from fpo.errors import CacheMissing, DataError, FpoError, ModelError, RecipeErro
 from fpo.recipe import validate_recipe
 from fpo.scoring import install_scoring, pack
 from fpo.scoring.hookpoints import capture
-from fpo.scoring.sae import Sae, SaeArrays, SaeFacts
+from fpo.scoring.sae import Decoder, Sae, SaeArrays, SaeFacts
 from fpo.scoring.self_check import SelfCheck, check_sae
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.identity import cache_identities
@@ -408,7 +408,7 @@ def test_the_self_check_refuses_a_wrong_hookpoint_and_says_the_right_one() -> No
     axes = torch.linalg.svd(x, full_matrices=False).Vh[:20].float().numpy()
     facts = SaeFacts(32, 40, "relu", True, "test", 20.0, None, False)
     arrays = SaeArrays(facts, np.concatenate([axes, -axes]).T.copy(), np.zeros(40, np.float32), "relu", "none")
-    decoder = (np.concatenate([axes, -axes]), np.zeros(32, np.float32))
+    decoder = Decoder(np.concatenate([axes, -axes]), np.zeros(32, np.float32))
     right = check_sae(model, Sae(arrays), decoder, "model.layers.1", packed)
     right.raise_if_unfit()
     assert right.best == "model.layers.1"

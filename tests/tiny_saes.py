@@ -54,6 +54,8 @@ SAELENS_TENSORS = {
     "jumprelu": ("b_enc", "threshold"),
     "topk": ("b_enc",),
     "gated": ("b_gate", "b_mag", "r_mag"),
+    "jumprelu_transcoder": ("b_enc", "threshold"),
+    "jumprelu_skip_transcoder": ("b_enc", "threshold"),
 }
 
 
@@ -62,7 +64,7 @@ def write_saelens(folder: Path, t: Tensors, architecture: str, **config: Any) ->
     folder.mkdir(parents=True, exist_ok=True)
     names = SAELENS_TENSORS.get(architecture, ("b_enc",))
     extra = [n for n in ("scaling_factor", "log_threshold") if n in t]
-    kept = [n for n in names if n in t]
+    kept = [n for n in (*names, "W_skip") if n in t]
     save_file(pick(t, "W_enc", "W_dec", "b_dec", *kept, *extra), folder / "sae_weights.safetensors")
     d_in, d_sae = t["W_enc"].shape
     cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
@@ -78,7 +80,7 @@ def write_sparsify(folder: Path, t: Tensors, **config: Any) -> str:
         "W_dec": t["W_dec"],
         "b_dec": t["b_dec"],
     }
-    save_file(tensors, folder / "sae.safetensors")
+    save_file(tensors | {n: t[n] for n in ("W_skip",) if n in t}, folder / "sae.safetensors")
     d_in, d_sae = t["W_enc"].shape
     cfg = {"activation": "topk", "num_latents": d_sae, "k": 4, "d_in": d_in, **config}
     (folder / "cfg.json").write_text(json.dumps(cfg))

@@ -16,14 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-Decoder = tuple[Array, Array]
-"""W_dec (d_sae, d_in) and b_dec (d_in,), so that the normalised input is `f @ W_dec + b_dec`."""
+
+
+class Decoder(NamedTuple):
+    """
+    So that the normalised input is `f @ W + b`, or what a transcoder predicts, which may have another width d_out. With
+    `skip` it is `f @ W + b + x @ skip`.
+    """
+
+    W: Array
+    """(d_sae, d_out)"""
+    b: Array
+    """(d_out,)"""
+    skip: Array | None = None
+    """(d_in, d_out)"""
+
 
 Activation = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
 InputNorm = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -48,6 +61,8 @@ class SaeFacts:
     """Where the files say that the SAE hooks: a hookpoint, or their own word for another place."""
     center_input: bool
     """The SAE was trained on a residual stream whose mean over d_in is subtracted from every token."""
+    predicts: str | None = None
+    """The hookpoint that the decoder of a transcoder predicts; None of an SAE, which reconstructs what it reads."""
 
 
 @dataclass(frozen=True)

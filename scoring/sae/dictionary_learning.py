@@ -11,7 +11,6 @@ from fpo.errors import SaeError
 from fpo.scoring.hook_names import from_transformer_lens
 from fpo.scoring.sae.arrays import Activation, Array, Decoder, SaeArrays, SaeFacts, SaeHeader
 from fpo.scoring.sae.format import (
-    TRANSCODER,
     UNSET_THRESHOLD,
     Format,
     SaeFiles,
@@ -59,7 +58,7 @@ class DictionaryLearning(Format):
     config = "config.json"
     needs_config = True
     refuses: ClassVar = {
-        **TRANSCODER,
+        "a transcoder": "its configuration does not say what it predicts",
         "dict_class": f"supported: {', '.join(_CLASSES)}",
         **UNSET_THRESHOLD,
     }

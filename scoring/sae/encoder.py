@@ -135,24 +135,34 @@ class Sae:
             return torch.cat(pooled)
 
     @torch.no_grad()
-    def fvu_and_l0(self, x: Float[Tensor, "N D"], decoder: Decoder) -> tuple[float, float]:
+    def fvu_and_l0(
+        self, x: Float[Tensor, "N D"], decoder: Decoder, target: Float[Tensor, "N d_out"] | None = None
+    ) -> tuple[float, float]:
         """
-        Fraction of the variance of x over tokens that the SAE misses, and active features per token.
+        Fraction of the target's variance over tokens that the SAE misses, and active features per token.
 
-        FVU = sum (x - reconstruction)^2 / sum (x - mean over tokens)^2: 0 is perfect, the mean gives 1.
-        `decoder` is what read_decoder returns. A centred SAE is held against the centred x.
+        FVU = sum (target - decoded)^2 / sum (target - mean over tokens)^2: 0 is perfect, the mean gives 1.
+
+        decoder  what read_decoder returns
+        target   of a transcoder, what the place that it predicts gives; None is x itself, centred for a centred SAE
         """
-        W_dec, b_dec = (_tensor(array).to(x.device) for array in decoder)
+        W_dec, b_dec = _tensor(decoder.W).to(x.device), _tensor(decoder.b).to(x.device)
+        skip = None if decoder.skip is None else _tensor(decoder.skip).to(x.device)
         missed, active = 0.0, 0
         with _full_precision(x):
-            target = self._centred(x.float())
-            for _, chunk in self._chunks(target, self.facts.d_sae):
+            x = self._centred(x.float())
+            wanted = x if target is None else target.float()
+            for start, chunk in self._chunks(x, self.facts.d_sae):
                 f_NF = self.encode(chunk)
-                offset, scale = self._offset_and_scale(chunk)
-                error = (f_NF @ W_dec + b_dec) * scale + offset - chunk
-                missed += float(error.double().square().sum())
+                decoded = f_NF @ W_dec + b_dec
+                if skip is not None:
+                    decoded += chunk @ skip
+                if target is None:
+                    offset, scale = self._offset_and_scale(chunk)
+                    decoded = decoded * scale + offset
+                missed += float((decoded - wanted[start : start + len(chunk)]).double().square().sum())
                 active += int((f_NF > 0).sum())
-            variance = float((target - target.mean(0)).double().square().sum())
+            variance = float((wanted - wanted.mean(0)).double().square().sum())
         return (missed / variance if variance else math.nan), active / len(x)
 
     def _centred(self, x: Tensor) -> Tensor:

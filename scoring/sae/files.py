@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 
 from fpo.errors import SaeError
+from fpo.scoring.hook_names import INPUT
 from fpo.scoring.sae.format import Format, SaeFiles
 
 _HUB_SOURCE = re.compile(r"^([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+?))?/?$")
@@ -152,8 +153,8 @@ def _config(weights: PurePath, known: Format) -> PurePath | None:
 
 
 def _inside_model(hookpoint: str) -> str:
-    """sparsify names its folders by the path inside the base model: layers.10.mlp, h.3."""
-    return re.sub(r"^(model|transformer|gpt_neox)\.", "", hookpoint)
+    """sparsify names its folders by the path inside the base model, also a transcoder's: layers.10.mlp, h.3."""
+    return re.sub(r"^(model|transformer|gpt_neox)\.", "", hookpoint.removesuffix(INPUT))
 
 
 def _listing(paths: Iterable[Path]) -> str:

@@ -19,7 +19,6 @@ from fpo.errors import SaeError
 from fpo.scoring.sae.arrays import Array, Decoder, SaeArrays, SaeFacts, SaeHeader
 from fpo.scoring.sae.tensors import Shape, Weights
 
-TRANSCODER = {"a transcoder": "it reads one place and predicts another"}
 UNSET_THRESHOLD = {"threshold -1": "it was never set in training, every feature would pass"}
 
 _MAX_JSON_BYTES = 2**20
@@ -132,12 +131,13 @@ def check_k(files: SaeFiles, k: int, d_sae: int) -> None:
 
 def decoder_of(files: SaeFiles, facts: SaeFacts, matrix: str, bias: str, *, transposed: bool = False) -> Decoder:
     """These two tensors. Raises SaeError where they are not shaped as a decoder's; `transposed`, as nn.Linear's."""
-    shape = (facts.d_in, facts.d_sae) if transposed else (facts.d_sae, facts.d_in)
-    for name, expected in ((matrix, shape), (bias, (facts.d_in,))):
+    d_out = facts.d_in if facts.predicts is None else files.matrix(matrix)[0 if transposed else 1]
+    shape = (d_out, facts.d_sae) if transposed else (facts.d_sae, d_out)
+    for name, expected in ((matrix, shape), (bias, (d_out,))):
         if (found := files.tensors.shapes.get(name, "no such tensor")) != expected:
             raise SaeError(f"SAE {files.source}: the decoder's {name} must have shape {expected}, found {found}")
-    W_dec = files.tensors.read(matrix)
-    return W_dec.T if transposed else W_dec, files.tensors.read(bias)
+    W = files.tensors.read(matrix)
+    return Decoder(W.T if transposed else W, files.tensors.read(bias))
 
 
 def read_threshold(known: Format, files: SaeFiles, name: str) -> Array:

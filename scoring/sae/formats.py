@@ -72,7 +72,7 @@ def read_sae(source: str, hookpoint: str | None = None) -> SaeArrays:
 
 
 def read_decoder(source: str, hookpoint: str | None = None) -> Decoder:
-    """W_dec (d_sae, d_in) and b_dec (d_in,), float32, so that the normalised input is `f @ W_dec + b_dec`."""
+    """The decoder, float32."""
     known, files = _recognise(source, hookpoint)
     return known.read_decoder(files)
 

@@ -8,7 +8,6 @@ from typing import ClassVar
 from fpo.scoring.hook_names import from_gemma_scope, from_module_path
 from fpo.scoring.sae.arrays import Decoder, SaeArrays, SaeFacts, SaeHeader
 from fpo.scoring.sae.format import (
-    TRANSCODER,
     UNSET_THRESHOLD,
     Format,
     SaeFiles,
@@ -27,11 +26,12 @@ class GemmaScope(Format):
     config = "config.json"
     needs_config = False
     refuses: ClassVar = {
-        **TRANSCODER,
+        "a transcoder that does not name its places": "Gemma Scope's read a norm's output without its gain, which no "
+        "module gives",
+        "a cross-layer transcoder": "it predicts several layers at once",
         "a crosscoder": "it reads several layers at once",
         "an embedding SAE": "it reads token embeddings before Gemma scales them",
         "architecture": "Gemma Scope SAEs are jump_relu",
-        "a skip connection": "only transcoders have one",
         **UNSET_THRESHOLD,
     }
 
@@ -47,7 +47,7 @@ class GemmaScope(Format):
         files.check_shapes({names.get(name, name): (d_sae,) for name in ("b_enc", "threshold")})
         stated = files.config.get("l0")
         in_path = re.search(r"average_l0_(\d+(?:\.\d+)?)", files.place)
-        hook = files.config.get("hf_hook_point_in")
+        hook, predicted = (files.config.get(f"hf_hook_point_{side}") for side in ("in", "out"))
         return SaeHeader(
             SaeFacts(
                 d_in=d_in,
@@ -58,6 +58,7 @@ class GemmaScope(Format):
                 advertised_l0=float(stated) if stated is not None else float(in_path[1]) if in_path else None,
                 hook_hint=from_module_path(hook) if isinstance(hook, str) else from_gemma_scope(files.place),
                 center_input=False,
+                predicts=from_module_path(predicted) if self._transcodes(files) and predicted else None,
             )
         )
 
@@ -67,23 +68,32 @@ class GemmaScope(Format):
         return header.arrays(W, b, threshold=read_threshold(self, files, names["threshold"]))
 
     def read_decoder(self, files: SaeFiles) -> Decoder:
-        names = _names(files)
-        return decoder_of(files, self.facts(files).facts, names.get("w_dec", "W_dec"), names.get("b_dec", "b_dec"))
+        names, facts = _names(files), self.facts(files).facts
+        decoder = decoder_of(files, facts, names.get("w_dec", "W_dec"), names.get("b_dec", "b_dec"))
+        if (skip := "affine_skip_connection") not in files.tensors.shapes:
+            return decoder
+        files.check_shapes({skip: (facts.d_in, len(decoder.b))})
+        return decoder._replace(skip=files.tensors.read(skip))
 
     def _refuse_what_is_no_sae(self, files: SaeFiles) -> None:
         place, config = files.place, files.config
         kind = str(config.get("type", ""))
-        is_transcoder = "transcoder" in kind or re.search(r"(^|/|-)(transcoder|clt)[^/]*(/|$)", place)
-        if is_transcoder or config.get("affine_connection"):
-            raise self.refuse(files, "a transcoder")
+        if re.search(r"(^|/|-)clt[^/]*(/|$)", place) or ("cross" in kind and "transcoder" in kind):
+            raise self.refuse(files, "a cross-layer transcoder")
+        if self._transcodes(files) and not (config.get("hf_hook_point_in") and config.get("hf_hook_point_out")):
+            raise self.refuse(files, "a transcoder that does not name its places")
         if "crosscoder" in kind or re.search(r"(^|/)crosscoder[^/]*(/|$)", place):
             raise self.refuse(files, "a crosscoder")
         if re.search(r"/embedding/width_", place):
             raise self.refuse(files, "an embedding SAE")
         if (architecture := config.get("architecture", "jump_relu")) not in ("jump_relu", "jumprelu"):
             raise self.refuse(files, "architecture", str(architecture))
-        if "affine_skip_connection" in _names(files):
-            raise self.refuse(files, "a skip connection")
+
+    def _transcodes(self, files: SaeFiles) -> bool:
+        """Whether it reads one place and predicts another."""
+        kind, affine = str(files.config.get("type", "")), files.config.get("affine_connection")
+        named = re.search(r"(^|/|-)transcoder[^/]*(/|$)", files.place)
+        return bool("transcoder" in kind or affine or named or "affine_skip_connection" in files.tensors.shapes)
 
 
 def _names(files: SaeFiles) -> dict[str, str]:

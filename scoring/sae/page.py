@@ -39,13 +39,14 @@ Everything is computed in float32, from weights of any float type, as one of
 {formulas}
 
 with the bias that is subtracted from the input, and the norms of the decoder's rows, folded into `W` and `b`. Only the
-encoder is read, and for the self-check the decoder.
+encoder is read, and for the self-check the decoder. A transcoder's features are those of its encoder; its decoder is
+held against the place that it predicts.
 
 ## Where an SAE reads
 
 `features[].hookpoint` is a path that `named_modules()` of the model shows: `model.layers.12` is what layer 12 gives,
-`model.layers.12.mlp` what its MLP gives. `model.layers.N` is understood for every family. With `:input` behind it, it is
-what the module reads: `model.layers.12.mlp:input`, `model.layers.12.self_attn.o_proj:input` (the attention heads,
+`model.layers.12.mlp` what its MLP gives. `model.layers.N` is understood for every family. With `:input` behind it, it
+is what the module reads: `model.layers.12.mlp:input`, `model.layers.12.self_attn.o_proj:input` (the attention heads,
 concatenated). Left out, it is the place that the SAE's files name. These names of others are understood, too:
 
 | name | Llama, Qwen, Mistral | Gemma 2, Gemma 3 | GPT-2 |

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from fpo.errors import SaeError
 from fpo.scoring.hook_names import from_transformer_lens
 from fpo.scoring.sae.arrays import Activation, Array, Decoder, SaeArrays, SaeFacts, SaeHeader, row_norms, unit_rows
 from fpo.scoring.sae.format import (
-    TRANSCODER,
     UNSET_THRESHOLD,
     Format,
     SaeFiles,
@@ -20,7 +19,16 @@ from fpo.scoring.sae.format import (
     read_threshold,
 )
 
-_ARCHITECTURES = ("standard", "jumprelu", "gated", "topk")
+_ARCHITECTURES: dict[str, Activation] = {
+    "standard": "relu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "topk": "topk",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
 _FUNCTIONS = ("relu", "topk")
 _NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
 _EXPORT = "this is a training checkpoint; export it with SAELens' save_inference_model"
@@ -29,7 +37,7 @@ _EXPORT = "this is a training checkpoint; export it with SAELens' save_inference
 class SaeLens(Format):
     """
     ReLU, JumpReLU, gated or TopK of the input, normalised as `normalize_activations` says, minus `b_dec` unless
-    `apply_b_dec_to_input` is false.
+    `apply_b_dec_to_input` is false, as it is of transcoders.
     """
 
     name = "saelens"
@@ -43,7 +51,7 @@ class SaeLens(Format):
         "architecture abstopk": "its activations are signed; features here are never negative",
         "architecture batchtopk": _EXPORT,
         "architecture matryoshka_batchtopk": _EXPORT,
-        **TRANSCODER,
+        "a transcoder without hook_name_out": "its decoder can be held against no place; add it to metadata",
         "architecture": f"supported: {', '.join(_ARCHITECTURES)}",
         "activation_fn": f"supported: {', '.join(_FUNCTIONS)}",
         "normalize_activations": f"supported: {', '.join(_NORMS)}",
@@ -60,24 +68,30 @@ class SaeLens(Format):
         config = _modern(files.config)
         self._refuse_what_is_not_computed(files, config)
         architecture = config.get("architecture", "standard")
-        is_topk = architecture == "topk"
+        is_topk, transcodes = architecture == "topk", "transcoder" in architecture
         metadata = config.get("metadata") or {}
-        hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
+        hook, predicted = (
+            from_transformer_lens(name, metadata.get("model_name") or "") if name else None
+            for name in (metadata.get("hf_hook_name") or metadata.get("hook_name"), _predicted(metadata))
+        )
+        if transcodes and predicted is None:
+            raise self.refuse(files, "a transcoder without hook_name_out")
         d_in, d_sae = files.matrix("W_enc")
         header = SaeHeader(
             SaeFacts(
                 d_in=d_in,
                 d_sae=d_sae,
-                architecture=cast(Activation, "relu" if architecture == "standard" else architecture),
+                architecture=_ARCHITECTURES[architecture],
                 elementwise=not is_topk,
                 format=self.name,
                 advertised_l0=_stated_l0(config["k"] if is_topk else metadata.get("l0")),
-                hook_hint=from_transformer_lens(hook, metadata.get("model_name") or "") if hook else None,
+                hook_hint=hook,
                 center_input=bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
+                predicts=predicted if transcodes else None,
             ),
             k=config["k"] if is_topk else None,
             normalize_activations=config.get("normalize_activations") or "none",
-            apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
+            apply_b_dec_to_input=not transcodes and bool(config.get("apply_b_dec_to_input", True)),
             rescale_acts_by_decoder_norm=is_topk and bool(config.get("rescale_acts_by_decoder_norm")),
         )
         _check_shapes(files, header)
@@ -99,8 +113,13 @@ class SaeLens(Format):
 
     def read_decoder(self, files: SaeFiles) -> Decoder:
         header = self.facts(files)
-        W_dec, b_dec = decoder_of(files, header.facts, "W_dec", "b_dec")
-        return unit_rows(W_dec) if header.rescale_acts_by_decoder_norm else W_dec, b_dec
+        decoder = decoder_of(files, header.facts, "W_dec", "b_dec")
+        if header.rescale_acts_by_decoder_norm:
+            return decoder._replace(W=unit_rows(decoder.W))
+        if "W_skip" not in files.tensors.shapes:
+            return decoder
+        files.check_shapes({"W_skip": (len(decoder.b), header.facts.d_in)})
+        return decoder._replace(skip=files.tensors.read("W_skip").T)
 
     def _threshold(self, files: SaeFiles) -> Array:
         name = _threshold_name(files)
@@ -110,8 +129,6 @@ class SaeLens(Format):
         architecture = config.get("architecture", "standard")
         if f"architecture {architecture}" in self.refuses:
             raise self.refuse(files, f"architecture {architecture}")
-        if "transcoder" in str(architecture):
-            raise self.refuse(files, "a transcoder")
         if architecture not in _ARCHITECTURES:
             raise self.refuse(files, "architecture", repr(architecture))
         if (function := config.get("activation_fn", "relu")) not in _FUNCTIONS:
@@ -148,6 +165,11 @@ def _check_shapes(files: SaeFiles, header: SaeHeader) -> None:
 
 def _threshold_name(files: SaeFiles) -> str:
     return "log_threshold" if "log_threshold" in files.tensors.shapes else "threshold"
+
+
+def _predicted(metadata: dict[str, Any]) -> str | None:
+    """What a transcoder's decoder predicts, as the file has it."""
+    return metadata.get("hf_hook_name_out") or metadata.get("hook_name_out")
 
 
 def _stated_l0(value: object) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, cast
 
 from fpo.errors import SaeError
-from fpo.scoring.hook_names import from_sparsify
+from fpo.scoring.hook_names import INPUT, from_sparsify
 from fpo.scoring.sae.arrays import Activation, Decoder, SaeArrays, SaeFacts, SaeHeader
 from fpo.scoring.sae.format import Format, SaeFiles, check_config_sizes, check_k, decoder_of
 
@@ -13,7 +13,7 @@ _ACTIVATIONS = ("topk", "groupmax")
 
 
 class Sparsify(Format):
-    """TopK or GroupMax of the input minus `b_dec`."""
+    """TopK or GroupMax of the input minus `b_dec`, or of a transcoder's input as it is."""
 
     name = "sparsify"
     title = "sparsify"
@@ -21,8 +21,7 @@ class Sparsify(Format):
     config = "cfg.json"
     needs_config = True
     refuses: ClassVar = {
-        "a transcoder": "it reads a module's input and predicts its output",
-        "a skip connection": "its features are only part of what it says",
+        "a transcoder in a folder that names no module": "its decoder can be held against no place; rename the folder",
         "signed: true": "its activations are signed; features here are never negative",
         "activation": f"supported: {', '.join(_ACTIVATIONS)}",
     }
@@ -36,6 +35,7 @@ class Sparsify(Format):
         self._refuse_what_is_not_computed(files)
         config = files.config
         activation, k = config.get("activation", "topk"), int(config.get("k", 32))
+        place, transcodes = from_sparsify(files.place), bool(config.get("transcode"))
         d_sae, d_in = files.matrix("encoder.weight")
         announced = int(config.get("num_latents") or d_in * int(config.get("expansion_factor", 32)))
         if (d_in, d_sae) != (config.get("d_in", d_in), announced):
@@ -56,27 +56,30 @@ class Sparsify(Format):
                 elementwise=False,
                 format=self.name,
                 advertised_l0=float(k),
-                hook_hint=from_sparsify(files.place),
+                hook_hint=f"{place}{INPUT}" if transcodes else place,
                 center_input=False,
+                predicts=place if transcodes else None,
             ),
             k=k,
-            apply_b_dec_to_input=True,
+            apply_b_dec_to_input=not transcodes,
         )
 
     def read(self, files: SaeFiles) -> SaeArrays:
         header, tensors = self.facts(files), files.tensors
         arrays = header.arrays(tensors.read("encoder.weight").T, tensors.read("encoder.bias"))
-        return arrays.of_input_minus(tensors.read("b_dec"))
+        return arrays.of_input_minus(tensors.read("b_dec")) if header.apply_b_dec_to_input else arrays
 
     def read_decoder(self, files: SaeFiles) -> Decoder:
-        return decoder_of(files, self.facts(files).facts, "W_dec", "b_dec")
+        decoder = decoder_of(files, self.facts(files).facts, "W_dec", "b_dec")
+        if "W_skip" not in files.tensors.shapes:
+            return decoder
+        files.check_shapes({"W_skip": (len(decoder.b), files.matrix("encoder.weight")[1])})
+        return decoder._replace(skip=files.tensors.read("W_skip").T)
 
     def _refuse_what_is_not_computed(self, files: SaeFiles) -> None:
         config = files.config
-        if config.get("transcode"):
-            raise self.refuse(files, "a transcoder")
-        if config.get("skip_connection") or "W_skip" in files.tensors.shapes:
-            raise self.refuse(files, "a skip connection")
+        if config.get("transcode") and from_sparsify(files.place) is None:
+            raise self.refuse(files, "a transcoder in a folder that names no module")
         if config.get("signed"):
             raise self.refuse(files, "signed: true")
         if (activation := config.get("activation", "topk")) not in _ACTIVATIONS:
