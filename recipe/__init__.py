@@ -18,7 +18,18 @@ from fpo.recipe.evaluation import evaluates, goes_by_evaluations, reads_held_out
 from fpo.recipe.experiment import Recipe, check_arithmetic
 from fpo.recipe.loading import dump_recipe, load_recipe, validate_recipe
 from fpo.recipe.page import recipe_schema, reference_page
-from fpo.recipe.sections import CacheOptions, Data, Feature, Filter, Generate, Lora, Policy, Prompt, Reference
+from fpo.recipe.sections import (
+    CacheOptions,
+    Data,
+    Feature,
+    Filter,
+    Generate,
+    Lora,
+    Policy,
+    Prompt,
+    Reference,
+    Transform,
+)
 from fpo.recipe.sweep import Variant, load_variants
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS
 
@@ -39,6 +50,7 @@ __all__ = [
     "Prompt",
     "Recipe",
     "Reference",
+    "Transform",
     "Variant",
     "check_arithmetic",
     "dump_recipe",

@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from fpo.objectives import OBJECTIVES, FeatureTerm
 from fpo.recipe.experiment import Recipe
-from fpo.recipe.sections import CacheOptions, Data, Feature, Filter, Generate, Lora, Policy, Prompt, Reference
+from fpo.recipe.sections import (
+    CacheOptions,
+    Data,
+    Feature,
+    Filter,
+    Generate,
+    Lora,
+    Policy,
+    Prompt,
+    Reference,
+    Transform,
+)
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS, training_fields
 from fpo.section import Section
 
@@ -32,6 +43,7 @@ def reference_page() -> str:
         ("reference", Reference),
         ("features[]", Feature),
         ("data", Data),
+        ("data.transform", Transform),
         ("data.filter", Filter),
         ("cache", CacheOptions),
         ("policy", Policy),

@@ -119,6 +119,41 @@ class Filter(Section):
     """
 
 
+class Transform(Section):
+    """What becomes of the groups before they are scored, in the order of these fields: other groups, another cache."""
+
+    pair: Literal["best_worst", "best_random"] | None = None
+    """Keep two completions of each group: the best, and the worst or by `seed` one of the others."""
+
+    seed: NonNegativeInt = 0
+    """Of `best_random`; what is drawn depends on it and on the row's number alone."""
+
+    min_margin: NonNegativeFloat | None = None
+    """Drop groups whose largest and smallest score are nearer than this, or equal."""
+
+    dedup: bool = False
+    """Drop a group whose prompt and completions are those of an earlier one."""
+
+    reward_goals: Literal["system", "user"] | None = None
+    """
+    Reward-augmented data, https://arxiv.org/abs/2410.08067: each pair twice, with either score as the goal and what has
+    it preferred. The goal is a system message, or stands before what the user says, as it always does in text.
+    """
+
+    goal: str = (
+        "You are an assistant that generates responses for the instruction while implicitly achieving the following "
+        "target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):\nOverall score: {score}."
+    )
+    """How a goal is said; the paper's words. `{score}` is the score."""
+
+    @field_validator("goal")
+    @classmethod
+    def _check_goal(cls, goal: str) -> str:
+        if goal.count("{score}") != 1:
+            raise ValueError("data.transform.goal: {score} must stand in it, once")
+        return goal
+
+
 class Data(Section):
     """The groups of completions, and how they become tokens (TRL's rules)."""
 
@@ -154,6 +189,9 @@ class Data(Section):
 
     filter: Filter | None = None
     """Leave the worst groups out of training; null trains on all. Evaluation keeps all of its own."""
+
+    transform: Transform | None = None
+    """Pairs from lists, no ties, no duplicates, reward-augmented pairs; null leaves groups as the data has them."""
 
     as_messages: bool = False
     """Read text as a conversation: the prompt as a user's message, each completion as the assistant's."""

@@ -16,10 +16,14 @@ DROPPED = {
     "no_scored_token": "no prompt and a completion of one token, which nothing precedes",
     "nothing_counts": "no token of a completion counts: it is cut away, or data.turns leaves it out",
     "no_completion": "its list of completions is empty",
+    "no_pair": "it has one completion, and data.transform makes pairs",
+    "tie": "its scores are equal, and data.transform goes by them",
+    "near": "its scores are nearer than data.transform.min_margin",
+    "duplicate": "an earlier row has the same prompt and completions",
 }
 """
 Why a row is left out, or a completion of a row that keeps others. TRL drops the first, stops at the second, trains on
-the next two without a signal.
+the next two without a signal; the last four only where data.transform asks for it.
 """
 
 NOTED = {

@@ -140,6 +140,7 @@ class CacheIdentity:
             "rules": TOKENISE_RULES,
             "today": data.today,
             "score": [data.score, data.turns, data.as_messages],
+            "transform": data.transform and data.transform.model_dump(),
             "max_length": data.max_length,
         }
 
@@ -181,6 +182,7 @@ class CacheIdentity:
             score=data.score,
             turns=data.turns,
             as_messages=data.as_messages,
+            transform=data.transform,
             folder=folder,
             sign_of_life=sign_of_life,
         )

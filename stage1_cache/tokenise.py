@@ -30,12 +30,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fpo.errors import DataError, ModelError
 from fpo.progress import progress_bar
+from fpo.recipe import Transform
 from fpo.scoring import template_text
 from fpo.stage1_cache.ahead import one_ahead
 from fpo.stage1_cache.drops import DROPPED, DropReport
 from fpo.stage1_cache.masks import Masks, shared_prefix
-from fpo.stage1_cache.read import Group, Layout, as_conversation, layout_of
+from fpo.stage1_cache.read import PAIR, Group, Layout, as_conversation, layout_of
 from fpo.stage1_cache.texts import ChatTemplate, with_end_token
+from fpo.stage1_cache.transforms import Transforms
 
 TOKENISE_RULES = "trl-1.16/3"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""
@@ -126,6 +128,7 @@ def tokenise(
     score: str = "completion",
     turns: Sequence[int | None] | None = None,
     as_messages: bool = False,
+    transform: Transform | None = None,
     folder: Path | None = None,
     sign_of_life: Callable[[], None] | None = None,
     batch_size: int = 256,
@@ -135,8 +138,9 @@ def tokenise(
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
     path of one, in place of the tokenizer's own; `today`: the ISO date that a template gets which asks for it.
-    `score`, `turns`, `as_messages`: as the recipe's `data` has them. `folder`: where the arrays are written, a file
-    each, and mapped; None holds them in memory. `sign_of_life` is called after each batch of `batch_size` rows.
+    `score`, `turns`, `as_messages`, `transform`: as the recipe's `data` has them. `folder`: where the arrays are
+    written, a file each, and mapped; None holds them in memory. `sign_of_life` is called after each batch of
+    `batch_size` rows.
     Raises `DataError` without a chat template for messages or an end token for text, for a template that is no
     Jinja, where the template refuses a row, where masks need messages or cannot be told exactly, and where nothing
     is left; `RecipeError` for a template that lacks its date.
@@ -155,6 +159,8 @@ def tokenise(
             "must end; set one in its tokenizer_config.json, or another data.tokenizer"
         )
 
+    transforms = Transforms(transform)
+
     def prepared(rows: list[tuple[int, dict[str, Any]]]) -> _Batch:
         batch = _Batch(len(rows))
         for number, row in rows:
@@ -164,6 +170,12 @@ def tokenise(
             if reason := _unusable(group, conversational):
                 batch.unusable.append((reason, number))
                 continue
+            copy, at = divmod(number, len(dataset))
+            transformed = transforms.of(group, at, copy)
+            if isinstance(transformed, str):
+                batch.unusable.append((transformed, number))
+                continue
+            group = transformed
             if conversational:
                 texts = template.rendered(group, row, number)
                 sides = zip(group.completions, texts[1:], strict=True)
@@ -179,9 +191,10 @@ def tokenise(
         return _encode(tokenizer, batch.texts, add_special_tokens=not conversational)
 
     # A tokenizer in Rust encodes on threads of its own, without the interpreter's lock.
-    groups = _Builder(layout, max_length, tokenizer.bos_token_id, folder)
-    with progress_bar(len(dataset), layout.unit, "tokenise") as progress:
-        for batch, sequences in one_ahead(map(prepared, _batches(dataset, batch_size)), encoded):
+    pairs = PAIR if transforms.makes_pairs else layout
+    groups = _Builder(pairs, max_length, tokenizer.bos_token_id, folder)
+    with progress_bar(transforms.copies * len(dataset), pairs.unit, "tokenise") as progress:
+        for batch, sequences in one_ahead(map(prepared, _batches(dataset, batch_size, transforms.copies)), encoded):
             groups.add_batch(batch, sequences)
             progress.update(batch.n_rows)
             if sign_of_life is not None:
@@ -371,12 +384,13 @@ def mapped(folder: Path, name: str) -> np.ndarray:
     return np.asarray(np.memmap(folder / name, ARRAYS[name], mode="r"))
 
 
-def _batches(dataset: Dataset, batch_size: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """Rows with their numbers, `batch_size` at a time."""
-    for first in range(0, len(dataset), batch_size):
-        columns = dataset[first : first + batch_size]
-        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        yield list(enumerate(rows, start=first))
+def _batches(dataset: Dataset, batch_size: int, copies: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Rows with their numbers, `batch_size` at a time; all of them as often as there are copies, numbered on."""
+    for copy in range(copies):
+        for first in range(0, len(dataset), batch_size):
+            columns = dataset[first : first + batch_size]
+            rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            yield list(enumerate(rows, start=copy * len(dataset) + first))
 
 
 def _check_kind(messages: bool, score: str, turns: Sequence[int | None] | None, as_messages: bool) -> None:

@@ -6,10 +6,11 @@ Rows of a dataset to groups.
     layouts  what a row looks like, and the group that it becomes
 """
 
-from fpo.stage1_cache.read.layouts import Group, Layout, as_conversation, extract_prompt, layout_of
+from fpo.stage1_cache.read.layouts import PAIR, Group, Layout, as_conversation, extract_prompt, layout_of
 from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_column, read_groups, read_rows
 
 __all__ = [
+    "PAIR",
     "Group",
     "Layout",
     "ReadGroups",
