@@ -52,7 +52,7 @@ def _find_local(
     for folder in [path, *([path / _inside_model(hookpoint)] if hookpoint else [])]:
         if found := [known for known in formats if (folder / known.weights).is_file()]:
             return [(known, _local_files(source, folder / known.weights, known)) for known in found]
-    matching = sorted({file for known in formats for file in path.glob(known.weights)})
+    matching = sorted({file for known in formats for file in path.glob(known.weights) if file.is_file()})
     if len(matching) > 1:
         raise SaeError(f"SAE {source}: {_listing(matching)} may each be an SAE; name one of these files")
     if matching:
@@ -69,16 +69,11 @@ def _local_files(source: str, weights: Path, known: Format) -> SaeFiles:
 def _find_on_hub(hub: _HubRepository, path: str, hookpoint: str | None) -> list[tuple[Format, SaeFiles]]:
     """Files are asked for by name, so that one cached earlier is found without a connection."""
     folders = [path, *([f"{path}/{_inside_model(hookpoint)}".lstrip("/")] if hookpoint else [])]
-    if named := _named(PurePosixPath(path), hub.formats):
-        wanted = {path: named}
-    else:
-        fixed = [known for known in hub.formats if not _is_pattern(known)]
-        names = dict.fromkeys(known.weights for known in fixed)
-        readers = {name: [known for known in fixed if known.weights == name] for name in names}
-        wanted = {f"{place}/{name}".lstrip("/"): readers[name] for place in folders for name in names}
-    for file, formats in wanted.items():
+    names = dict.fromkeys(known.weights for known in hub.formats if not _is_pattern(known))
+    inside = [PurePosixPath(folder, name) for folder in folders for name in names]
+    for file in [PurePosixPath(path)] if _named(PurePosixPath(path), hub.formats) else inside:
         if (weights := hub.download(file)) is not None:
-            return [(known, hub.files(PurePosixPath(file), weights, known)) for known in formats]
+            return [(known, hub.files(file, weights, known)) for known in _named(file, hub.formats)]
     if hub.unreachable:
         raise SaeError(
             f"SAE {hub.source}: no such folder here, not in the hub's cache, and the hub cannot be reached "
@@ -103,9 +98,9 @@ class _HubRepository:
     def files(self, file: PurePosixPath, weights: Path, known: Format) -> SaeFiles:
         config = _config(file, known)
         place = PurePosixPath(self.name, _folder(file, known)).as_posix()
-        return SaeFiles(self.source, weights, self.download(config.as_posix()) if config else None, place)
+        return SaeFiles(self.source, weights, self.download(config) if config else None, place)
 
-    def download(self, path: str) -> Path | None:
+    def download(self, file: PurePath) -> Path | None:
         """
         One file, through the hub's cache; None where the repository has no such file, or where it is not
         cached and the hub cannot be reached, which is then noted in `unreachable`.
@@ -114,7 +109,7 @@ class _HubRepository:
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.name, path, revision=self.revision))
+            return Path(hf_hub_download(self.name, file.as_posix(), revision=self.revision))
         except hub.LocalEntryNotFoundError as error:
             self.unreachable.append(type(error.__cause__ or error).__name__)
             return None
@@ -130,7 +125,7 @@ class _HubRepository:
                 f"SAE {self.source}: neither a folder here nor a hub repository {where}; {accepted(self.formats)}"
             ) from error
         except (hub.HfHubHTTPError, OSError) as error:
-            raise SaeError(f"SAE {self.source}: cannot download {path} ({type(error).__name__}: {error})") from error
+            raise SaeError(f"SAE {self.source}: cannot download {file} ({type(error).__name__}: {error})") from error
 
 
 def _named(path: PurePath, formats: Sequence[Format]) -> list[Format]:
