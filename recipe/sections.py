@@ -91,7 +91,7 @@ class Feature(Section):
     """One hookpoint, and the SAE that reads it."""
 
     sae: Place
-    """SAELens or sparsify folder, Gemma Scope `params.npz` or its folder, or hub id with the path inside."""
+    """Folder or weights file of an SAE of any format in docs/saes.md, or hub id with the path inside."""
 
     hookpoint: str = ""
     """

@@ -373,9 +373,9 @@ def test_gemma_scope_paths_that_name_no_sae_of_a_hookpoint_are_refused(path, rea
 
 
 def test_sources_that_are_no_sae_are_refused_with_what_was_found(tmp_path):
-    (tmp_path / "ae.pt").touch()
-    assert "found ae.pt; accepted: Gemma Scope" in refusal(str(tmp_path))
-    assert "a file named ae.pt" in refusal(str(tmp_path / "ae.pt"))
+    (tmp_path / "sae.bin").touch()
+    assert "found sae.bin; accepted: Gemma Scope" in refusal(str(tmp_path))
+    assert "a file named sae.bin" in refusal(str(tmp_path / "sae.bin"))
     assert "no such folder, and not a hub id" in refusal(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     assert "found nothing" in refusal(str(tmp_path / "empty"))

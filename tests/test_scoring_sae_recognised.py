@@ -143,9 +143,7 @@ def test_a_new_format_is_one_class_in_the_registry(tmp_path):
     assert sae_facts(WRITERS["saelens"](tmp_path / "old", t)).format == "saelens"
     assert "act_fn gelu is not supported: supported: relu" in refusal(write_scaled(tmp_path / "gelu", t, "gelu"))
     (tmp_path / "empty").mkdir()
-    assert "sparsify (cfg.json, sae.safetensors), Scaled (config.json, sae_weights.safetensors)" in refusal(
-        str(tmp_path / "empty")
-    )
+    assert ", Scaled (config.json, sae_weights.safetensors)" in refusal(str(tmp_path / "empty"))
     (tmp_path / "new/config.json").unlink()
     assert "config.json is missing beside the weights" in refusal(source)
 

@@ -72,9 +72,12 @@ class Format(ABC):
     title: ClassVar[str]
     """For people."""
     weights: ClassVar[str]
-    """Where the weights stand inside an SAE's folder. Formats may share a name: the contents decide."""
-    config: ClassVar[str]
-    """The same of the configuration."""
+    """
+    Where the weights stand inside an SAE's folder, with a * where the name is not fixed. Formats may share a name: the
+    contents decide.
+    """
+    config: ClassVar[str | None]
+    """The same of the configuration; a * stands for the weights' name without its suffix. None where there is none."""
     needs_config: ClassVar[bool]
     """Whether nothing can be said without the configuration."""
     refuses: ClassVar[Mapping[str, str]]
@@ -83,7 +86,7 @@ class Format(ABC):
     @property
     def files(self) -> list[str]:
         """The files that make one SAE."""
-        return [self.config, self.weights] if self.needs_config else [self.weights]
+        return [self.config, self.weights] if self.config and self.needs_config else [self.weights]
 
     @abstractmethod
     def claims(self, files: SaeFiles) -> bool:
@@ -106,10 +109,18 @@ class Format(ABC):
         return SaeError(f"SAE {files.source}: {f'{what} {value}'.rstrip()} is not supported: {self.refuses[what]}")
 
 
-def check_config_sizes(files: SaeFiles, d_in: int, d_sae: int) -> None:
-    """SaeError where the configuration gives other sizes than the weights have."""
-    for name, found in (("d_in", d_in), ("d_sae", d_sae)):
-        if (said := files.config.get(name, found)) != found:
+def check_config_sizes(
+    files: SaeFiles,
+    d_in: int,
+    d_sae: int,
+    *,
+    names: tuple[str, str] = ("d_in", "d_sae"),
+    section: Mapping[str, Any] | None = None,
+) -> None:
+    """SaeError where the configuration, or this section of it, gives other sizes than the weights have."""
+    config = files.config if section is None else section
+    for name, found in zip(names, (d_in, d_sae), strict=True):
+        if (said := config.get(name, found)) != found:
             raise SaeError(f"SAE {files.source}: config says {name} {said}, the weights have {found}")
 
 
@@ -118,13 +129,15 @@ def check_k(files: SaeFiles, k: int, d_sae: int) -> None:
         raise SaeError(f"SAE {files.source}: k is {k}, of {d_sae} features")
 
 
-def decoder_of(files: SaeFiles, facts: SaeFacts, matrix: str, bias: str) -> Decoder:
-    """These two tensors. Raises SaeError where they are not shaped as a decoder's."""
-    d_out = facts.d_in if facts.predicts is None else files.matrix(matrix)[1]
-    for name, shape in ((matrix, (facts.d_sae, d_out)), (bias, (d_out,))):
-        if (found := files.tensors.shapes.get(name, "no such tensor")) != shape:
-            raise SaeError(f"SAE {files.source}: the decoder's {name} must have shape {shape}, found {found}")
-    return Decoder(files.tensors.read(matrix), files.tensors.read(bias))
+def decoder_of(files: SaeFiles, facts: SaeFacts, matrix: str, bias: str, *, transposed: bool = False) -> Decoder:
+    """These two tensors. Raises SaeError where they are not shaped as a decoder's; `transposed`, as nn.Linear's."""
+    d_out = facts.d_in if facts.predicts is None else files.matrix(matrix)[0 if transposed else 1]
+    shape = (d_out, facts.d_sae) if transposed else (facts.d_sae, d_out)
+    for name, expected in ((matrix, shape), (bias, (d_out,))):
+        if (found := files.tensors.shapes.get(name, "no such tensor")) != expected:
+            raise SaeError(f"SAE {files.source}: the decoder's {name} must have shape {expected}, found {found}")
+    W = files.tensors.read(matrix)
+    return Decoder(W.T if transposed else W, files.tensors.read(bias))
 
 
 def read_threshold(known: Format, files: SaeFiles, name: str) -> Array:

@@ -10,10 +10,15 @@ from typing import Any
 
 from fpo.errors import SaeError
 from fpo.scoring.sae.arrays import Decoder, SaeArrays, SaeFacts
+from fpo.scoring.sae.connor_rob import ConnorRob
+from fpo.scoring.sae.dictionary_learning import DictionaryLearning
 from fpo.scoring.sae.files import accepted, find_files
 from fpo.scoring.sae.format import Format, SaeFiles
 from fpo.scoring.sae.gemma_scope import GemmaScope
 from fpo.scoring.sae.gemma_scope_2 import GemmaScope2
+from fpo.scoring.sae.goodfire import Goodfire
+from fpo.scoring.sae.qresearch import Qresearch
+from fpo.scoring.sae.qwen_scope import QwenScope
 from fpo.scoring.sae.saelens import SaeLens
 from fpo.scoring.sae.sparsify import Sparsify
 from fpo.scoring.weights import file_digest, weights_digest
@@ -23,6 +28,11 @@ FORMATS: tuple[Format, ...] = (
     GemmaScope2(),
     SaeLens(),
     Sparsify(),
+    DictionaryLearning(),
+    QwenScope(),
+    Goodfire(),
+    Qresearch(),
+    ConnorRob(),
 )
 """In the order in which a hub repository is asked for their files."""
 

@@ -26,8 +26,9 @@ _PAGE = """\
 
 `features[].sae` names a folder, the weights file in it, or `owner/repo[@revision][/folder]` on the Hugging Face hub.
 Where a folder holds one SAE per hookpoint, as sparsify writes them, the hookpoint chooses. A format is looked for by
-the names of its files and recognised by the tensors in them: what no format claims, or two claim, is refused. From the
-hub, only these files are downloaded.
+the names of its files and recognised by the tensors in them: what no format claims, or two claim, is refused. A file
+whose name has a `*` below is named itself, unless it is the only such file of a local folder. From the hub, only these
+files are downloaded.
 
 | format | files | recognised by | encoder | in the key |
 |---|---|---|---|---|
@@ -63,7 +64,8 @@ and is no place that an SAE was trained on.
 {refused}
 
 Refused in every format: weights that are cut short, missing, shaped otherwise than their encoder or the configuration
-says, not finite, of no float type, or many times larger than the bytes that their file holds.
+says, not finite, of no float type, or many times larger than the bytes that their file holds. Of a pickle (`.pt`,
+`.pth`) only tensors are loaded: one that asks for a class or a function is refused, and nothing in it is run.
 
 ## Another format
 
