@@ -158,7 +158,7 @@ class Data(Section):
     """The groups of completions, and how they become tokens (TRL's rules)."""
 
     source: Place
-    """File (.jsonl, .json, .parquet, .csv; .gz too), folder with one file per split, or hub id: see docs/data.md."""
+    """File (.jsonl, .json, .parquet, .csv, .arrow), folder with one file per split, or hub id: see docs/data.md."""
 
     subset: str | None = None
     """Configuration name of a hub dataset; null is its default."""

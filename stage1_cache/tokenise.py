@@ -35,7 +35,16 @@ from fpo.scoring import template_text
 from fpo.stage1_cache.ahead import one_ahead
 from fpo.stage1_cache.drops import DROPPED, DropReport, Spread
 from fpo.stage1_cache.masks import Masks, shared_prefix
-from fpo.stage1_cache.read import PAIR, Group, Layout, as_conversation, layout_of
+from fpo.stage1_cache.read import (
+    PAIR,
+    TRANSCRIPTS,
+    Group,
+    Layout,
+    WrongValue,
+    as_conversation,
+    is_transcript,
+    layout_of,
+)
 from fpo.stage1_cache.texts import ChatTemplate, with_end_token
 from fpo.stage1_cache.transforms import Transforms
 
@@ -169,8 +178,11 @@ def tokenise(
     if len(dataset) == 0:
         raise DataError("no rows to tokenise: the dataset has none; ask for a split that has some")
     layout = layout_of(dataset.column_names, dataset[0])
-    conversational = as_messages or isinstance(dataset[0][layout.shows], list)
-    _check_kind(isinstance(dataset[0][layout.shows], list), score, turns, as_messages)
+    if as_messages and layout is PAIR and not layout.holds_messages(dataset[0]) and is_transcript(dataset[0]):
+        layout, as_messages = TRANSCRIPTS, False
+    messages = layout.holds_messages(dataset[0])
+    conversational = as_messages or messages
+    _check_kind(messages, score, turns, as_messages)
     if conversational:
         template = ChatTemplate(tokenizer, _template(tokenizer, chat_template), today)
         masks = Masks(template, tokenizer, assistant=score == "assistant", turns=turns)
@@ -189,7 +201,13 @@ def tokenise(
             if at in (bad or ()):
                 batch.unusable.append(("bad_row", number))
                 continue
-            group = layout.group(row)
+            try:
+                group = layout.group(row)
+            except WrongValue as wrong:  # of a transcript, which is looked into here first
+                if bad is None:
+                    raise DataError(f"row {number}, {wrong}") from None
+                batch.unusable.append(("bad_row", number))
+                continue
             if as_messages:
                 group = as_conversation(group)
             if reason := _unusable(group, conversational):
@@ -201,6 +219,7 @@ def tokenise(
                 continue
             group = transformed
             if conversational:
+                row = {**row, **group.extras}
                 try:
                     texts = template.rendered(group, row, number)
                     sides = zip(group.completions, texts[1:], strict=True)

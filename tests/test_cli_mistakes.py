@@ -162,7 +162,7 @@ MANY = [{**TEXT, "chosen": f" w{n}"} for n in range(1, 9)]
 
 DATA = [
     _refused("the prompt is called question", lambda b: b.pairs(QUESTION), "data.columns: {prompt: question}", "lost"),
-    _refused("orca layout", lambda b: b.pairs(SYSTEM), "'system', 'question'", "data.columns: {prompt: question}"),
+    _refused("orca layout without a chat template", lambda b: b.pairs(SYSTEM), "the data holds messages"),
     _refused(
         "orca layout, the prompt mapped",
         lambda b: b.pairs(SYSTEM, columns={"prompt": "question"}),

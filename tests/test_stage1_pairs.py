@@ -139,8 +139,6 @@ def prompted(**columns: Any) -> list[dict[str, Any]]:
     [
         ({"promt": "p"}, "'promt'", "{prompt: promt}"),
         ({"question": "Why{n}?"}, "'question'", "{prompt: question}"),
-        ({"system": "Be kind.", "question": "Why {n}?"}, "'system', 'question'", "{prompt: question}"),
-        ({"instruction": "Add.", "input": "1 and {n}"}, "'instruction', 'input'", "{prompt: instruction}"),
         ({"frage": "Warum ist {n} so?", "id": "a{n}"}, "'frage'", "{prompt: frage}"),
         ({"wenti": "\u4e3a\u4ec0\u4e48{n}"}, "'wenti'", "{prompt: wenti}"),
         ({"turns": [turn("user", "Why?")]}, "'turns'", "{prompt: turns}"),

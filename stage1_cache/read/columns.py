@@ -8,7 +8,7 @@ never left out unless the recipe says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -16,6 +16,7 @@ from datasets import Dataset, Value
 
 from fpo.errors import DataError
 from fpo.nearest import nearest
+from fpo.stage1_cache.read.foreign import FOREIGN_COLUMNS, foreign_layout
 from fpo.stage1_cache.read.layouts import (
     EXTRAS,
     PAIR,
@@ -28,7 +29,7 @@ from fpo.stage1_cache.read.layouts import (
     WrongValue,
     extract_prompt,
     kind,
-    layout_of,
+    own_layout,
     pair_numbers,
 )
 
@@ -100,7 +101,11 @@ def group_columns(
     """
     columns = columns or {}
     names = dataset.column_names
-    read = _assigned(dataset, source, columns)
+    foreign = _foreign(dataset, columns)
+    if foreign is None:
+        read = _assigned(dataset, source, columns)
+    else:
+        read = _of_ratings({name: name for name in foreign.columns if name in names and name not in columns})
     if images := [name for name in ("image", "images") if name in names and name not in columns]:
         raise DataError(
             f"{source}: column {images[0]!r}: rows with images are not supported; remove the column, or leave it "
@@ -115,9 +120,9 @@ def group_columns(
     _check_needs(layout, read, first, source, names)
     rows = rows.remove_columns([ours for ours in read if ours not in layout.columns])
     read = {ours: theirs for ours, theirs in read.items() if ours in layout.columns}
-    if wrong := _wrong_first(first[layout.shows]):
+    if not layout.messages and (wrong := _wrong_first(first[layout.shows])):
         raise DataError(f"{source}, row 0, column {layout.shows!r}: {wrong}")
-    conversational = isinstance(first[layout.shows], list)
+    conversational = layout.holds_messages(first)
     if layout is PAIR and conversational and isinstance(first.get("prompt"), str):
         rows = _without_text_prompt(rows, first, source)
         del read["prompt"]
@@ -125,10 +130,13 @@ def group_columns(
     if not drop_bad and (refused := next(wrong_rows, None)) is not None:
         raise DataError(refused.message)
     bad = frozenset(one.row for one in wrong_rows)
-    use = ColumnUse(read.get("prompt"), tuple(name for name in names if name not in read.values()))
+    use = ColumnUse(
+        read.get("prompt" if foreign is None else foreign.shows),
+        tuple(name for name in names if name not in read.values()),
+    )
     bare = layout is PAIR and (not conversational or _opens_with_answer(first))
     good = dataset.select([row for row in range(len(dataset)) if row not in bad]) if bad else dataset
-    _refuse_loss(good, source, columns, read, answers_only=bare)
+    _refuse_loss(good, source, columns, read, layout, answers_only=bare)
     return rows, use, bad
 
 
@@ -219,8 +227,32 @@ def _nested_rows(dataset: Dataset) -> str | None:
     return None
 
 
+def layout_of(columns: Collection[str], first: Mapping[str, Any]) -> Layout:
+    """The layout of rows with the columns that `group_columns` leaves, of which this is the first."""
+    return foreign_layout(columns, first) or own_layout(columns, first)
+
+
+def _foreign(dataset: Dataset, columns: Mapping[str, str | None]) -> Layout | None:
+    """The layout of another tool, unless the recipe names columns for one of ours."""
+    if any(columns.values()) or not set(columns) <= set(dataset.column_names):
+        return None
+    there = [name for name in dataset.column_names if name in FOREIGN_COLUMNS and name not in columns]
+    if not there:
+        return None
+    try:
+        return foreign_layout(there, dataset.select_columns(there)[0])
+    except UnicodeDecodeError:
+        return None
+
+
 def _refuse_loss(
-    dataset: Dataset, source: str, columns: Mapping[str, str | None], read: Mapping[str, str], *, answers_only: bool
+    dataset: Dataset,
+    source: str,
+    columns: Mapping[str, str | None],
+    read: Mapping[str, str],
+    layout: Layout,
+    *,
+    answers_only: bool,
 ) -> None:
     """
     `DataError` where a column that is not read holds text of the prompt that what is read does not hold.
@@ -230,7 +262,7 @@ def _refuse_loss(
     rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // _SAMPLE)))
     known = {*read.values(), *columns}
     others = [name for name, feature in dataset.features.items() if name not in known and not _is_media(feature)]
-    kept = ["\0".join(_texts(prompt)) for prompt in _prompts(rows, read)]
+    kept = ["\0".join(_texts(prompt)) for prompt in _prompts(rows, read, layout)]
     lost = {name: values for name in others if _lacks(values := _decoded(rows, name, source), kept)}
     bare = answers_only and "prompt" not in read and "prompt" not in columns
     if bare and (prompts := [name for name, values in lost.items() if _could_be_prompt(name, values)]):
@@ -261,8 +293,10 @@ def _decoded(rows: Dataset, name: str, source: str) -> list[Any]:
         raise DataError(f"{source}, column {name!r}: not UTF-8 ({error.reason}); convert the file") from error
 
 
-def _prompts(rows: Dataset, read: Mapping[str, str]) -> Iterator[Any]:
+def _prompts(rows: Dataset, read: Mapping[str, str], layout: Layout) -> Iterator[Any]:
     """The prompts as they are read."""
+    if layout.messages:
+        return (layout.group(row).prompt for row in rows.select_columns(list(read.values())))
     if "prompt" in read:
         return iter(rows[read["prompt"]])
     return (extract_prompt(*sides)[0] for sides in zip(rows[read["chosen"]], rows[read["rejected"]], strict=True))

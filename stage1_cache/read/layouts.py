@@ -1,5 +1,6 @@
 """
-What the rows of a dataset look like, and the group that each becomes: a prompt with its completions, best first.
+What the rows of a dataset look like, and the group that each becomes: a prompt with its completions, best first. What
+other tools write is in `foreign`.
 
     pair      chosen, rejected                                 text or messages, the prompt may be implicit
     sides     prompt, chosen, rejected                         lists of completions each
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fpo.errors import DataError
@@ -44,6 +46,8 @@ class Group(NamedTuple):
     """Where in the row each completion stands."""
     notes: Sequence[str]
     """Keys of `drops.NOTED`."""
+    extras: Mapping[str, Any] = MappingProxyType({})
+    """Of `EXTRAS`, what stands elsewhere in the row than in their columns."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,17 @@ class Layout:
     """What the rows are called in a report."""
     whole: bool = False
     """Whether a row without one of its completions is worth nothing."""
+    messages: bool = False
+    """Whether its groups are messages whatever the columns hold; else the first value of `shows` says so."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Our names of all that may be read."""
         return (*self.needs, *self.may, "weight", *EXTRAS)
+
+    def holds_messages(self, first: Mapping[str, Any]) -> bool:
+        """Whether groups of a dataset with this first row are messages, not text."""
+        return self.messages or isinstance(first[self.shows], list)
 
 
 class WrongValue(DataError):
@@ -75,7 +85,7 @@ class WrongValue(DataError):
         self.column = column
 
 
-def layout_of(columns: Collection[str], first: Mapping[str, Any]) -> Layout:
+def own_layout(columns: Collection[str], first: Mapping[str, Any]) -> Layout:
     """The layout of rows with these columns of ours, of which this is the first."""
     if "chosen" in columns:
         several = [first[side] for side in ("chosen", "rejected") if isinstance(first[side], list)]
@@ -125,17 +135,29 @@ def pair_numbers(row: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
     return (_SAYS_NOTHING, _SAYS_NOTHING), _weight(row)
 
 
-def _pair(row: Mapping[str, Any]) -> Group:
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+def pair_group(row: Mapping[str, Any], prompt: Any, sides: Sequence[Any], places: Sequence[str]) -> Group:
+    """A pair with an explicit prompt, the preferred side first. Raises `WrongValue`."""
     scores, weight = pair_numbers(row)
     notes = ["score_against"] if scores[0] < scores[1] else []
-    if prompt is None:
-        shorter = min(len(chosen), len(rejected))
-        if len(chosen) != len(rejected) and chosen[:shorter] == rejected[:shorter]:
-            notes.append("one_begins_other")
-        prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    else:
-        notes += _if_repeated(prompt, (chosen, rejected))
+    return Group(prompt, sides, scores, weight, places, [*notes, *_if_repeated(prompt, sides)])
+
+
+def unpaired_group(row: Mapping[str, Any], prompt: Any, completion: Any, label: str) -> Group:
+    """A completion with the column that says whether it is a good one. Raises `WrongValue`."""
+    scores, notes = [_label(row[label], label)], _if_repeated(prompt, [completion])
+    return Group(prompt, [completion], scores, _weight(row), ["completion"], notes)
+
+
+def _pair(row: Mapping[str, Any]) -> Group:
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if prompt is not None:
+        return pair_group(row, prompt, (chosen, rejected), ("chosen", "rejected"))
+    scores, weight = pair_numbers(row)
+    notes = ["score_against"] if scores[0] < scores[1] else []
+    shorter = min(len(chosen), len(rejected))
+    if len(chosen) != len(rejected) and chosen[:shorter] == rejected[:shorter]:
+        notes.append("one_begins_other")
+    prompt, chosen, rejected = extract_prompt(chosen, rejected)
     return Group(prompt, (chosen, rejected), scores, weight, ("chosen", "rejected"), notes)
 
 

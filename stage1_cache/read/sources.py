@@ -29,7 +29,7 @@ from fpo.errors import DataError
 from fpo.memo import file_facts
 from fpo.stage1_cache.read.columns import ColumnUse, group_columns, meant
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 """Suffix (before an optional .gz) to the reader of `datasets`."""
 # train.jsonl and train-00000-of-00002.parquet both belong to the split "train".
 _SPLIT_OF_STEM = re.compile(r"(?P<split>\w+(\.\w+)*?)(-\d+-of-\d+)?")
