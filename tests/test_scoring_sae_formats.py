@@ -236,7 +236,7 @@ def test_a_hub_source_may_name_a_revision_or_a_file_at_the_root(hub, tmp_path):
     assert sae_facts("me/my.sae@v1.0").architecture == "relu"
     assert set(hub) == {
         ("me/my.sae", name, "v1.0")
-        for name in ("params.npz", "params.safetensors", "sae_weights.safetensors", "cfg.json")
+        for name in ("params.npz", "params.safetensors", "sae_weights.safetensors", "cfg.json", "config.json")
     }
 
 

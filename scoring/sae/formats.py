@@ -14,6 +14,8 @@ from fpo.scoring.sae.files import accepted, find_files
 from fpo.scoring.sae.format import Format, SaeFiles
 from fpo.scoring.sae.gemma_scope import GemmaScope
 from fpo.scoring.sae.gemma_scope_2 import GemmaScope2
+from fpo.scoring.sae.llama_scope import LlamaScope
+from fpo.scoring.sae.openmoss import OpenMoss
 from fpo.scoring.sae.saelens import SaeLens
 from fpo.scoring.sae.sparsify import Sparsify
 from fpo.scoring.weights import file_digest, weights_digest
@@ -23,6 +25,8 @@ FORMATS: tuple[Format, ...] = (
     GemmaScope2(),
     SaeLens(),
     Sparsify(),
+    OpenMoss(),
+    LlamaScope(),
 )
 """In the order in which a hub repository is asked for their files."""
 

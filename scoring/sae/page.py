@@ -25,8 +25,8 @@ Everything is computed in float32, from weights of any float type, as one of
 
 {formulas}
 
-with the bias that is subtracted from the input, and the norms of the decoder's rows, folded into `W` and `b`. Only the
-encoder is read, and for the self-check the decoder.
+with the bias that is subtracted from the input, its scale, and the norms of the decoder's rows folded into `W`, `b` and
+the threshold. Only the encoder is read, and for the self-check the decoder.
 
 ## What is refused
 
