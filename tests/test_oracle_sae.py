@@ -19,6 +19,8 @@ from tiny_saes import (
     random_tokens,
     write_gemma_scope,
     write_gemma_scope_2,
+    write_llama_scope,
+    write_llama_scope_r1,
     write_saelens,
     write_sparsify,
 )
@@ -157,7 +159,38 @@ def test_gemma_scope_2_encodes_as_saelens_own_loader_says(tensors, x, tmp_path, 
     assert_same(load_sae(source).encode(x), saelens_encode(config, state, x))
 
 
-def saelens_encode(config: dict, state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def test_llama_scope_passes_what_saelens_own_loader_passes_where_decoder_norms_are_one(x, tmp_path, monkeypatch):
+    """SAELens folds the scale s into W_enc and takes theta s; its values are s times ours."""
+    repository(tmp_path, monkeypatch)
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    tensors = unit_decoder(random_sae(3, D_IN, D_SAE))
+    folder, s = "Llama3_1-8B-Base-L15R-8x", D_IN**0.5 / 5
+    source = write_llama_scope(tmp_path / folder, tensors)
+    float32 = {"dtype": "float32"}
+    config, state, _ = loaders.llama_scope_sae_huggingface_loader("fnlp/repo", folder, cfg_overrides=float32)
+    assert_same(load_sae(source).encode(x) * s, saelens_encode(config, state, x, s))
+
+
+def test_llama_scope_r1_encodes_as_saelens_own_loader_says_where_decoder_norms_are_one(x, tmp_path, monkeypatch):
+    """Where its gate is not weighted by the norms, any decoder does."""
+    repository(tmp_path, monkeypatch)
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    tensors = random_sae(3, D_IN, D_SAE)
+    write_llama_scope_r1(tmp_path / "any", tensors, expansion_factor=D_SAE / D_IN, sparsity_include_decoder_norm=False)
+    write_llama_scope_r1(tmp_path / "one", unit_decoder(tensors), expansion_factor=D_SAE / D_IN)
+    for folder in ("any", "one"):
+        config, state, _ = loaders.llama_scope_r1_distill_sae_huggingface_loader("fnlp/repo", folder)
+        assert_same(load_sae(str(tmp_path / folder)).encode(x), saelens_encode(config, state, x, 0.5))
+
+
+def unit_decoder(t: Tensors) -> Tensors:
+    return {**t, "W_dec": t["W_dec"] / np.linalg.norm(t["W_dec"], axis=1, keepdims=True)}
+
+
+def saelens_encode(config: dict, state: dict[str, torch.Tensor], x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """`scale` as SAE.from_pretrained folds it in, from the registry."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
     # Its loader takes Gemma's sizes from a table, not from the file.
@@ -167,6 +200,7 @@ def saelens_encode(config: dict, state: dict[str, torch.Tensor], x: torch.Tensor
     options = {"apply_b_dec_to_input": subtracts, "normalize_activations": norm}
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, **options))
     sae.load_state_dict({name: value.float() for name, value in state.items()})
+    sae.fold_activation_norm_scaling_factor(scale)
     with torch.no_grad():
         return sae.encode(x)
 

@@ -12,7 +12,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from tiny_saes import D_IN, D_SAE, Tensors, random_sae, random_tokens, write_llama_scope, write_openmoss
+from tiny_saes import (
+    D_IN,
+    D_SAE,
+    Tensors,
+    random_sae,
+    random_tokens,
+    write_llama_scope,
+    write_llama_scope_r1,
+    write_openmoss,
+)
 
 from fpo.errors import SaeError
 from fpo.scoring.sae import load_sae, read_decoder, read_sae, sae_config, sae_facts
@@ -295,3 +304,42 @@ def test_a_mean_norm_of_zero_is_refused(tmp_path):
     save_file({**load_file(path), name: np.zeros((), np.float32)}, path)
     with pytest.raises(SaeError, match=r"hook_resid_post must be a positive number, found 0\.0"):
         read_sae(source)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_llama_scope_r1_scales_the_input_by_the_number_of_its_configuration(weighted, tmp_path):
+    """h = 0.5 x @ W_enc + b_enc; f = h where h > threshold, or where h n is, if the gate is weighted."""
+    t = random_sae()
+    w, n = wide(t), norms(t) if weighted else np.ones(D_SAE)
+    h = openmoss_preactivations(t, 0.5)
+    f = np.where(h * n > np.exp(np.log(t["threshold"])), h, 0)
+    source = write_llama_scope_r1(tmp_path, t, sparsity_include_decoder_norm=weighted)
+    assert_encodes(source, f)
+    assert_reconstructs(source, (f @ w["W_dec"] + w["b_dec"]) / 0.5)
+    facts = sae_facts(source)
+    assert (facts.format, facts.hook_hint, facts.advertised_l0) == ("llama_scope_r1", "model.layers.15", None)
+    assert (sae_config(source)["norm_scaling_factor"], sae_config(source)["format"]) == ("0.5", "llama_scope_r1")
+
+
+def test_llama_scope_r1_without_the_scale_says_where_it_is(tmp_path):
+    source = write_llama_scope_r1(tmp_path, random_sae(), norm_scaling_factor=None)
+    message = refusal(source)
+    assert "add norm_scaling_factor to config.json" in message
+    assert "SAELens' pretrained_saes.yaml" in message
+    path, name = tmp_path / "sae_weights.safetensors", "dataset_average_activation_norm.blocks.15.hook_resid_post"
+    save_file({**load_file(path), name: np.array(5, np.float32)}, path)
+    h = openmoss_preactivations(random_sae())
+    assert_encodes(source, np.where(h * norms(random_sae()) > random_sae()["threshold"], h, 0))
+    write_llama_scope_r1(tmp_path, random_sae(), norm_scaling_factor=-1)
+    assert "norm_scaling_factor must be a positive number, found -1" in refusal(source)
+    write_llama_scope_r1(tmp_path, random_sae(), norm_scaling_factor=None, norm_activation="inference")
+    h = openmoss_preactivations(random_sae(), 1.0)
+    assert_encodes(source, np.where(h * norms(random_sae()) > random_sae()["threshold"], h, 0))
+
+
+def test_llama_scope_r1_shapes_are_those_of_linear_layers(tmp_path):
+    source = write_llama_scope_r1(tmp_path, random_sae())
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    turned = {**tensors, "decoder.weight": np.ascontiguousarray(tensors["decoder.weight"].T)}
+    save_file(turned, tmp_path / "sae_weights.safetensors")
+    assert "decoder.weight must have shape (6, 24), sae_weights.safetensors has (24, 6)" in refusal(source)

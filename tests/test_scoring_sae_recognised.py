@@ -21,6 +21,9 @@ from tiny_saes import (
     random_tokens,
     write_gemma_scope,
     write_gemma_scope_2,
+    write_llama_scope,
+    write_llama_scope_r1,
+    write_openmoss,
     write_saelens,
     write_sparsify,
 )
@@ -44,6 +47,9 @@ WRITERS = {
     "gemma_scope_2": write_gemma_scope_2,
     "saelens": lambda folder, t: write_saelens(folder, t, "jumprelu", metadata={}),
     "sparsify": write_sparsify,
+    "openmoss": lambda folder, t: write_openmoss(folder, t, "jumprelu"),
+    "llama_scope": write_llama_scope,
+    "llama_scope_r1": write_llama_scope_r1,
 }
 
 
@@ -65,8 +71,9 @@ def test_a_name_alone_is_no_format(tmp_path):
     """Half of a sparsify SAE under SAELens' name, and somebody's array under Gemma Scope's."""
     (tmp_path / "a").mkdir()
     save_file({"encoder.weight": np.ones((D_SAE, D_IN), np.float32)}, tmp_path / "a/sae_weights.safetensors")
+    names = "SAELens or OpenMOSS or Llama Scope R1-Distill"
     assert refusal(str(tmp_path / "a")).endswith(
-        "sae_weights.safetensors is not as SAELens or OpenMOSS writes it; found encoder.weight (24, 6)"
+        f"sae_weights.safetensors is not as {names} writes it; found encoder.weight (24, 6)"
     )
     (tmp_path / "b").mkdir()
     np.savez(tmp_path / "b/params.npz", kernel=np.ones(3))

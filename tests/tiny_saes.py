@@ -135,6 +135,30 @@ def write_openmoss(folder: Path, t: Tensors, act_fn: str, **config: Any) -> str:
     return str(folder)
 
 
+def write_llama_scope_r1(folder: Path, t: Tensors, **config: Any) -> str:
+    """The scale of its input is 0.5; None is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {**linear_layers(t), "log_jumprelu_threshold": np.log(t["threshold"])}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    cfg = {
+        "sae_type": "sae",
+        "d_model": t["W_enc"].shape[0],
+        "expansion_factor": t["W_enc"].shape[1] // t["W_enc"].shape[0],
+        "act_fn": "jumprelu",
+        "norm_activation": "dataset-wise",
+        "norm_scaling_factor": 0.5,
+        "sparsity_include_decoder_norm": True,
+        "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False,
+        "use_glu_encoder": False,
+        "hook_point_in": "blocks.15.hook_resid_post",
+        "hook_point_out": "blocks.15.hook_resid_post",
+    }
+    said = {name: value for name, value in {**cfg, **config}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(said))
+    return str(folder)
+
+
 def linear_layers(t: Tensors) -> Tensors:
     """Encoder and decoder as torch's linear layers keep them."""
     return {

@@ -15,6 +15,7 @@ from fpo.scoring.sae.format import Format, SaeFiles
 from fpo.scoring.sae.gemma_scope import GemmaScope
 from fpo.scoring.sae.gemma_scope_2 import GemmaScope2
 from fpo.scoring.sae.llama_scope import LlamaScope
+from fpo.scoring.sae.llama_scope_r1 import LlamaScopeR1
 from fpo.scoring.sae.openmoss import OpenMoss
 from fpo.scoring.sae.saelens import SaeLens
 from fpo.scoring.sae.sparsify import Sparsify
@@ -27,6 +28,7 @@ FORMATS: tuple[Format, ...] = (
     Sparsify(),
     OpenMoss(),
     LlamaScope(),
+    LlamaScopeR1(),
 )
 """In the order in which a hub repository is asked for their files."""
 

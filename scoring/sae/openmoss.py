@@ -61,7 +61,8 @@ class OpenMoss(Format):
         d_in, d_sae = files.matrix(self.names["W_E"])[:: -1 if self.transposed else 1]
         check_config_sizes(files, d_in, d_sae, "d_model")
         self._check_shapes(files, d_in, d_sae)
-        self._check_input_scale(files)
+        if _norm(config) == "dataset-wise":
+            self._check_dataset_scale(files)
         if architecture == "topk":
             if not isinstance(k, int):
                 raise SaeError(f"SAE {files.source}: a topk SAE whose config.json has no top_k")
@@ -132,15 +133,14 @@ class OpenMoss(Format):
         step = -1 if self.transposed else 1
         files.check_shapes({self.names[name]: shape[::step] for name, shape in shapes.items()})
 
-    def _check_input_scale(self, files: SaeFiles) -> None:
-        """SaeError where the input is scaled and nothing says by what."""
-        if _norm(files.config) == "dataset-wise":
-            files.check_shapes({_norm_name(files): ()})
-
     def _input_scale(self, files: SaeFiles) -> float:
-        """What a dataset-wise norm multiplies the input by."""
-        if _norm(files.config) != "dataset-wise":
-            return 1.0
+        return self._dataset_scale(files) if _norm(files.config) == "dataset-wise" else 1.0
+
+    def _check_dataset_scale(self, files: SaeFiles) -> None:
+        """SaeError where nothing says what a dataset-wise norm multiplies the input by; reads no tensor."""
+        files.check_shapes({_norm_name(files): ()})
+
+    def _dataset_scale(self, files: SaeFiles) -> float:
         name = _norm_name(files)
         d_in = files.matrix(self.names["W_E"])[1 if self.transposed else 0]
         return sqrt(d_in) / positive_number(files, name, files.tensors.read(name).item())
