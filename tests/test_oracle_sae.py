@@ -93,8 +93,8 @@ def test_saelens_reads_legacy_configs_alike(architecture, options, tensors, x, t
 
 
 @pytest.mark.parametrize("training_architecture", ["batchtopk", "matryoshka_batchtopk", "jumprelu"])
-def test_what_saelens_exports_after_training_encodes_alike(training_architecture, x, tmp_path):
-    """save_inference_model turns a BatchTopK into a JumpReLU."""
+def test_what_saelens_saves_and_exports_in_training_encodes_alike(training_architecture, x, tmp_path):
+    """save_inference_model turns a BatchTopK into a JumpReLU; the checkpoint says the same."""
     sae_lens = pytest.importorskip("sae_lens")
     names = {
         "batchtopk": "BatchTopKTrainingSAE",
@@ -114,11 +114,14 @@ def test_what_saelens_exports_after_training_encodes_alike(training_architecture
         trained.b_enc += torch.randn(D_SAE) * 0.1
         if hasattr(trained, "topk_threshold"):
             trained.topk_threshold.fill_(0.5)
-    trained.save_inference_model(str(tmp_path))
-    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
-    assert sae_facts(str(tmp_path)).architecture == "jumprelu"
-    with torch.no_grad():
-        assert_same(load_sae(str(tmp_path)).encode(x), theirs.encode(x))
+        trained.W_dec *= torch.rand(D_SAE, 1) + 0.5
+    trained.save_model(str(tmp_path / "checkpoint"))
+    trained.save_inference_model(str(tmp_path / "exported"))
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path / "exported"))
+    for folder in ("exported", "checkpoint"):
+        assert sae_facts(str(tmp_path / folder)).architecture == "jumprelu"
+        with torch.no_grad():
+            assert_same(load_sae(str(tmp_path / folder)).encode(x), theirs.encode(x))
 
 
 def repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """
-SAEs of OpenMOSS: Llama Scope of 2024, the library's own files since 2025 and Llama Scope's R1-Distill. Each is held
-against its formula, written out here in float64.
+SAEs of OpenMOSS: Llama Scope of 2024, the library's own files since 2025 and Llama Scope's R1-Distill; and SAELens'
+BatchTopK checkpoints. Each is held against its formula, written out here in float64.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tiny_saes import (
     write_llama_scope,
     write_llama_scope_r1,
     write_openmoss,
+    write_saelens,
 )
 
 from fpo.errors import SaeError
@@ -343,3 +344,34 @@ def test_llama_scope_r1_shapes_are_those_of_linear_layers(tmp_path):
     turned = {**tensors, "decoder.weight": np.ascontiguousarray(tensors["decoder.weight"].T)}
     save_file(turned, tmp_path / "sae_weights.safetensors")
     assert "decoder.weight must have shape (6, 24), sae_weights.safetensors has (24, 6)" in refusal(source)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("rescaled", [True, False, None])
+def test_a_batchtopk_checkpoint_is_the_jumprelu_of_its_threshold(architecture, rescaled, tmp_path):
+    """
+    h = (x - b_dec) @ W_enc + b_enc, times the norm of the decoder's row where activations are rescaled, which is the
+    default; f = h where h > 1.5, decoded by rows of length 1 then. SAELens keeps the threshold in float64.
+    """
+    t = {**random_sae(), "topk_threshold": np.array(1.5)}
+    w, n = wide(t), norms(t) if rescaled in (True, None) else np.ones(D_SAE)
+    h = n * ((random_tokens() - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    f = np.where(h > 1.5, h, 0)
+    options = {} if rescaled is None else {"rescale_acts_by_decoder_norm": rescaled}
+    source = write_saelens(tmp_path, t, architecture, k=12.5, metadata={}, **options)
+    assert_encodes(source, f)
+    assert_reconstructs(source, f / n @ w["W_dec"] + w["b_dec"])
+    facts = sae_facts(source)
+    assert (facts.architecture, facts.elementwise, facts.advertised_l0) == ("jumprelu", True, 12.5)
+
+
+def test_a_batchtopk_checkpoint_that_does_not_say_all_is_refused(tmp_path):
+    """A scale that is not folded into the weights stands in activation_scaler.json; a threshold of 0 was never set."""
+    t = {**random_sae(), "topk_threshold": np.array(1.5)}
+    scaled = write_saelens(tmp_path, t, "batchtopk", normalize_activations="expected_average_only_in", metadata={})
+    assert "expected_average_only_in is not supported: another file has the scale" in refusal(scaled)
+    t["topk_threshold"] = np.zeros(24)
+    assert "topk_threshold must have shape ()" in refusal(write_saelens(tmp_path, t, "batchtopk", metadata={}))
+    t["topk_threshold"] = np.zeros(())
+    with pytest.raises(SaeError, match=r"topk_threshold must be a positive number, found 0\.0"):
+        read_sae(write_saelens(tmp_path, t, "batchtopk", metadata={}))

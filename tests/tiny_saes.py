@@ -61,7 +61,7 @@ def write_saelens(folder: Path, t: Tensors, architecture: str, **config: Any) ->
     """`config` goes into cfg.json as it is; without `metadata` the file is a legacy one."""
     folder.mkdir(parents=True, exist_ok=True)
     names = SAELENS_TENSORS.get(architecture, ("b_enc",))
-    extra = [n for n in ("scaling_factor", "log_threshold") if n in t]
+    extra = [n for n in ("scaling_factor", "log_threshold", "topk_threshold") if n in t]
     kept = [n for n in names if n in t]
     save_file(pick(t, "W_enc", "W_dec", "b_dec", *kept, *extra), folder / "sae_weights.safetensors")
     d_in, d_sae = t["W_enc"].shape

@@ -17,19 +17,22 @@ from fpo.scoring.sae.format import (
     check_config_sizes,
     check_k,
     decoder_of,
+    positive_number,
     read_threshold,
 )
 
 _ARCHITECTURES = ("standard", "jumprelu", "gated", "topk")
 _FUNCTIONS = ("relu", "topk")
 _NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
-_EXPORT = "this is a training checkpoint; export it with SAELens' save_inference_model"
+_BATCHTOPK = ("batchtopk", "matryoshka_batchtopk")
+"""Of training alone: at inference a JumpReLU, whose one threshold a checkpoint carries as `topk_threshold`."""
+_EXPORT = "export it with SAELens' save_inference_model"
 
 
 class SaeLens(Format):
     """
     ReLU, JumpReLU, gated or TopK of the input, normalised as `normalize_activations` says, minus `b_dec` unless
-    `apply_b_dec_to_input` is false.
+    `apply_b_dec_to_input` is false. A BatchTopK checkpoint is the JumpReLU of its `topk_threshold`.
     """
 
     name = "saelens"
@@ -41,8 +44,8 @@ class SaeLens(Format):
         "architecture temporal": "it attends over positions, so it is no encoder of single tokens",
         "architecture matching_pursuit": "its encoder is iterative, not one matrix product",
         "architecture abstopk": "its activations are signed; features here are never negative",
-        "architecture batchtopk": _EXPORT,
-        "architecture matryoshka_batchtopk": _EXPORT,
+        "a BatchTopK checkpoint without topk_threshold": _EXPORT,
+        "a BatchTopK checkpoint of expected_average_only_in": f"another file has the scale of its input; {_EXPORT}",
         **TRANSCODER,
         "architecture": f"supported: {', '.join(_ARCHITECTURES)}",
         "activation_fn": f"supported: {', '.join(_FUNCTIONS)}",
@@ -60,7 +63,7 @@ class SaeLens(Format):
         config = _modern(files.config)
         self._refuse_what_is_not_computed(files, config)
         architecture = config.get("architecture", "standard")
-        is_topk = architecture == "topk"
+        is_topk, is_batchtopk = architecture == "topk", architecture in _BATCHTOPK
         metadata = config.get("metadata") or {}
         hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
         d_in, d_sae = files.matrix("W_enc")
@@ -68,17 +71,18 @@ class SaeLens(Format):
             SaeFacts(
                 d_in=d_in,
                 d_sae=d_sae,
-                architecture=cast(Activation, "relu" if architecture == "standard" else architecture),
+                architecture=_activation(architecture),
                 elementwise=not is_topk,
                 format=self.name,
-                advertised_l0=_stated_l0(config["k"] if is_topk else metadata.get("l0")),
+                advertised_l0=_stated_l0(config.get("k") if is_topk or is_batchtopk else metadata.get("l0")),
                 hook_hint=from_transformer_lens(hook, metadata.get("model_name") or "") if hook else None,
                 center_input=bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
             ),
             k=config["k"] if is_topk else None,
             normalize_activations=config.get("normalize_activations") or "none",
             apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
-            rescale_acts_by_decoder_norm=is_topk and bool(config.get("rescale_acts_by_decoder_norm")),
+            rescale_acts_by_decoder_norm=(is_topk or is_batchtopk)
+            and bool(config.get("rescale_acts_by_decoder_norm", is_batchtopk)),
         )
         _check_shapes(files, header)
         return header
@@ -91,7 +95,8 @@ class SaeLens(Format):
             gain, magnitude_bias = np.exp(tensors.read("r_mag")), tensors.read("b_mag")
             arrays = header.arrays(W, tensors.read("b_gate"), gain=gain, magnitude_bias=magnitude_bias)
         else:
-            threshold = self._threshold(files) if header.facts.architecture == "jumprelu" else None
+            is_jumprelu = header.facts.architecture == "jumprelu"
+            threshold = self._threshold(files, header.facts.d_sae) if is_jumprelu else None
             arrays = header.arrays(W, tensors.read("b_enc"), threshold=threshold)
         if header.apply_b_dec_to_input:
             arrays = arrays.of_input_minus(tensors.read("b_dec"))
@@ -102,8 +107,11 @@ class SaeLens(Format):
         W_dec, b_dec = decoder_of(files, header.facts, "W_dec", "b_dec")
         return unit_rows(W_dec) if header.rescale_acts_by_decoder_norm else W_dec, b_dec
 
-    def _threshold(self, files: SaeFiles) -> Array:
+    def _threshold(self, files: SaeFiles, d_sae: int) -> Array:
         name = _threshold_name(files)
+        if name == "topk_threshold":
+            value = positive_number(files, name, files.tensors.read(name).item())
+            return np.full(d_sae, value, np.float32)
         return np.exp(files.tensors.read(name)) if name == "log_threshold" else read_threshold(self, files, name)
 
     def _refuse_what_is_not_computed(self, files: SaeFiles, config: dict[str, Any]) -> None:
@@ -112,7 +120,11 @@ class SaeLens(Format):
             raise self.refuse(files, f"architecture {architecture}")
         if "transcoder" in str(architecture):
             raise self.refuse(files, "a transcoder")
-        if architecture not in _ARCHITECTURES:
+        if architecture in _BATCHTOPK and "topk_threshold" not in files.tensors.shapes:
+            raise self.refuse(files, "a BatchTopK checkpoint without topk_threshold")
+        if architecture in _BATCHTOPK and config.get("normalize_activations") == "expected_average_only_in":
+            raise self.refuse(files, "a BatchTopK checkpoint of expected_average_only_in")
+        if architecture not in (*_ARCHITECTURES, *_BATCHTOPK):
             raise self.refuse(files, "architecture", repr(architecture))
         if (function := config.get("activation_fn", "relu")) not in _FUNCTIONS:
             raise self.refuse(files, "activation_fn", str(function))
@@ -133,11 +145,11 @@ class SaeLens(Format):
 def _check_shapes(files: SaeFiles, header: SaeHeader) -> None:
     facts = header.facts
     check_config_sizes(files, facts.d_in, facts.d_sae)
-    per_feature = {
-        "gated": ["b_gate", "r_mag", "b_mag"],
-        "jumprelu": ["b_enc", _threshold_name(files)],
-    }.get(facts.architecture, ["b_enc"])
+    per_feature = ["b_gate", "r_mag", "b_mag"] if facts.architecture == "gated" else ["b_enc"]
     files.check_shapes(dict.fromkeys(per_feature, (facts.d_sae,)))
+    if facts.architecture == "jumprelu":
+        name = _threshold_name(files)
+        files.check_shapes({name: () if name == "topk_threshold" else (facts.d_sae,)})
     if header.apply_b_dec_to_input:
         files.check_shapes({"b_dec": (facts.d_in,)})
     if header.rescale_acts_by_decoder_norm:
@@ -147,7 +159,14 @@ def _check_shapes(files: SaeFiles, header: SaeHeader) -> None:
 
 
 def _threshold_name(files: SaeFiles) -> str:
-    return "log_threshold" if "log_threshold" in files.tensors.shapes else "threshold"
+    names = ("log_threshold", "topk_threshold", "threshold")
+    return next((name for name in names if name in files.tensors.shapes), "threshold")
+
+
+def _activation(architecture: str) -> Activation:
+    if architecture in _BATCHTOPK:
+        return "jumprelu"
+    return cast(Activation, "relu" if architecture == "standard" else architecture)
 
 
 def _stated_l0(value: object) -> float | None:
