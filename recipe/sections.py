@@ -91,7 +91,7 @@ class Feature(Section):
     """One hookpoint, and the SAE that reads it."""
 
     sae: Place
-    """SAELens or sparsify folder, Gemma Scope `params.npz` or its folder, or hub id with the path inside."""
+    """Folder or weights file, hub id with the path inside, or `sae_lens:RELEASE/ID`: see docs/saes.md."""
 
     hookpoint: str
     """Module whose output the SAE reads, as a module path of the model: `model.layers.12`."""

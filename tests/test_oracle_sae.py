@@ -188,6 +188,28 @@ def test_llama_scope_r1_encodes_as_saelens_own_loader_says_where_decoder_norms_a
         assert_same(load_sae(str(tmp_path / folder)).encode(x), saelens_encode(config, state, x, 0.5))
 
 
+def test_an_sae_of_saelens_registry_is_what_that_library_loads(x, tmp_path, monkeypatch):
+    """The registry's norm_scaling_factor is folded in, its L0 advertised."""
+    repository(tmp_path, monkeypatch)
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    release = get_pretrained_saes_directory()["llama_scope_lxr_8x"]
+    s = release.norm_scaling_factor["l15r_8x"]
+    tensors = unit_decoder(random_sae(3, D_IN, D_SAE))
+    norm = D_IN**0.5 / s
+    folder = tmp_path / release.saes_map["l15r_8x"]
+    own = write_llama_scope(folder, tensors, dataset_average_activation_norm={"in": norm, "out": norm})
+    source = "sae_lens:llama_scope_lxr_8x/l15r_8x"
+    facts = sae_facts(source)
+    assert (facts.format, facts.advertised_l0, facts.hook_hint) == ("saelens", 50.0, "model.layers.15")
+    with torch.no_grad():
+        theirs = SAE.from_pretrained("llama_scope_lxr_8x", "l15r_8x").encode(x)
+    assert_same(load_sae(source).encode(x), theirs)
+    assert_same(load_sae(own).encode(x) * s, theirs)
+
+
 def unit_decoder(t: Tensors) -> Tensors:
     return {**t, "W_dec": t["W_dec"] / np.linalg.norm(t["W_dec"], axis=1, keepdims=True)}
 

@@ -17,6 +17,10 @@ Where a folder holds one SAE per hookpoint, as sparsify writes them, the hookpoi
 the names of its files and recognised by the tensors in them: what no format claims, or two claim, is refused. From the
 hub, only these files are downloaded.
 
+`sae_lens:RELEASE/ID`, such as `sae_lens:gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical`, is an SAE of
+SAELens' registry. That library, which has to be installed, loads and converts it once; what it made is kept in
+`sae_lens` under `HF_HOME` and read as SAELens' format, in its conventions where they differ from those below.
+
 | format | files | recognised by | encoder | in the key |
 |---|---|---|---|---|
 {read}
