@@ -106,7 +106,7 @@ class OpenMoss(Format):
         if header.apply_b_dec_to_input:
             arrays = arrays.of_input_minus(self._tensor(files, "b_D"))
         arrays = arrays.of_input_times(self._input_scale(files))
-        return arrays if norms is None or architecture == "jumprelu" else arrays.times(norms)
+        return arrays.times(norms) if norms is not None and header.rescale_acts_by_decoder_norm else arrays
 
     def read_decoder(self, files: SaeFiles) -> Decoder:
         header, scale = self.facts(files), np.float32(self._input_scale(files))
