@@ -125,8 +125,9 @@ def is_source(where: str) -> bool:
 
 def pretrained(sae: str) -> Pretrained | None:
     """
-    The row of SAELens' table of pretrained SAEs for a hub id with the path inside, the one that Neuronpedia shows
-    first; None where it has none, or sae_lens is not installed. The package itself is not imported.
+    The row of SAELens' table of pretrained SAEs for a hub id with the path inside, or for `sae_lens:RELEASE/ID`: the
+    one that Neuronpedia shows first; None where it has none, or sae_lens is not installed. The package itself is not
+    imported.
     """
     table = _saelens_table()
     if table is None:
@@ -150,7 +151,7 @@ def _row_of(name: str, table: Path) -> list[str | None] | None:
         [release, one["id"], one.get("neuronpedia")]
         for release, facts in releases.items()
         for one in facts.get("saes", [])
-        if f"{facts.get('repo_id')}/{one.get('path', one['id'])}" == name
+        if name in (f"{facts.get('repo_id')}/{one.get('path', one['id'])}", f"sae_lens:{release}/{one['id']}")
     ]
     return min(rows, key=lambda row: row[2] is None, default=None)
 

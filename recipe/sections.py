@@ -91,7 +91,7 @@ class Feature(Section):
     """One hookpoint, and the SAE that reads it."""
 
     sae: Place
-    """Folder or weights file of an SAE of any format in docs/saes.md, or hub id with the path inside."""
+    """Folder or weights file of any format in docs/saes.md, hub id with the path inside, or `sae_lens:RELEASE/ID`."""
 
     hookpoint: str = ""
     """

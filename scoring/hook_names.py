@@ -106,6 +106,15 @@ def in_our_words(name: str, model_type: str) -> str:
     return from_module_path(name)
 
 
+def from_llama_scope(place: str) -> str | None:
+    """`Llama3_1-8B-Base-L15R-8x` -> `model.layers.15`; R is the residual stream, M the MLP, A attention."""
+    match = re.search(r"-L(\d+)([RMA])-\d+x", place)
+    if match is None:
+        return None
+    hook = {"R": "hook_resid_post", "M": "hook_mlp_out", "A": "hook_attn_out"}[match[2]]
+    return from_transformer_lens(f"blocks.{match[1]}.{hook}", "llama")
+
+
 def _names(model_name: str) -> _Names:
     if "gpt2" in model_name:
         return _GPT2

@@ -119,6 +119,7 @@ def test_an_sae_of_the_hub_is_found_in_the_table(tmp_path: Path, monkeypatch: py
     layer_20 = Pretrained("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical", SOURCE)
     assert pretrained("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71") == layer_20
     assert pretrained("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz") == layer_20
+    assert pretrained("sae_lens:gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical") == layer_20
     layer_25 = pretrained("google/gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55")
     assert layer_25 == Pretrained("gemma-scope-2b-pt-res", "layer_25/width_16k/average_l0_55", None)
     assert pretrained("demo-world/sae") is None

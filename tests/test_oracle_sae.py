@@ -19,6 +19,8 @@ from tiny_saes import (
     random_tokens,
     write_gemma_scope,
     write_gemma_scope_2,
+    write_llama_scope,
+    write_llama_scope_r1,
     write_saelens,
     write_sparsify,
 )
@@ -122,8 +124,8 @@ def test_saelens_reads_legacy_configs_alike(architecture, options, tensors, x, t
 
 
 @pytest.mark.parametrize("training_architecture", ["batchtopk", "matryoshka_batchtopk", "jumprelu"])
-def test_what_saelens_exports_after_training_encodes_alike(training_architecture, x, tmp_path):
-    """save_inference_model turns a BatchTopK into a JumpReLU."""
+def test_what_saelens_saves_and_exports_in_training_encodes_alike(training_architecture, x, tmp_path):
+    """save_inference_model turns a BatchTopK into a JumpReLU; the checkpoint says the same."""
     sae_lens = pytest.importorskip("sae_lens")
     names = {
         "batchtopk": "BatchTopKTrainingSAE",
@@ -143,11 +145,14 @@ def test_what_saelens_exports_after_training_encodes_alike(training_architecture
         trained.b_enc += torch.randn(D_SAE) * 0.1
         if hasattr(trained, "topk_threshold"):
             trained.topk_threshold.fill_(0.5)
-    trained.save_inference_model(str(tmp_path))
-    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
-    assert sae_facts(str(tmp_path)).architecture == "jumprelu"
-    with torch.no_grad():
-        assert_same(load_sae(str(tmp_path)).encode(x), theirs.encode(x))
+        trained.W_dec *= torch.rand(D_SAE, 1) + 0.5
+    trained.save_model(str(tmp_path / "checkpoint"))
+    trained.save_inference_model(str(tmp_path / "exported"))
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path / "exported"))
+    for folder in ("exported", "checkpoint"):
+        assert sae_facts(str(tmp_path / folder)).architecture == "jumprelu"
+        with torch.no_grad():
+            assert_same(load_sae(str(tmp_path / folder)).encode(x), theirs.encode(x))
 
 
 def repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +193,60 @@ def test_gemma_scope_2_encodes_as_saelens_own_loader_says(tensors, x, tmp_path, 
     assert_same(load_sae(source).encode(x), saelens_encode(config, state, x))
 
 
-def saelens_encode(config: dict, state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def test_llama_scope_passes_what_saelens_own_loader_passes_where_decoder_norms_are_one(x, tmp_path, monkeypatch):
+    """SAELens folds the scale s into W_enc and takes theta s; its values are s times ours."""
+    repository(tmp_path, monkeypatch)
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    tensors = unit_decoder(random_sae(3, D_IN, D_SAE))
+    folder, s = "Llama3_1-8B-Base-L15R-8x", D_IN**0.5 / 5
+    source = write_llama_scope(tmp_path / folder, tensors)
+    float32 = {"dtype": "float32"}
+    config, state, _ = loaders.llama_scope_sae_huggingface_loader("fnlp/repo", folder, cfg_overrides=float32)
+    assert_same(load_sae(source).encode(x) * s, saelens_encode(config, state, x, s))
+
+
+def test_llama_scope_r1_encodes_as_saelens_own_loader_says_where_decoder_norms_are_one(x, tmp_path, monkeypatch):
+    """Where its gate is not weighted by the norms, any decoder does."""
+    repository(tmp_path, monkeypatch)
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    tensors = random_sae(3, D_IN, D_SAE)
+    write_llama_scope_r1(tmp_path / "any", tensors, expansion_factor=D_SAE / D_IN, sparsity_include_decoder_norm=False)
+    write_llama_scope_r1(tmp_path / "one", unit_decoder(tensors), expansion_factor=D_SAE / D_IN)
+    for folder in ("any", "one"):
+        config, state, _ = loaders.llama_scope_r1_distill_sae_huggingface_loader("fnlp/repo", folder)
+        assert_same(load_sae(str(tmp_path / folder)).encode(x), saelens_encode(config, state, x, 0.5))
+
+
+def test_an_sae_of_saelens_registry_is_what_that_library_loads(x, tmp_path, monkeypatch):
+    """The registry's norm_scaling_factor is folded in, its L0 advertised."""
+    repository(tmp_path, monkeypatch)
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    release = get_pretrained_saes_directory()["llama_scope_lxr_8x"]
+    s = release.norm_scaling_factor["l15r_8x"]
+    tensors = unit_decoder(random_sae(3, D_IN, D_SAE))
+    norm = D_IN**0.5 / s
+    folder = tmp_path / release.saes_map["l15r_8x"]
+    own = write_llama_scope(folder, tensors, dataset_average_activation_norm={"in": norm, "out": norm})
+    source = "sae_lens:llama_scope_lxr_8x/l15r_8x"
+    facts = sae_facts(source)
+    assert (facts.format, facts.advertised_l0, facts.hook_hint) == ("saelens", 50.0, "model.layers.15")
+    with torch.no_grad():
+        theirs = SAE.from_pretrained("llama_scope_lxr_8x", "l15r_8x").encode(x)
+    assert_same(load_sae(source).encode(x), theirs)
+    assert_same(load_sae(own).encode(x) * s, theirs)
+
+
+def unit_decoder(t: Tensors) -> Tensors:
+    return {**t, "W_dec": t["W_dec"] / np.linalg.norm(t["W_dec"], axis=1, keepdims=True)}
+
+
+def saelens_encode(config: dict, state: dict[str, torch.Tensor], x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """`scale` as SAE.from_pretrained folds it in, from the registry."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
     # Its loader takes Gemma's sizes from a table, not from the file.
@@ -198,6 +256,7 @@ def saelens_encode(config: dict, state: dict[str, torch.Tensor], x: torch.Tensor
     options = {"apply_b_dec_to_input": subtracts, "normalize_activations": norm}
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, **options))
     sae.load_state_dict({name: value.float() for name, value in state.items()})
+    sae.fold_activation_norm_scaling_factor(scale)
     with torch.no_grad():
         return sae.encode(x)
 

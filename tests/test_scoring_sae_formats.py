@@ -236,7 +236,7 @@ def test_a_hub_source_may_name_a_revision_or_a_file_at_the_root(hub, tmp_path):
     assert sae_facts("me/my.sae@v1.0").architecture == "relu"
     assert set(hub) == {
         ("me/my.sae", name, "v1.0")
-        for name in ("params.npz", "params.safetensors", "sae_weights.safetensors", "cfg.json")
+        for name in ("params.npz", "params.safetensors", "sae_weights.safetensors", "cfg.json", "config.json")
     }
 
 
@@ -275,8 +275,8 @@ def refusal(source: str, weights: bool = False) -> str:
         ("temporal", "attends over positions"),
         ("matching_pursuit", "iterative"),
         ("abstopk", "signed"),
-        ("batchtopk", "training checkpoint; export it with SAELens' save_inference_model"),
-        ("matryoshka_batchtopk", "training checkpoint"),
+        ("batchtopk", "without topk_threshold is not supported: export it with SAELens' save_inference_model"),
+        ("matryoshka_batchtopk", "a BatchTopK checkpoint without topk_threshold"),
         ("transcoder", "a transcoder without hook_name_out is not supported"),
         ("quantum", "architecture 'quantum' is not supported: supported: standard, jumprelu, gated, topk"),
     ],

@@ -21,6 +21,9 @@ from tiny_saes import (
     random_tokens,
     write_gemma_scope,
     write_gemma_scope_2,
+    write_llama_scope,
+    write_llama_scope_r1,
+    write_openmoss,
     write_saelens,
     write_sparsify,
 )
@@ -44,6 +47,9 @@ WRITERS = {
     "gemma_scope_2": write_gemma_scope_2,
     "saelens": lambda folder, t: write_saelens(folder, t, "jumprelu", metadata={}),
     "sparsify": write_sparsify,
+    "openmoss": lambda folder, t: write_openmoss(folder, t, "jumprelu"),
+    "llama_scope": write_llama_scope,
+    "llama_scope_r1": write_llama_scope_r1,
 }
 
 
@@ -65,8 +71,9 @@ def test_a_name_alone_is_no_format(tmp_path):
     """Half of a sparsify SAE under SAELens' name, and somebody's array under Gemma Scope's."""
     (tmp_path / "a").mkdir()
     save_file({"encoder.weight": np.ones((D_SAE, D_IN), np.float32)}, tmp_path / "a/sae_weights.safetensors")
+    names = "SAELens or OpenMOSS or Llama Scope R1-Distill"
     assert refusal(str(tmp_path / "a")).endswith(
-        "sae_weights.safetensors is not as SAELens writes it; found encoder.weight (24, 6)"
+        f"sae_weights.safetensors is not as {names} writes it; found encoder.weight (24, 6)"
     )
     (tmp_path / "b").mkdir()
     np.savez(tmp_path / "b/params.npz", kernel=np.ones(3))
@@ -88,7 +95,7 @@ def test_a_stranger_beside_an_sae_is_no_second_format(tmp_path):
 
 
 class Scaled(Format):
-    """As OpenMOSS writes: W_E and b_E of an input scaled by a factor from the configuration."""
+    """kernel and bias of an input scaled by a factor from the configuration."""
 
     name = "scaled"
     title = "Scaled"
@@ -98,28 +105,28 @@ class Scaled(Format):
     refuses: ClassVar = {"act_fn": "supported: relu"}
 
     def claims(self, files: SaeFiles) -> bool:
-        return "W_E" in files.tensors.shapes
+        return "kernel" in files.tensors.shapes
 
     def facts(self, files: SaeFiles) -> SaeHeader:
         if (act_fn := files.config["act_fn"]) != "relu":
             raise self.refuse(files, "act_fn", act_fn)
-        d_in, d_sae = files.matrix("W_E")
+        d_in, d_sae = files.matrix("kernel")
         check_config_sizes(files, d_in, d_sae)
-        files.check_shapes({"b_E": (d_sae,)})
+        files.check_shapes({"bias": (d_sae,)})
         facts = SaeFacts(d_in, d_sae, "relu", True, self.name, None, None, False)
         return SaeHeader(facts, options={"scale": repr(files.config["scale"])})
 
     def read(self, files: SaeFiles) -> SaeArrays:
-        W = files.tensors.read("W_E") * np.float32(files.config["scale"])
-        return self.facts(files).arrays(W, files.tensors.read("b_E"))
+        W = files.tensors.read("kernel") * np.float32(files.config["scale"])
+        return self.facts(files).arrays(W, files.tensors.read("bias"))
 
     def read_decoder(self, files: SaeFiles) -> Decoder:
-        return decoder_of(files, self.facts(files).facts, "W_D", "b_D")
+        return decoder_of(files, self.facts(files).facts, "back", "offset")
 
 
 def write_scaled(folder: Path, t: Tensors, act_fn: str = "relu") -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"W_E": t["W_enc"], "b_E": t["b_enc"], "W_D": t["W_dec"], "b_D": t["b_dec"]}
+    tensors = {"kernel": t["W_enc"], "bias": t["b_enc"], "back": t["W_dec"], "offset": t["b_dec"]}
     save_file(tensors, folder / "sae_weights.safetensors")
     (folder / "config.json").write_text(json.dumps({"act_fn": act_fn, "scale": 2.0, "d_sae": D_SAE}))
     return str(folder)
@@ -132,7 +139,7 @@ def with_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("with_scaled")
 def test_a_new_format_is_one_class_in_the_registry(tmp_path):
-    """Its weights have SAELens' file name, so the contents decide. f = relu(2 x @ W_E + b_E)."""
+    """Its weights have SAELens' file name, so the contents decide. f = relu(2 x @ kernel + bias)."""
     t, x = random_sae(), random_tokens()
     source = write_scaled(tmp_path / "new", t)
     assert sae_facts(source).format == sae_config(source)["format"] == "scaled"
@@ -152,7 +159,7 @@ def test_a_new_format_is_one_class_in_the_registry(tmp_path):
 def test_one_file_that_two_formats_claim_is_refused(tmp_path):
     source = write_saelens(tmp_path, random_sae(), "standard", metadata={})
     t = random_sae()
-    save_file({"W_enc": t["W_enc"], "W_E": t["W_enc"]}, tmp_path / "sae_weights.safetensors")
+    save_file({"W_enc": t["W_enc"], "kernel": t["W_enc"]}, tmp_path / "sae_weights.safetensors")
     assert refusal(source).endswith(
         "holds sae_weights.safetensors, which SAELens and Scaled claim; keep one format per folder"
     )

@@ -63,7 +63,7 @@ def write_saelens(folder: Path, t: Tensors, architecture: str, **config: Any) ->
     """`config` goes into cfg.json as it is; without `metadata` the file is a legacy one."""
     folder.mkdir(parents=True, exist_ok=True)
     names = SAELENS_TENSORS.get(architecture, ("b_enc",))
-    extra = [n for n in ("scaling_factor", "log_threshold") if n in t]
+    extra = [n for n in ("scaling_factor", "log_threshold", "topk_threshold") if n in t]
     kept = [n for n in (*names, "W_skip") if n in t]
     save_file(pick(t, "W_enc", "W_dec", "b_dec", *kept, *extra), folder / "sae_weights.safetensors")
     d_in, d_sae = t["W_enc"].shape
@@ -85,6 +85,90 @@ def write_sparsify(folder: Path, t: Tensors, **config: Any) -> str:
     cfg = {"activation": "topk", "num_latents": d_sae, "k": 4, "d_in": d_in, **config}
     (folder / "cfg.json").write_text(json.dumps(cfg))
     return str(folder)
+
+
+def write_llama_scope(folder: Path, t: Tensors, **config: Any) -> str:
+    """Trained on inputs of mean norm 5; one threshold for all features."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    save_file(linear_layers(t), folder / "checkpoints/final.safetensors")
+    d_in, d_sae = t["W_enc"].shape
+    hyperparams = {
+        "d_model": d_in,
+        "d_sae": d_sae,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.75,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": 5.0, "out": 5.0},
+        "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False,
+        "sparsity_include_decoder_norm": True,
+        "top_k": 50,
+        "hook_point_in": "blocks.15.hook_resid_post",
+        "hook_point_out": "blocks.15.hook_resid_post",
+    }
+    (folder / "hyperparams.json").write_text(json.dumps({**hyperparams, **config}))
+    return str(folder)
+
+
+def write_openmoss(folder: Path, t: Tensors, act_fn: str, **config: Any) -> str:
+    """Trained on inputs of mean norm 5; where t has W_glu and b_glu, a GLU encoder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hook = "blocks.15.hook_resid_post"
+    names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D", "W_glu": "W_E_glu", "b_glu": "b_E_glu"}
+    tensors = {names[name]: array for name, array in t.items() if name in names}
+    tensors[f"dataset_average_activation_norm.{hook}"] = np.array(5, np.float32)
+    if act_fn == "jumprelu":
+        tensors["activation_function.log_jumprelu_threshold"] = np.log(t["threshold"])
+    save_file(tensors, folder / "sae_weights.safetensors")
+    cfg = {
+        "sae_type": "sae",
+        "d_model": t["W_enc"].shape[0],
+        "expansion_factor": t["W_enc"].shape[1] / t["W_enc"].shape[0],
+        "act_fn": act_fn,
+        "norm_activation": "dataset-wise",
+        "sparsity_include_decoder_norm": True,
+        "top_k": 50,
+        "use_decoder_bias": True,
+        "use_glu_encoder": "W_glu" in t,
+        "hook_point_in": hook,
+        "hook_point_out": hook,
+    }
+    (folder / "config.json").write_text(json.dumps({**cfg, **config}))
+    return str(folder)
+
+
+def write_llama_scope_r1(folder: Path, t: Tensors, **config: Any) -> str:
+    """The scale of its input is 0.5; None is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {**linear_layers(t), "log_jumprelu_threshold": np.log(t["threshold"])}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    cfg = {
+        "sae_type": "sae",
+        "d_model": t["W_enc"].shape[0],
+        "expansion_factor": t["W_enc"].shape[1] // t["W_enc"].shape[0],
+        "act_fn": "jumprelu",
+        "norm_activation": "dataset-wise",
+        "norm_scaling_factor": 0.5,
+        "sparsity_include_decoder_norm": True,
+        "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False,
+        "use_glu_encoder": False,
+        "hook_point_in": "blocks.15.hook_resid_post",
+        "hook_point_out": "blocks.15.hook_resid_post",
+    }
+    said = {name: value for name, value in {**cfg, **config}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(said))
+    return str(folder)
+
+
+def linear_layers(t: Tensors) -> Tensors:
+    """Encoder and decoder as torch's linear layers keep them."""
+    return {
+        "encoder.weight": np.ascontiguousarray(t["W_enc"].T),
+        "encoder.bias": t["b_enc"],
+        "decoder.weight": np.ascontiguousarray(t["W_dec"].T),
+        "decoder.bias": t["b_dec"],
+    }
 
 
 def pick(t: Tensors, *names: str) -> Tensors:

@@ -5,6 +5,7 @@ Sparse autoencoders: files of every format, read into one canonical encoder.
     arrays     the canonical encoder        format     what a format answers; one module for each format
     files      found here or on the hub     tensors    shapes and values in a weights file
     grid       which token is whose         page       docs/saes.md
+    saelens_registry    SAEs by their names in SAELens' registry
 """
 
 from fpo.scoring.sae.arrays import Decoder, SaeArrays, SaeFacts

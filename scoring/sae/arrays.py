@@ -2,7 +2,7 @@
 The one canonical encoder that every format is read into, as numpy arrays. What a format does before, inside and
 after its matrix product is folded here into
 
-    x' = norm(x)    u = x' @ W    h = u + b
+    x' = norm(x)    u = x' @ W    h = u + b, or (u + b) * sigmoid(x' @ W_glu + b_glu) of a GLU encoder
     relu      f = max(h, 0)
     jumprelu  f = max(h, 0) where h > threshold
     gated     f = max(u * gain + magnitude_bias, 0) where h > 0
@@ -37,6 +37,9 @@ class Decoder(NamedTuple):
     skip: Array | None = None
     """(d_in, d_out)"""
 
+
+Glu = tuple[Array, Array]
+"""W_glu and b_glu."""
 
 Activation = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
 InputNorm = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -105,6 +108,7 @@ class SaeHeader:
         threshold: Array | None = None,
         gain: Array | None = None,
         magnitude_bias: Array | None = None,
+        glu: Glu | None = None,
     ) -> SaeArrays:
         """The encoder of these arrays, nothing folded yet."""
         norm = self.normalize_activations
@@ -118,6 +122,7 @@ class SaeHeader:
             threshold=threshold,
             gain=gain,
             magnitude_bias=magnitude_bias,
+            glu=glu,
         )
 
 
@@ -139,14 +144,26 @@ class SaeArrays:
     """(d_sae,), for gated: exp(r_mag)."""
     magnitude_bias: Array | None = None
     """(d_sae,), for gated, the pre-encoder bias already folded in."""
+    glu: Glu | None = None
+    """W_glu (d_in, d_sae) and b_glu (d_sae,); not of a gated one."""
 
     def of_input_minus(self, pre_bias: Array) -> SaeArrays:
-        """The encoder of `x' - pre_bias`: b - pre_bias @ W, and the same for the magnitudes of a gated one."""
+        """
+        The encoder of `x' - pre_bias`: b - pre_bias @ W, and the same for the magnitudes of a gated one and for a GLU.
+        """
         shift = _product(pre_bias, self.W)
         magnitude_bias = self.magnitude_bias
         if magnitude_bias is not None and self.gain is not None:
             magnitude_bias = (magnitude_bias - shift * self.gain).astype(np.float32)
-        return replace(self, b=(self.b - shift).astype(np.float32), magnitude_bias=magnitude_bias)
+        glu = self.glu
+        if glu is not None:
+            glu = (glu[0], (glu[1] - _product(pre_bias, glu[0])).astype(np.float32))
+        return replace(self, b=(self.b - shift).astype(np.float32), magnitude_bias=magnitude_bias, glu=glu)
+
+    def of_input_times(self, scale: float) -> SaeArrays:
+        """The encoder of `x' * scale`."""
+        glu = None if self.glu is None else (self.glu[0] * np.float32(scale), self.glu[1])
+        return replace(self, W=self.W * np.float32(scale), glu=glu)
 
     def times(self, factors: Array) -> SaeArrays:
         """The encoder whose pre-activations h are multiplied, feature by feature, by these factors."""

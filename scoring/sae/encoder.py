@@ -31,7 +31,8 @@ from fpo.scoring.sae.formats import read_sae
 from fpo.scoring.sae.grid import TokenGrid, owners
 
 # Bytes of dense float32 activations (tokens x features) that the chunked methods make at a time. What decides which of
-# them are active takes a quarter of it besides, for gated and GroupMax SAEs and single columns two and a quarter times.
+# them are active takes a quarter of it besides; two and a quarter times for gated, GLU and GroupMax SAEs and for single
+# columns.
 MEMORY_BUDGET = 256 * 2**20
 
 TILE = 2**16
@@ -57,6 +58,8 @@ class Sae:
         self.threshold_F = None if arrays.threshold is None else _tensor(arrays.threshold)
         self.gain_F = None if arrays.gain is None else _tensor(arrays.gain)
         self.magnitude_bias_F = None if arrays.magnitude_bias is None else _tensor(arrays.magnitude_bias)
+        self.glu_weight_FD = None if arrays.glu is None else _tensor(np.ascontiguousarray(arrays.glu[0].T))
+        self.glu_bias_F = None if arrays.glu is None else _tensor(arrays.glu[1])
 
     def to(self, device: torch.device | str) -> Sae:
         """A copy of this SAE on `device`; it shares the tensors that are there already."""
@@ -72,7 +75,7 @@ class Sae:
             x = self._normalised(x)
             if self.facts.elementwise:
                 return self._elementwise(x, slice(None))
-            h_NF = functional.linear(x, self.weight_FD, self.bias_F)
+            h_NF = self._preactivations(x, slice(None))
             return h_NF.relu() * self._support(h_NF)
 
     @torch.no_grad()
@@ -193,22 +196,29 @@ class Sae:
         """
         if active is None:
             return self._elementwise(x, columns)
-        return _affine(x, self.weight_FD[columns], self.bias_F[columns]).relu() * active
+        return self._preactivations(x, columns).relu() * active
 
     def _elementwise(self, x: Tensor, columns: Tensor | slice) -> Tensor:
         """The same of an elementwise SAE; a slice gives its columns for all of x."""
-        weight_KD, bias_K = self.weight_FD[columns], self.bias_F[columns]
         if self.gain_F is not None:
             assert self.magnitude_bias_F is not None
-            u_NK = x @ weight_KD.mT
+            u_NK = x @ self.weight_FD[columns].mT
             gain_1K, magnitude_bias_1K, bias_1K = (
-                values.unsqueeze(-2) for values in (self.gain_F[columns], self.magnitude_bias_F[columns], bias_K)
+                values[columns].unsqueeze(-2) for values in (self.gain_F, self.magnitude_bias_F, self.bias_F)
             )
             return (u_NK * gain_1K + magnitude_bias_1K).relu() * (u_NK + bias_1K > 0)
-        h_NK = _affine(x, weight_KD, bias_K)
+        h_NK = self._preactivations(x, columns)
         if self.threshold_F is None:
             return h_NK.relu()
         return h_NK.relu() * (h_NK > self.threshold_F[columns].unsqueeze(-2))
+
+    def _preactivations(self, x: Tensor, columns: Tensor | slice) -> Tensor:
+        """h of a normalised x at columns, as for `_columns`."""
+        h_NK = _affine(x, self.weight_FD[columns], self.bias_F[columns])
+        if self.glu_weight_FD is None:
+            return h_NK
+        assert self.glu_bias_F is not None
+        return h_NK * _affine(x, self.glu_weight_FD[columns], self.glu_bias_F[columns]).sigmoid()
 
     def _support(self, h_NF: Tensor) -> Bool[Tensor, "N F"]:
         """Which features a coupled SAE lets through."""
@@ -242,7 +252,7 @@ class Sae:
             if strongest is not None:
                 return strongest.dense(tile)
             x = self._normalised(x)
-            if self.activation == "gated":
+            if self.activation == "gated" or self.glu_weight_FD is not None:
                 return self._elementwise(x, tile)
             h_NT = buffer[: len(x) * (tile.stop - tile.start)].view(len(x), -1)
             torch.addmm(self.bias_F[tile], x, self.weight_FD[tile].T, out=h_NT)
@@ -262,7 +272,7 @@ class Sae:
                 normalised = self._normalised(chunk)
                 best = _Strongest.none(len(chunk), x.device)
                 for tile in tiles:
-                    h_NT = functional.linear(normalised, self.weight_FD[tile], self.bias_F[tile])
+                    h_NT = self._preactivations(normalised, tile)
                     best = best.or_of(h_NT, tile, self.k)
                 found.append(best)
         if not found:
@@ -274,7 +284,7 @@ class Sae:
         """Which of each token's columns (N, K) a coupled SAE lets through, from a normalised x."""
         active_NK = torch.empty(columns.shape, dtype=torch.bool, device=x.device)
         for start, chunk in self._chunks(x, self.facts.d_sae):
-            h_NF = functional.linear(chunk, self.weight_FD, self.bias_F)
+            h_NF = self._preactivations(chunk, slice(None))
             own = slice(start, start + len(chunk))
             active_NK[own] = self._support(h_NF).gather(1, columns[own])
         return active_NK

@@ -8,6 +8,7 @@ A new format is one module with a subclass, and its line in `formats.FORMATS`.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,6 +128,13 @@ def check_config_sizes(
 def check_k(files: SaeFiles, k: int, d_sae: int) -> None:
     if not 0 < k <= d_sae:
         raise SaeError(f"SAE {files.source}: k is {k}, of {d_sae} features")
+
+
+def positive_number(files: SaeFiles, name: str, value: object) -> float:
+    """A number that a product, a quotient or a threshold needs. SaeError where it is none, or not above zero."""
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SaeError(f"SAE {files.source}: {name} must be a positive number, found {value!r}")
+    return float(value)
 
 
 def decoder_of(files: SaeFiles, facts: SaeFacts, matrix: str, bias: str, *, transposed: bool = False) -> Decoder:

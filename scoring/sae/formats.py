@@ -17,9 +17,13 @@ from fpo.scoring.sae.format import Format, SaeFiles
 from fpo.scoring.sae.gemma_scope import GemmaScope
 from fpo.scoring.sae.gemma_scope_2 import GemmaScope2
 from fpo.scoring.sae.goodfire import Goodfire
+from fpo.scoring.sae.llama_scope import LlamaScope
+from fpo.scoring.sae.llama_scope_r1 import LlamaScopeR1
+from fpo.scoring.sae.openmoss import OpenMoss
 from fpo.scoring.sae.qresearch import Qresearch
 from fpo.scoring.sae.qwen_scope import QwenScope
 from fpo.scoring.sae.saelens import SaeLens
+from fpo.scoring.sae.saelens_registry import on_disk
 from fpo.scoring.sae.sparsify import Sparsify
 from fpo.scoring.weights import file_digest, weights_digest
 
@@ -33,6 +37,9 @@ FORMATS: tuple[Format, ...] = (
     Goodfire(),
     Qresearch(),
     ConnorRob(),
+    OpenMoss(),
+    LlamaScope(),
+    LlamaScopeR1(),
 )
 """In the order in which a hub repository is asked for their files."""
 
@@ -41,8 +48,9 @@ def sae_facts(source: str, hookpoint: str | None = None) -> SaeFacts:
     """
     Facts from headers and configuration alone. A hub source is downloaded first, where it is not cached.
 
-    `source` is a local folder or weights file, or `owner/repo[@revision][/folder]` on the hub; `hookpoint`
-    chooses in a folder that holds one SAE per hookpoint. Raises SaeError for what is missing or unsupported.
+    `source` is a local folder or weights file, `owner/repo[@revision][/folder]` on the hub, or `sae_lens:RELEASE/ID`;
+    `hookpoint` chooses in a folder that holds one SAE per hookpoint. Raises SaeError for what is missing or
+    unsupported.
     """
     known, files = _recognise(source, hookpoint)
     return known.facts(files).facts
@@ -79,7 +87,7 @@ def read_decoder(source: str, hookpoint: str | None = None) -> Decoder:
 
 def _recognise(source: str, hookpoint: str | None) -> tuple[Format, SaeFiles]:
     """The one format that claims the source, and its files."""
-    found = find_files(source, hookpoint, FORMATS)
+    found = find_files(on_disk(source), hookpoint, FORMATS)
     claimed = [(known, files) for known, files in found if known.claims(files)]
     if not claimed:
         raise _unclaimed(found)

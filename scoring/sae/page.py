@@ -30,6 +30,10 @@ the names of its files and recognised by the tensors in them: what no format cla
 whose name has a `*` below is named itself, unless it is the only such file of a local folder. From the hub, only these
 files are downloaded.
 
+`sae_lens:RELEASE/ID`, such as `sae_lens:gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical`, is an SAE of
+SAELens' registry. That library, which has to be installed, loads and converts it once; what it made is kept in
+`sae_lens` under `HF_HOME` and read as SAELens' format, in its conventions where they differ from those below.
+
 | format | files | recognised by | encoder | in the key |
 |---|---|---|---|---|
 {read}
@@ -38,9 +42,9 @@ Everything is computed in float32, from weights of any float type, as one of
 
 {formulas}
 
-with the bias that is subtracted from the input, and the norms of the decoder's rows, folded into `W` and `b`. Only the
-encoder is read, and for the self-check the decoder. A transcoder's features are those of its encoder; its decoder is
-held against the place that it predicts.
+with the bias that is subtracted from the input, its scale, and the norms of the decoder's rows folded into `W`, `b` and
+the threshold. Only the encoder is read, and for the self-check the decoder. A transcoder's features are those of its
+encoder; its decoder is held against the place that it predicts.
 
 ## Where an SAE reads
 

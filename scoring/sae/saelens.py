@@ -16,6 +16,7 @@ from fpo.scoring.sae.format import (
     check_config_sizes,
     check_k,
     decoder_of,
+    positive_number,
     read_threshold,
 )
 
@@ -28,16 +29,21 @@ _ARCHITECTURES: dict[str, Activation] = {
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
+    "batchtopk": "jumprelu",
+    "matryoshka_batchtopk": "jumprelu",
 }
 _FUNCTIONS = ("relu", "topk")
 _NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
-_EXPORT = "this is a training checkpoint; export it with SAELens' save_inference_model"
+_BATCHTOPK = ("batchtopk", "matryoshka_batchtopk")
+"""Of training alone: at inference a JumpReLU, whose one threshold a checkpoint carries as `topk_threshold`."""
+_EXPORT = "export it with SAELens' save_inference_model"
 
 
 class SaeLens(Format):
     """
     ReLU, JumpReLU, gated or TopK of the input, normalised as `normalize_activations` says, minus `b_dec` unless
-    `apply_b_dec_to_input` is false, as it is of transcoders.
+    `apply_b_dec_to_input` is false, as it is of transcoders. A BatchTopK checkpoint is the JumpReLU of its
+    `topk_threshold`.
     """
 
     name = "saelens"
@@ -49,8 +55,8 @@ class SaeLens(Format):
         "architecture temporal": "it attends over positions, so it is no encoder of single tokens",
         "architecture matching_pursuit": "its encoder is iterative, not one matrix product",
         "architecture abstopk": "its activations are signed; features here are never negative",
-        "architecture batchtopk": _EXPORT,
-        "architecture matryoshka_batchtopk": _EXPORT,
+        "a BatchTopK checkpoint without topk_threshold": _EXPORT,
+        "a BatchTopK checkpoint of expected_average_only_in": f"another file has the scale of its input; {_EXPORT}",
         "a transcoder without hook_name_out": "its decoder can be held against no place; add it to metadata",
         "architecture": f"supported: {', '.join(_ARCHITECTURES)}",
         "activation_fn": f"supported: {', '.join(_FUNCTIONS)}",
@@ -68,7 +74,8 @@ class SaeLens(Format):
         config = _modern(files.config)
         self._refuse_what_is_not_computed(files, config)
         architecture = config.get("architecture", "standard")
-        is_topk, transcodes = architecture == "topk", "transcoder" in architecture
+        is_topk, is_batchtopk = architecture == "topk", architecture in _BATCHTOPK
+        transcodes = "transcoder" in architecture
         metadata = config.get("metadata") or {}
         hook, predicted = (
             from_transformer_lens(name, metadata.get("model_name") or "") if name else None
@@ -84,7 +91,7 @@ class SaeLens(Format):
                 architecture=_ARCHITECTURES[architecture],
                 elementwise=not is_topk,
                 format=self.name,
-                advertised_l0=_stated_l0(config["k"] if is_topk else metadata.get("l0")),
+                advertised_l0=_stated_l0(config.get("k") if is_topk or is_batchtopk else metadata.get("l0")),
                 hook_hint=hook,
                 center_input=bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
                 predicts=predicted if transcodes else None,
@@ -92,7 +99,8 @@ class SaeLens(Format):
             k=config["k"] if is_topk else None,
             normalize_activations=config.get("normalize_activations") or "none",
             apply_b_dec_to_input=not transcodes and bool(config.get("apply_b_dec_to_input", True)),
-            rescale_acts_by_decoder_norm=is_topk and bool(config.get("rescale_acts_by_decoder_norm")),
+            rescale_acts_by_decoder_norm=(is_topk or is_batchtopk)
+            and bool(config.get("rescale_acts_by_decoder_norm", is_batchtopk)),
         )
         _check_shapes(files, header)
         return header
@@ -105,7 +113,8 @@ class SaeLens(Format):
             gain, magnitude_bias = np.exp(tensors.read("r_mag")), tensors.read("b_mag")
             arrays = header.arrays(W, tensors.read("b_gate"), gain=gain, magnitude_bias=magnitude_bias)
         else:
-            threshold = self._threshold(files) if header.facts.architecture == "jumprelu" else None
+            is_jumprelu = header.facts.architecture == "jumprelu"
+            threshold = self._threshold(files, header.facts.d_sae) if is_jumprelu else None
             arrays = header.arrays(W, tensors.read("b_enc"), threshold=threshold)
         if header.apply_b_dec_to_input:
             arrays = arrays.of_input_minus(tensors.read("b_dec"))
@@ -121,14 +130,21 @@ class SaeLens(Format):
         files.check_shapes({"W_skip": (len(decoder.b), header.facts.d_in)})
         return decoder._replace(skip=files.tensors.read("W_skip").T)
 
-    def _threshold(self, files: SaeFiles) -> Array:
+    def _threshold(self, files: SaeFiles, d_sae: int) -> Array:
         name = _threshold_name(files)
+        if name == "topk_threshold":
+            value = positive_number(files, name, files.tensors.read(name).item())
+            return np.full(d_sae, value, np.float32)
         return np.exp(files.tensors.read(name)) if name == "log_threshold" else read_threshold(self, files, name)
 
     def _refuse_what_is_not_computed(self, files: SaeFiles, config: dict[str, Any]) -> None:
         architecture = config.get("architecture", "standard")
         if f"architecture {architecture}" in self.refuses:
             raise self.refuse(files, f"architecture {architecture}")
+        if architecture in _BATCHTOPK and "topk_threshold" not in files.tensors.shapes:
+            raise self.refuse(files, "a BatchTopK checkpoint without topk_threshold")
+        if architecture in _BATCHTOPK and config.get("normalize_activations") == "expected_average_only_in":
+            raise self.refuse(files, "a BatchTopK checkpoint of expected_average_only_in")
         if architecture not in _ARCHITECTURES:
             raise self.refuse(files, "architecture", repr(architecture))
         if (function := config.get("activation_fn", "relu")) not in _FUNCTIONS:
@@ -150,11 +166,11 @@ class SaeLens(Format):
 def _check_shapes(files: SaeFiles, header: SaeHeader) -> None:
     facts = header.facts
     check_config_sizes(files, facts.d_in, facts.d_sae)
-    per_feature = {
-        "gated": ["b_gate", "r_mag", "b_mag"],
-        "jumprelu": ["b_enc", _threshold_name(files)],
-    }.get(facts.architecture, ["b_enc"])
+    per_feature = ["b_gate", "r_mag", "b_mag"] if facts.architecture == "gated" else ["b_enc"]
     files.check_shapes(dict.fromkeys(per_feature, (facts.d_sae,)))
+    if facts.architecture == "jumprelu":
+        name = _threshold_name(files)
+        files.check_shapes({name: () if name == "topk_threshold" else (facts.d_sae,)})
     if header.apply_b_dec_to_input:
         files.check_shapes({"b_dec": (facts.d_in,)})
     if header.rescale_acts_by_decoder_norm:
@@ -164,7 +180,8 @@ def _check_shapes(files: SaeFiles, header: SaeHeader) -> None:
 
 
 def _threshold_name(files: SaeFiles) -> str:
-    return "log_threshold" if "log_threshold" in files.tensors.shapes else "threshold"
+    names = ("log_threshold", "topk_threshold", "threshold")
+    return next((name for name in names if name in files.tensors.shapes), "threshold")
 
 
 def _predicted(metadata: dict[str, Any]) -> str | None:
