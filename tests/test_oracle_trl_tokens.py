@@ -198,6 +198,23 @@ def test_real_pairs_have_the_tokens_of_trl(name, tokenizer_name, max_length, tmp
     compare(read_groups(str(DATA / "pairs" / name), "train").dataset, tokenizer, max_length, tmp_path)
 
 
+@pytest.mark.parametrize("tokenizer_name", ["models/stories260K", "tokenizers/gpt2"])
+@pytest.mark.parametrize("name", ["llama3", "gemma", "gemma3", "qwen2_5", "qwen3", "qwen3_5_think", "phi3"])
+def test_templates_of_real_families_give_the_tokens_of_trl(name, tokenizer_name, tmp_path):
+    """Their own special tokens are text to these tokenizers, so that much merges at every boundary."""
+    tokenizer = load(tokenizer_name)
+    path = DATA / "pairs" / "lf_dpo_en_demo.messages.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path.name} is absent")
+    trl = pytest.importorskip("trl")
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    rows = read_groups(str(path), "train").dataset
+    if name == "gemma":  # refuses a system role
+        rows = rows.filter(lambda row: all(message["role"] != "system" for message in row["prompt"]))
+    assert len(rows) > 100
+    compare(rows, tokenizer, 1024, tmp_path)
+
+
 @pytest.mark.parametrize(("tokenizer_name", "max_length"), [("models/stories260K", 1024), ("tokenizers/gpt2", 256)])
 @pytest.mark.parametrize("name", FILES)
 def test_real_completions_have_the_tokens_of_trls_kto(name, tokenizer_name, max_length, tmp_path):
