@@ -55,5 +55,5 @@ def evaluate_command(
         print(json.dumps(found, indent=2))
         return
     what = groups_word(cache.n_groups, cache.n_completions)
-    print(f"{cache.n_groups:,} held-out {what} ({loaded.data.eval_split}), cache {cache.key[:12]}")
+    print(f"{cache.n_groups:,} held-out {what} ({loaded.data.held_out_split}), cache {cache.key[:12]}")
     print("\n".join(evaluation_lines(found, by)))

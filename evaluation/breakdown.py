@@ -19,8 +19,6 @@ from fpo.evaluation.gaps import MIN_PROMPTS
 from fpo.evaluation.pairs import PAIRING, Pairs, Progress
 from fpo.recipe import Recipe
 from fpo.stage1_cache.identity import cache_identities
-from fpo.stage1_cache.read import read_column
-from fpo.stage1_cache.transforms import Transforms
 from fpo.stage2_align.units import units_of
 from fpo.store import Cache, PromptFeatures, cache_key
 
@@ -84,9 +82,7 @@ def data_column(recipe: Recipe, cache: Cache, name: str) -> list[str]:
     """
     for identity in cache_identities(recipe):
         if cache_key(identity.key_recipe) == cache.key:
-            data = recipe.data
-            names = read_column(data.source, identity.split, name, data.subset, data.revision)
-            return names * Transforms(data.transform).copies
+            return identity.column(name)
     raise CacheConflict(
         f"the recipe is not that of cache {cache.key[:12]}, so the rows of its data are others; give the recipe that "
         "the cache was made from"

@@ -16,7 +16,7 @@ from fpo.objectives import Pairing
 from fpo.progress import say
 from fpo.recipe import Recipe
 from fpo.scoring import adapter_folder, load_model, model_folder
-from fpo.stage1_cache.read import read_column
+from fpo.stage1_cache.identity import CacheIdentity
 from fpo.stage2_align import evaluate_run
 from fpo.stage2_align.evaluation import evaluation_file
 from fpo.stage2_align.run import write_whole
@@ -46,10 +46,7 @@ def evaluate(
     speaking  None leaves the policy's own samples out, and the reference, which they need
     Raises as `evaluate_run`; DataError where there is no such column, ModelError where the reference is not at hand.
     """
-    subsets = None
-    if by is not None:
-        data = recipe.data
-        subsets = read_column(data.source, str(data.eval_split), by, data.subset, data.revision)
+    subsets = None if by is None else CacheIdentity(recipe, held_out=True).column(by)
     kind = recipe.objective.units
     notes = PairNotes(cache, kind)
     paired = kind in get_args(Pairing)

@@ -28,6 +28,7 @@ from fpo.recipe.sections import (
     Policy,
     Prompt,
     Reference,
+    Source,
     Transform,
 )
 from fpo.recipe.sweep import Variant, load_variants
@@ -50,6 +51,7 @@ __all__ = [
     "Prompt",
     "Recipe",
     "Reference",
+    "Source",
     "Transform",
     "Variant",
     "check_arithmetic",

@@ -42,10 +42,13 @@ def check_evaluation(recipe: Recipe, origin: str) -> None:
     RecipeError where a recipe evaluates or generates and has nothing to do it on, or goes by evaluations and has none.
     """
     training = recipe.training
-    if recipe.data.eval_split is None and reads_held_out(recipe):
+    if recipe.data.held_out_split is None and reads_held_out(recipe):
         name = "training.eval_on_start" if training.get("eval_on_start") else "training.eval_strategy"
         name = name if evaluates(recipe) else "generate"
-        raise RecipeError(f"{origin}: {name}: there are no held-out groups; name a split in data.eval_split")
+        raise RecipeError(
+            f"{origin}: {name}: there are no held-out groups; name a split in data.eval_split, or "
+            "set data.held_out: 0.1"
+        )
     sharding = next((name for name in ("fsdp", "deepspeed") if training.get(name)), None)
     if recipe.generate is not None and sharding is not None:
         raise RecipeError(f"{origin}: generate: training.{sharding} leaves no process the whole policy; leave it out")

@@ -94,8 +94,8 @@ def _fields_at(location: list[Any], raw: dict[str, Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def _section_type(annotation: Any) -> type[Section]:
-    """The Section inside an annotation such as `tuple[Feature, ...]` or `Lora | None`."""
+def _section_type(annotation: Any) -> type[Section] | None:
+    """The first Section inside an annotation such as `tuple[Feature, ...]` or `Lora | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next(_section_type(arg) for arg in get_args(annotation) if arg not in (type(None), ...))
+    return next(filter(None, map(_section_type, get_args(annotation))), None)

@@ -18,6 +18,7 @@ from fpo.recipe.sections import (
     Policy,
     Prompt,
     Reference,
+    Source,
     Transform,
 )
 from fpo.recipe.training import OWNED_ARGUMENTS, PUBLISHING_ARGUMENTS, training_fields
@@ -43,6 +44,7 @@ def reference_page() -> str:
         ("reference", Reference),
         ("features[]", Feature),
         ("data", Data),
+        ("data.source[]", Source),
         ("data.transform", Transform),
         ("data.filter", Filter),
         ("cache", CacheOptions),

@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -57,6 +59,18 @@ def _check_date(value: str) -> str:
         raise ValueError(f"data.today: {value!r} is no date; write it as 2026-11-24") from None
 
 
+def _check_columns(columns: dict[str, str | None]) -> dict[str, str | None]:
+    for ours, theirs in columns.items():
+        if theirs is not None and ours not in COLUMNS:
+            near = f"{{{theirs}: {ours}}}" if theirs in COLUMNS else f"one of {', '.join(COLUMNS)}"
+            raise ValueError(f"data.columns: {ours} is no column of ours; our name comes first, write {near}")
+    given = [theirs for theirs in columns.values() if theirs is not None]
+    if twice := next((name for name in given if given.count(name) > 1), None):
+        raise ValueError(f"data.columns: {twice} is given for two columns")
+    return columns
+
+
+Columns = Annotated[dict[str, str | None], AfterValidator(_check_columns)]
 IsoDate = Annotated[str, BeforeValidator(_iso_date), AfterValidator(_check_date)]
 # ~ is the home folder in every path, expanded here and nowhere else.
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -154,11 +168,60 @@ class Transform(Section):
         return goal
 
 
+class Source(Section):
+    """One of several sources of groups."""
+
+    source: Place
+    """As `data.source`, but a list."""
+
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+
+    columns: Columns = {}
+    """As `data.columns`."""
+
+    split: str | None = None
+    """Null takes `data.split`."""
+
+    eval_split: str | None = None
+    """Null takes `data.eval_split`; where that is null too, nothing of this source is held out by its split."""
+
+    weight: PositiveFloat = 1.0
+    """What the weight of each of its groups is multiplied by."""
+
+    origin: str | None = None
+    """What reports call it (`--by origin`); null is the last part of its name."""
+
+    @property
+    def name(self) -> str:
+        """Its origin."""
+        return self.origin or self.source.rstrip("/").rpartition("/")[2]
+
+
+def _as_sources(value: Any) -> Any:
+    """In a list a bare name stands for a source with nothing else said of it."""
+    return [{"source": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
+
+# Tags that no field's name can be: an error is told by the field alone.
+Sources = Annotated[
+    Annotated[Place, Tag("[one]")] | Annotated[tuple[Source, ...], Field(strict=False), Tag("[several]")],
+    Discriminator(lambda value: "[several]" if isinstance(value, list | tuple) else "[one]"),
+    BeforeValidator(_as_sources),
+]
+
+
 class Data(Section):
     """The groups of completions, and how they become tokens (TRL's rules)."""
 
-    source: Place
-    """File (.jsonl, .json, .parquet, .csv, .arrow), folder with one file per split, or hub id: see docs/data.md."""
+    source: Sources
+    """
+    File (.jsonl, .json, .parquet, .csv, .arrow), folder with one file per split, or hub id: see docs/data.md. A list
+    of these, or of sections `data.source[]`, is read one after another.
+    """
 
     subset: str | None = None
     """Configuration name of a hub dataset; null is its default."""
@@ -166,7 +229,7 @@ class Data(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub dataset; null is the default branch."""
 
-    columns: dict[str, str | None] = {}
+    columns: Columns = {}
     """Our column names to the dataset's: `{prompt: question}`; `{system: null}` leaves a column out."""
 
     split: str = "train"
@@ -174,6 +237,12 @@ class Data(Section):
 
     eval_split: str | None = None
     """Split held out for evaluation, in training and by `fpo evaluate`; it gets a cache of its own. Null is none."""
+
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """
+    Share of the prompts of `split` that is held out, in the place of an `eval_split`: all rows of a prompt are on one
+    side, which depends on the prompt alone.
+    """
 
     tokenizer: Place | None = None
     """Hub id or folder of the tokenizer; null takes the reference's."""
@@ -205,6 +274,50 @@ class Data(Section):
     turns: Annotated[list[PositiveInt | None], Field(min_length=2, max_length=2)] | None = None
     """First and last turn of the assistant that count, from 1 at a completion's beginning: `[2, 3]`, `[2, null]`."""
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All of them, of each its own split."""
+        if isinstance(self.source, str):
+            return (
+                Source(
+                    source=self.source,
+                    subset=self.subset,
+                    revision=self.revision,
+                    columns=self.columns,
+                    split=self.split,
+                    eval_split=self.eval_split,
+                ),
+            )
+        splits = {"split": self.split, "eval_split": self.eval_split}
+        return tuple(
+            one.model_copy(update={name: split for name, split in splits.items() if getattr(one, name) is None})
+            for one in self.source
+        )
+
+    @property
+    def held_out_split(self) -> str | None:
+        """What the held-out groups are called; None where there are none."""
+        if self.held_out is not None:
+            return f"{self.split}, {self.held_out:.3g} of its prompts"
+        splits = list(dict.fromkeys(one.eval_split for one in self.sources if one.eval_split))
+        return ", ".join(splits) or None
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if self.held_out is not None and any(one.eval_split for one in self.sources):
+            raise ValueError("data.held_out: there is an eval_split already; leave one of them out")
+        if isinstance(self.source, str):
+            return self
+        if not self.source:
+            raise ValueError("data.source: the list is empty; name a source")
+        for name, said in (("subset", self.subset), ("revision", self.revision), ("columns", self.columns or None)):
+            if said is not None:
+                raise ValueError(f"data.{name}: it is one source's; write it into its entry of data.source")
+        names = [one.name for one in self.source]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"data.source: {twice} is the name of two; give them an origin each")
+        return self
+
     @model_validator(mode="after")
     def _check_turns(self) -> Self:
         if self.turns is None:
@@ -215,18 +328,6 @@ class Data(Section):
         if first is None or (last is not None and last < first):
             raise ValueError(f"data.turns: {self.turns}: the first turn, then the last or null for all that follow")
         return self
-
-    @field_validator("columns")
-    @classmethod
-    def _check_columns(cls, columns: dict[str, str | None]) -> dict[str, str | None]:
-        for ours, theirs in columns.items():
-            if theirs is not None and ours not in COLUMNS:
-                near = f"{{{theirs}: {ours}}}" if theirs in COLUMNS else f"one of {', '.join(COLUMNS)}"
-                raise ValueError(f"data.columns: {ours} is no column of ours; our name comes first, write {near}")
-        given = [theirs for theirs in columns.values() if theirs is not None]
-        if twice := next((name for name in given if given.count(name) > 1), None):
-            raise ValueError(f"data.columns: {twice} is given for two columns")
-        return columns
 
 
 class CacheOptions(Section):

@@ -181,9 +181,10 @@ def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> 
     recipe has none.
     """
     recipe = checked(recipe)
-    if held_out and recipe.data.eval_split is None:
+    if held_out and recipe.data.held_out_split is None:
         raise RecipeError(
-            "data.eval_split is not set, so there are no held-out pairs; name a split: --set data.eval_split=test"
+            "data.eval_split is not set, so there are no held-out pairs; name a split: "
+            "--set data.eval_split=test, or hold some prompts out: --set data.held_out=0.1"
         )
     # A store that is not there yet is not made by looking for a cache in it.
     sharing = Store(store) if not is_url(store) and Store(store).root.is_dir() else None
@@ -201,7 +202,7 @@ def read_beside(cache: Cache, recipe: Recipe) -> None:
     Read beside the recipe's cache the columns that its objective reads, and no others. Raises CacheMissing for one that
     is not there.
     """
-    cache.read_columns(objective_specs(CacheIdentity(recipe, recipe.data.split)))
+    cache.read_columns(objective_specs(CacheIdentity(recipe)))
 
 
 def objective_specs(identity: CacheIdentity) -> list[Spec]:

@@ -354,11 +354,12 @@ def inputs(identity: CacheIdentity, want: Want = None) -> dict[str, Any]:
             if canonical_hookpoint(feature.hookpoint) == want.get("hookpoint")
         ]
         return {"sae": saes[0]} if saes else {}
-    silent = {"split", "eval_split"} | (set() if recipe.data.columns else {"columns"})
+    silent = {"split", "eval_split", "source"} | (set() if recipe.data.columns else {"columns"})
     return {
         "reference": recipe.reference.model_dump(include={"model", "revision", "adapter"}),
         "data": {
             **{name: _short(value) for name, value in recipe.data.model_dump(exclude=silent).items()},
+            "source": ", ".join(source.source for source, _ in identity.sources),
             "split": identity.split,
         },
     }

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from fpo.errors import DataError, ModelError, RecipeError
 from fpo.memo import forget, remember
-from fpo.recipe import Feature, Recipe, Reference
+from fpo.recipe import Feature, Recipe, Reference, Source
 from fpo.scoring import (
     adapter_folder,
     adapter_weight_files,
@@ -37,9 +37,10 @@ from fpo.scoring.hookpoints import canonical_hookpoint, hookpoint_width, same_ho
 from fpo.scoring.sae import sae_config, sae_facts, sae_weights_digest
 from fpo.scoring.weights import weights_digest
 from fpo.stage1_cache.places import with_module_paths
-from fpo.stage1_cache.read import data_fingerprint, read_groups
+from fpo.stage1_cache.read import data_fingerprint, read_column, read_groups, side_of_prompts
 from fpo.stage1_cache.shared import SharedTokens
-from fpo.stage1_cache.tokenise import TOKENISE_RULES, TokenisedGroups, tokenise, tokenizer_identity
+from fpo.stage1_cache.tokenise import TOKENISE_RULES, Part, TokenisedGroups, tokenise, tokenizer_identity
+from fpo.stage1_cache.transforms import Transforms
 from fpo.store import (
     FORMAT_VERSION,
     Groups,
@@ -69,9 +70,43 @@ class CacheIdentity:
     """One cache that a recipe asks for: the groups of one split, and columns beside them."""
 
     recipe: Recipe
-    split: str
+    held_out: bool = False
+    """Whether it is the held-out groups' cache."""
     store: Store | None = None
     """Whose processes share the token ids; None shares them with nobody."""
+
+    @property
+    def split(self) -> str:
+        """What its groups are called. Of held-out ones there must be some."""
+        data = self.recipe.data
+        if not self.held_out:
+            return ", ".join(dict.fromkeys(str(one.split) for one in data.sources))
+        assert data.held_out_split is not None
+        return data.held_out_split
+
+    @property
+    def named_data(self) -> str:
+        """For messages."""
+        return f"{', '.join(source.source for source, _ in self.sources)}, split {self.split!r}"
+
+    @property
+    def sources(self) -> list[tuple[Source, str]]:
+        """What is read, and of each its split: one, or of several those that have one of this side."""
+        data = self.recipe.data
+        if self.held_out and data.held_out is None:
+            return [(one, one.eval_split) for one in data.sources if one.eval_split is not None]
+        return [(one, str(one.split)) for one in data.sources]
+
+    def column(self, name: str) -> list[str]:
+        """
+        What a column of the data says of every row, as text, by the number that its groups have; `origin` is what the
+        source is called, where no column is. Raises DataError where there is no such column.
+        """
+        copies, found = Transforms(self.recipe.data.transform).copies, list[str]()
+        for source, split in self.sources:
+            said = read_column(source.source, split, name, source.subset, source.revision, origin=source.name)
+            found += said * copies
+        return found
 
     @cached_property
     def scorer(self) -> dict[str, Any]:
@@ -134,9 +169,16 @@ class CacheIdentity:
         name, revision = tokenizer_source(self.recipe)
         return {
             "what": "token ids of groups",
-            "data": data_fingerprint(data.source, self.split, data.subset, data.revision),
+            "data": [
+                {
+                    **data_fingerprint(source.source, split, source.subset, source.revision),
+                    "columns": source.columns,
+                    "weight": repr(source.weight),
+                }
+                for source, split in self.sources
+            ],
+            "held_out": data.held_out and [repr(data.held_out), self.held_out],
             "tokenizer": tokenizer_identity(name, revision=revision, chat_template=data.chat_template),
-            "columns": data.columns,
             "on_bad_row": data.on_bad_row,
             "rules": TOKENISE_RULES,
             "today": data.today,
@@ -174,11 +216,22 @@ class CacheIdentity:
         data = self.recipe.data
         name, revision = tokenizer_source(self.recipe)
         drop_bad = data.on_bad_row == "drop"
-        dataset, columns, bad = read_groups(
-            data.source, self.split, data.subset, data.revision, data.columns, drop_bad=drop_bad
-        )
+        keep = None if data.held_out is None else side_of_prompts(data.held_out, self.held_out)
+        read = [
+            read_groups(one.source, split, one.subset, one.revision, one.columns, drop_bad=drop_bad)
+            for one, split in self.sources
+        ]
         tokens = tokenise(
-            dataset,
+            [
+                Part(
+                    rows.dataset,
+                    bad=rows.bad if drop_bad else None,
+                    name=source.source if len(read) > 1 else "",
+                    weight=source.weight,
+                    keep=keep,
+                )
+                for rows, (source, _) in zip(read, self.sources, strict=True)
+            ],
             load_tokenizer(name, revision),
             data.max_length,
             chat_template=data.chat_template,
@@ -187,11 +240,12 @@ class CacheIdentity:
             turns=data.turns,
             as_messages=data.as_messages,
             transform=data.transform,
-            bad=bad if drop_bad else None,
             folder=folder,
             sign_of_life=sign_of_life,
         )
-        tokens.drops.of_columns(*columns)
+        prompts = dict.fromkeys(rows.columns.prompt for rows in read if rows.columns.prompt)
+        unused = dict.fromkeys(name for rows in read for name in rows.columns.unused)
+        tokens.drops.of_columns(", ".join(prompts) or None, unused)
         return tokens
 
     @cached_property
@@ -237,7 +291,7 @@ class CacheIdentity:
             if self._shared is not None:
                 self._shared.forget()
             raise DataError(
-                f"{self.recipe.data.source}, split {self.split!r}: the same data, tokenizer and chat template gave "
+                f"{self.named_data}: the same data, tokenizer and chat template gave "
                 f"other tokens than before (digest {named[:12]}, now {made[:12]}), so the key would name what is not "
                 "scored\n  run the same command again: what was remembered is dropped\n  if this comes back, chat "
                 "template or tokenizer give other tokens every time; set data.chat_template or data.tokenizer"
@@ -313,7 +367,7 @@ class CacheIdentity:
         changed = np.flatnonzero(np.array(prompts) != np.roll(prompts, 1))
         if len(changed) == 0:
             raise DataError(
-                f"cache.mismatched: {self.recipe.data.source}, split {self.split!r}, has one prompt alone, so no "
+                f"cache.mismatched: {self.named_data} has one prompt alone, so no "
                 "completion stands behind a prompt that it does not answer; leave it out, or name other data"
             )
         # Rows with one prompt that stand together have the same group before them.
@@ -422,8 +476,8 @@ def cache_identities(recipe: Recipe, store: Store | None = None) -> list[CacheId
 
     store  whose processes share the token ids; None shares them with nobody
     """
-    splits = [recipe.data.split] + ([recipe.data.eval_split] if recipe.data.eval_split else [])
-    return [CacheIdentity(recipe, split, store) for split in splits]
+    sides = [False, True] if recipe.data.held_out_split is not None else [False]
+    return [CacheIdentity(recipe, held_out, store) for held_out in sides]
 
 
 def checked(recipe: Recipe) -> Recipe:
@@ -462,7 +516,8 @@ def checked(recipe: Recipe) -> Recipe:
         if feature.top_k != "all" and feature.top_k > facts.d_sae:
             raise RecipeError(f"features[{index}].top_k: {feature.top_k} is more than the SAE's {facts.d_sae} features")
     for identity in cache_identities(recipe):
-        data_fingerprint(recipe.data.source, identity.split, recipe.data.subset, recipe.data.revision)
+        for source, split in identity.sources:
+            data_fingerprint(source.source, split, source.subset, source.revision)
     return recipe
 
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -145,8 +146,22 @@ class TokenisedGroups:
         return np.cumsum(sizes) - sizes
 
 
+class Part(NamedTuple):
+    """Rows of `read_groups`: all, or those of one of several sources."""
+
+    dataset: Dataset
+    bad: frozenset[int] | None = None
+    """Rows that are left out unread, as then are those that the chat template refuses; None refuses them."""
+    name: str = ""
+    """Put in front of what is wrong with its rows."""
+    weight: float = 1.0
+    """What the weights of its groups are multiplied by."""
+    keep: Callable[[Any], bool] | None = None
+    """Whether a group with this prompt (None where it cannot be read) is this split's; None takes all of them."""
+
+
 def tokenise(
-    dataset: Dataset,
+    rows: Dataset | Sequence[Part],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     *,
@@ -156,99 +171,155 @@ def tokenise(
     turns: Sequence[int | None] | None = None,
     as_messages: bool = False,
     transform: Transform | None = None,
-    bad: frozenset[int] | None = None,
     folder: Path | None = None,
     sign_of_life: Callable[[], None] | None = None,
     batch_size: int = 256,
 ) -> TokenisedGroups:
     """
-    Token ids of the groups of `read_groups`, in the dataset's order.
+    Token ids of the groups of `read_groups`, in the dataset's order, part after part; rows are numbered through.
 
     `max_length`: in tokens of prompt + completion, None never cuts. `chat_template`: a Jinja template or the
     path of one, in place of the tokenizer's own; `today`: the ISO date that a template gets which asks for it.
-    `score`, `turns`, `as_messages`, `transform`: as the recipe's `data` has them. `bad`: rows that are left
-    out unread, as then are those that the chat template refuses; None refuses them.
-    `folder`: where the arrays are
+    `score`, `turns`, `as_messages`, `transform`: as the recipe's `data` has them. `folder`: where the arrays are
     written, a file each, and mapped; None holds them in memory. `sign_of_life` is called after each batch of
     `batch_size` rows.
     Raises `DataError` without a chat template for messages or an end token for text, for a template that is no
     Jinja, where the template refuses a row, where masks need messages or cannot be told exactly, and where nothing
     is left; `RecipeError` for a template that lacks its date.
     """
-    if len(dataset) == 0:
-        raise DataError("no rows to tokenise: the dataset has none; ask for a split that has some")
-    layout = layout_of(dataset.column_names, dataset[0])
-    if as_messages and layout is PAIR and not layout.holds_messages(dataset[0]) and is_transcript(dataset[0]):
-        layout, as_messages = TRANSCRIPTS, False
-    messages = layout.holds_messages(dataset[0])
-    conversational = as_messages or messages
-    _check_kind(messages, score, turns, as_messages)
-    if conversational:
-        template = ChatTemplate(tokenizer, _template(tokenizer, chat_template), today)
-        masks = Masks(template, tokenizer, assistant=score == "assistant", turns=turns)
-    elif tokenizer.eos_token is None:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), with which completions of text "
-            "must end; set one in its tokenizer_config.json, or another data.tokenizer"
-        )
-
+    parts = [Part(rows)] if isinstance(rows, Dataset) else rows
+    groups = _Builder(max_length, tokenizer.bos_token_id, folder)
     transforms = Transforms(transform)
+    for part in parts:
+        with _naming(part.name):
+            reader = _Reader.of(part, tokenizer, chat_template, today, score, turns, as_messages, transforms)
+            groups.begin_part(reader.makes, part.weight)
+            batches = _batches(part.dataset, batch_size, transforms.copies)
+            total = transforms.copies * len(part.dataset)
+            with progress_bar(total, reader.makes.unit, "tokenise") as progress:
+                # A tokenizer in Rust encodes on threads of its own, without the interpreter's lock.
+                for batch, sequences in one_ahead(map(reader.prepared, batches), reader.encoded):
+                    groups.add_batch(batch, sequences)
+                    progress.update(batch.n_rows)
+                    if sign_of_life is not None:
+                        sign_of_life()
+            groups.end_part(total)
+            transforms.forget_rows()
+    return groups.result()
 
-    def prepared(rows: list[tuple[int, dict[str, Any]]]) -> _Batch:
+
+@contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Puts the part in front of what is wrong with its rows."""
+    try:
+        yield
+    except DataError as error:
+        raise (DataError(f"{part}: {error}") if part else error) from None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How the rows of a part become texts."""
+
+    part: Part
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    as_messages: bool
+    """Whether text is read as messages."""
+    template: ChatTemplate | None
+    """None of text."""
+    masks: Masks | None
+    transforms: Transforms
+
+    @staticmethod
+    def of(
+        part: Part,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        today: str | None,
+        score: str,
+        turns: Sequence[int | None] | None,
+        as_messages: bool,
+        transforms: Transforms,
+    ) -> _Reader:
+        """Raises DataError where text or messages lack what they need."""
+        dataset = part.dataset
+        if len(dataset) == 0:
+            raise DataError("no rows to tokenise: the dataset has none; ask for a split that has some")
+        first = dataset[0]
+        layout = layout_of(dataset.column_names, first)
+        if as_messages and layout is PAIR and not layout.holds_messages(first) and is_transcript(first):
+            layout, as_messages = TRANSCRIPTS, False
+        messages = layout.holds_messages(first)
+        _check_kind(messages, score, turns, as_messages)
+        template = masks = None
+        if messages or as_messages:
+            template = ChatTemplate(tokenizer, _template(tokenizer, chat_template), today)
+            masks = Masks(template, tokenizer, assistant=score == "assistant", turns=turns)
+        elif tokenizer.eos_token is None:
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), with which completions of "
+                "text must end; set one in its tokenizer_config.json, or another data.tokenizer"
+            )
+        return _Reader(part, tokenizer, layout, as_messages, template, masks, transforms)
+
+    @property
+    def makes(self) -> Layout:
+        """What its groups are."""
+        return PAIR if self.transforms.makes_pairs else self.layout
+
+    def prepared(self, rows: list[tuple[int, dict[str, Any]]]) -> _Batch:
+        """Rows as groups and their texts; what is none, with the reason."""
         batch = _Batch(len(rows))
         for number, row in rows:
-            copy, at = divmod(number, len(dataset))
-            if at in (bad or ()):
-                batch.unusable.append(("bad_row", number))
-                continue
-            try:
-                group = layout.group(row)
-            except WrongValue as wrong:  # of a transcript, which is looked into here first
-                if bad is None:
-                    raise DataError(f"row {number}, {wrong}") from None
-                batch.unusable.append(("bad_row", number))
-                continue
-            if as_messages:
-                group = as_conversation(group)
-            if reason := _unusable(group, conversational):
-                batch.unusable.append((reason, number))
-                continue
-            transformed = transforms.of(group, at, copy)
-            if isinstance(transformed, str):
-                batch.unusable.append((transformed, number))
-                continue
-            group = transformed
-            if conversational:
-                row = {**row, **group.extras}
-                try:
-                    texts = template.rendered(group, row, number)
-                    sides = zip(group.completions, texts[1:], strict=True)
-                    counted = [masks.of(group.prompt, one, text, row, number) for one, text in sides]
-                except DataError:
-                    if bad is None:
-                        raise
-                    batch.unusable.append(("bad_row", number))
-                    continue
-            else:
-                texts = with_end_token(group.prompt, group.completions, tokenizer.eos_token)
-                counted = [None] * len(group.completions)
-            batch.kept.append((number, group, counted))
-            batch.texts += texts
+            found = self._group(number, row)
+            if isinstance(found, str):
+                batch.unusable.append((found, number))
+            elif found is not None:
+                self._add(batch, number, row, found)
         return batch
 
-    def encoded(batch: _Batch) -> list[list[int]]:
-        return _encode(tokenizer, batch.texts, add_special_tokens=not conversational)
+    def encoded(self, batch: _Batch) -> list[list[int]]:
+        """Token ids of its texts."""
+        return _encode(self.tokenizer, batch.texts, add_special_tokens=self.template is None)
 
-    # A tokenizer in Rust encodes on threads of its own, without the interpreter's lock.
-    pairs = PAIR if transforms.makes_pairs else layout
-    groups = _Builder(pairs, max_length, tokenizer.bos_token_id, folder)
-    with progress_bar(transforms.copies * len(dataset), pairs.unit, "tokenise") as progress:
-        for batch, sequences in one_ahead(map(prepared, _batches(dataset, batch_size, transforms.copies)), encoded):
-            groups.add_batch(batch, sequences)
-            progress.update(batch.n_rows)
-            if sign_of_life is not None:
-                sign_of_life()
-    return groups.result()
+    def _group(self, number: int, row: dict[str, Any]) -> Group | str | None:
+        """A row's group, why it has none, or None where it is another split's."""
+        part, (copy, at) = self.part, divmod(number, len(self.part.dataset))
+        if at in (part.bad or ()):
+            return "bad_row" if part.keep is None or part.keep(None) else None
+        try:
+            group = self.layout.group(row)
+        except WrongValue as wrong:  # of a transcript, which is looked into here first
+            if part.bad is None:
+                raise DataError(f"row {number}, {wrong}") from None
+            return "bad_row"
+        if part.keep is not None and not part.keep(group.prompt):
+            return None
+        if self.as_messages:
+            group = as_conversation(group)
+        return _unusable(group, self.template is not None) or self.transforms.of(group, at, copy)
+
+    def _add(self, batch: _Batch, number: int, row: dict[str, Any], group: Group) -> None:
+        counted: list[bytearray | None]
+        if self.template is None:
+            assert self.tokenizer.eos_token is not None
+            texts = with_end_token(group.prompt, group.completions, self.tokenizer.eos_token)
+            counted = [None] * len(group.completions)
+        else:
+            assert self.masks is not None
+            row = {**row, **group.extras}
+            try:
+                texts = self.template.rendered(group, row, number)
+                sides = zip(group.completions, texts[1:], strict=True)
+                counted = [self.masks.of(group.prompt, one, text, row, number) for one, text in sides]
+            except DataError:
+                if self.part.bad is None:
+                    raise
+                batch.unusable.append(("bad_row", number))
+                return
+        batch.kept.append((number, group, counted))
+        batch.texts += texts
 
 
 @dataclass
@@ -291,9 +362,10 @@ def tokenizer_identity(path: str, *, revision: str | None = None, chat_template:
 class _Builder:
     """Groups appended batch by batch to `ARRAYS`, in a folder's files or in memory: 5 bytes a token."""
 
-    def __init__(self, layout: Layout, max_length: int | None, bos: int | None, folder: Path | None) -> None:
-        self.whole, self.max_length, self.bos = layout.whole, max_length, bos
-        self.report = DropReport(unit=layout.unit)
+    def __init__(self, max_length: int | None, bos: int | None, folder: Path | None) -> None:
+        self.max_length, self.bos = max_length, bos
+        self.report = DropReport(unit="")
+        self.whole, self.part_weight, self.rows_before = False, 1.0, 0
         self.folder = folder
         self.memory = {name: bytearray() for name in ARRAYS}
         """Of each array the bytes, where there is no folder."""
@@ -301,6 +373,15 @@ class _Builder:
         self.masked = False
         """Whether a scored token does not count."""
         self._begin([0])
+
+    def begin_part(self, layout: Layout, weight: float) -> None:
+        """What follows are groups of this layout, whose weights are multiplied by this."""
+        self.whole, self.part_weight = layout.whole, weight
+        self.report.unit = layout.unit if self.report.unit in ("", layout.unit) else "groups"
+
+    def end_part(self, n_rows: int) -> None:
+        """Number what follows on behind these rows."""
+        self.rows_before += n_rows
 
     def _begin(self, splits: Sequence[int] = ()) -> None:
         """Empty buffers for the next batch."""
@@ -312,11 +393,12 @@ class _Builder:
     def add_batch(self, batch: _Batch, encoded: list[list[int]]) -> None:
         """Keep or drop these rows, given what their texts became."""
         for reason, number in batch.unusable:
-            self.report.drop(reason, number)
+            self.report.drop(reason, self.rows_before + number)
         rest = iter(encoded)
         for number, group, counted in batch.kept:
             alone = next(rest)
-            self.add(number, group, alone, list(islice(rest, len(group.completions))), counted)
+            sequences = list(islice(rest, len(group.completions)))
+            self.add(self.rows_before + number, group, alone, sequences, counted)
         self._flush()
 
     def _flush(self) -> None:
@@ -377,7 +459,7 @@ class _Builder:
         self.report.keep(len(prompt), len(left))
         self.group_id.append(row)
         self.n_completions.append(len(left))
-        self.weight.append(group.weight)
+        self.weight.append(group.weight * self.part_weight)
         self._append_tokens(prompt)
         for place, ids, mask in left:
             self.score.append(group.scores[place])

@@ -60,6 +60,10 @@ class Transforms:
             return _with_goal(group, copy, wanted.goal, wanted.reward_goals)
         return group
 
+    def forget_rows(self) -> None:
+        """What follows are other rows with the same numbers; groups that were seen stay so."""
+        self._duplicates.clear()
+
     def _other(self, n: int, row: int) -> int:
         """Which of n completions stands against the first, the best one."""
         if self.wanted.pair == "best_worst":

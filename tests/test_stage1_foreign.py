@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from fpo.errors import DataError
 from fpo.stage1_cache import build_caches, look_at_data
 from fpo.stage1_cache.read import read_groups
-from fpo.stage1_cache.tokenise import ARRAYS, TokenisedGroups, tokenise
+from fpo.stage1_cache.tokenise import ARRAYS, Part, TokenisedGroups, tokenise
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }} {% endif %}{% for m in messages %}{{ m.role }} {{ m.content }}"
@@ -30,10 +30,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 12, 4)
 
 
-def tokens_of(world: TinyWorld, path: Path, **options: Any) -> TokenisedGroups:
+def tokens_of(
+    world: TinyWorld, path: Path, bad: frozenset[int] | None = None, *, as_messages: bool = False
+) -> TokenisedGroups:
     tokenizer = AutoTokenizer.from_pretrained(world.root / "model")
-    dataset = read_groups(str(path), "train").dataset
-    return tokenise(dataset, tokenizer, 64, chat_template=TEMPLATE, **options)
+    part = Part(read_groups(str(path), "train").dataset, bad)
+    return tokenise([part], tokenizer, 64, chat_template=TEMPLATE, as_messages=as_messages)
 
 
 def written(folder: Path, *rows: dict[str, Any], name: str = "rows.jsonl") -> Path:

@@ -67,13 +67,15 @@ def read_groups(
 
 
 def read_column(
-    source: str, split: str, name: str, subset: str | None = None, revision: str | None = None
+    source: str, split: str, name: str, subset: str | None = None, revision: str | None = None, *, origin: str = ""
 ) -> list[str]:
     """
-    What a column says of every row, as text, whatever it is for: rows are those of `read_groups`, by number. Raises
-    `DataError` where there is no such column.
+    What a column says of every row, as text, whatever it is for: rows are those of `read_groups`, by number; `origin`
+    stands for a column of that name that is not there. Raises `DataError` where there is no such column.
     """
     dataset = read_rows(source, split, subset, revision)
+    if name == "origin" and name not in dataset.column_names and origin:
+        return [origin] * len(dataset)
     if name not in dataset.column_names:
         raise DataError(f"{source}: no column {name!r}{meant(name, dataset.column_names)}")
     return [str(value) for value in dataset[name]]
