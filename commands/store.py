@@ -12,7 +12,7 @@ import typer
 from fpo.commands.bars import byte_bar, shard_bar
 from fpo.commands.caches import existing_root, store_root
 from fpo.commands.libraries import quiet_libraries
-from fpo.commands.options import AsJson, StoreOption
+from fpo.commands.options import AsJson, Overrides, StoreOption, command_line
 from fpo.commands.wording import age, indented, size, with_numbers
 from fpo.errors import FpoError
 
@@ -265,17 +265,42 @@ def store_pull(
 @store_app.command("export")
 def store_export(
     key: Key,
-    folder: Annotated[Path, typer.Argument(help="New folder.", metavar="FOLDER")],
-    to: Annotated[Literal["trl"], typer.Option("--to", help="For whom.")],
+    path: Annotated[Path, typer.Argument(help="New file; for trl a new folder.", metavar="PATH")],
+    to: Annotated[
+        Literal["trl", "parquet", "jsonl", "distill"],
+        typer.Option("--to", help="TRL's DPOTrainer, rows of groups, or of completions with their likeliest tokens."),
+    ],
     store: StoreOption = None,
 ) -> None:
-    """Write a cache of pairs as a `datasets` folder that TRL's own DPOTrainer trains from (docs/export.md)."""
-    from fpo.store import export_trl, open_cache
+    """Write what a cache holds for other programs: trainers, notebooks, distillation (docs/export.md)."""
+    from fpo.store import export_rows, export_trl, open_cache
 
     quiet_libraries()
     with shard_bar("export") as advance:
-        report = export_trl(open_cache(store_root(store), key), folder, advance)
-    print(f"exported {report.n_pairs:,} pairs of {report.key[:12]} to {report.folder}, {size(report.n_bytes)}")
+        cache = open_cache(store_root(store), key)
+        report = export_trl(cache, path, advance) if to == "trl" else export_rows(cache, path, to, advance)
+    print(f"exported {report.n_groups:,} groups of {report.key[:12]} to {report.path}, {size(report.n_bytes)}")
+
+
+@store_app.command("import")
+def store_import(
+    files: Annotated[list[Path], typer.Argument(help="Parquet or .jsonl with token ids.", metavar="FILE...")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Whose groups they are; it has reference.scored_by.")],
+    store: StoreOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make a recipe's caches from log-probs that another engine computed, instead of running the reference."""
+    from fpo.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    quiet_libraries()
+    from fpo.stage1_cache import import_caches
+
+    for report in import_caches(loaded, files, store_root(store or loaded.cache.store)):
+        cache = report.cache
+        print(f"{report.split}\n  key         {cache.key}\n  data        {report.drops.lines()[0]}")
+        print(f"  imported    {cache.n_completions:,} completions, scored by {loaded.reference.scored_by}")
+    print(f"next: {command_line('align', recipe, store, overrides)}")
 
 
 @store_app.command("rm")

@@ -95,6 +95,12 @@ class Reference(Section):
     adapter: Place | None = None
     """PEFT adapter (hub id or folder) merged into the reference before scoring; null is none."""
 
+    scored_by: str | None = None
+    """
+    Another engine that computed the log-probs, with its version: `vllm 0.11.2`. They come by `fpo store import`, and
+    stand in caches of their own; null is fpo itself.
+    """
+
     @property
     def arithmetic(self) -> Arithmetic:
         """What stage 1 computes in."""

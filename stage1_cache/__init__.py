@@ -5,7 +5,7 @@ Pairs to cache.
     texts, tokenise TRL's rules                    score     one shard through the reference
     masks           which tokens count             build     fpo cache; fill writes the shards
     drops           what was left out, and why     recompute random pairs, scored again
-    places          where SAEs read
+    places          where SAEs read                imported  another engine's log-probs
 """
 
 from fpo.stage1_cache.build import (
@@ -13,6 +13,7 @@ from fpo.stage1_cache.build import (
     SplitReport,
     build_caches,
     find_cache,
+    import_caches,
     look_at_data,
     read_beside,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "SplitReport",
     "build_caches",
     "find_cache",
+    "import_caches",
     "look_at_data",
     "read_beside",
     "recompute",

@@ -28,6 +28,7 @@ from fpo.stage1_cache.drops import DropReport
 from fpo.stage1_cache.facts import SelfCheckFacts, parse_self_check, self_check_of
 from fpo.stage1_cache.fill import Filled, Filling, Part, completed, inputs, rows_of, token_groups
 from fpo.stage1_cache.identity import CacheIdentity, cache_identities, checked, shared_groups, spelled
+from fpo.stage1_cache.imported import ImportedScores
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.store import (
     Cache,
@@ -130,6 +131,11 @@ def build_caches(
     Raises FpoError for what a user can cause, before the model is loaded wherever that can be told.
     """
     recipe = checked(recipe)
+    if rebuild and recipe.reference.scored_by is not None:
+        raise RecipeError(
+            f"reference.scored_by: {recipe.reference.scored_by} computed this cache, so fpo cannot compute it again; "
+            "remove it (fpo store rm) and import it once more"
+        )
     identities = cache_identities(recipe, None if is_url(store) else Store(store))
     lazy = _LazyScorer(recipe, batch_tokens, identities[0])
     siblings = {cache_key(identity.key_recipe) for identity in identities}
@@ -170,6 +176,51 @@ def look_at_data(recipe: Recipe) -> list[SplitReport]:
         )
         for number, identity in enumerate(identities)
     ]
+
+
+def import_caches(recipe: Recipe, files: Sequence[Path], store: Path | str) -> list[CacheReport]:
+    """
+    The caches of a recipe whose log-probs another engine computed (`reference.scored_by`), from files of rows with
+    token ids, which must hold every completion that the recipe asks for. Columns beside them are not filled.
+
+    Raises FpoError for what a user can cause, before anything is written.
+    """
+    recipe = checked(recipe)
+    engine = recipe.reference.scored_by
+    if engine is None:
+        raise RecipeError(
+            "reference.scored_by: say which engine computed the log-probs, with its version: --set "
+            "'reference.scored_by=vllm 0.11.2'; its caches never stand for fpo's own"
+        )
+    if is_url(store):
+        raise CacheError(f"{store} is a URL: import into a folder, then fpo store push")
+    scores = ImportedScores(files, engine)
+    identities = cache_identities(recipe, Store(store))
+    for identity in identities:
+        scores.check(identity)
+    return [_imported(identity, store, scores) for identity in identities]
+
+
+def _imported(identity: CacheIdentity, store: Path | str, scores: ImportedScores) -> CacheReport:
+    started = time.monotonic()
+    filled, reusable, foreign = _filled(identity, Store(store), [None], scores)
+    cache = open_cache(store, cache_key(identity.key_recipe))
+    return CacheReport(
+        identity.split,
+        cache,
+        DropReport.from_dict(identity.remembered["drops"]),
+        (),
+        (),
+        base_built=True,
+        built_shards=filled.shards,
+        seconds=time.monotonic() - started,
+        scored=filled.scored,
+        tokens_scored=filled.tokens,
+        reused=filled.reused,
+        reuse_problems=tuple(reusable.problems),
+        foreign_shards=foreign,
+        shards_by_others=filled.by_others,
+    )
 
 
 def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
@@ -348,6 +399,12 @@ def _build(
         if is_url(store):
             raise
     filled, reusable, foreign = Filled(), None, 0
+    engine = identity.recipe.reference.scored_by
+    if None in wants and engine is not None:
+        raise CacheMissing(
+            f"{_missing(store, identity)}\n  its log-probs are {engine}'s; bring them with: fpo store import FILE "
+            "--recipe RECIPE"
+        )
     if wants:
         if None not in wants and is_first_rank():
             say(f"{identity.split}: the base is there; adding {', '.join(column_name(want) for want in wants if want)}")
@@ -369,7 +426,7 @@ def _build(
 
 
 def _filled(
-    identity: CacheIdentity, store: Store, wants: Sequence[Want], lazy: _LazyScorer
+    identity: CacheIdentity, store: Store, wants: Sequence[Want], lazy: _LazyScorer | ImportedScores
 ) -> tuple[Filled, Reusable, int]:
     """Fill and seal the base or columns: what was done and copied from, and how many shards were not computed here."""
     identity.check_tokens()
@@ -467,7 +524,9 @@ def _not_ours(reusable: Reusable) -> list[str]:
     return [f"shards that were not computed in this store, of {names}: what was pulled is used by its name alone"]
 
 
-def _facts(identity: CacheIdentity, part: Part, want: int, lazy: _LazyScorer, reusable: Reusable) -> dict[str, Any]:
+def _facts(
+    identity: CacheIdentity, part: Part, want: int, lazy: _LazyScorer | ImportedScores, reusable: Reusable
+) -> dict[str, Any]:
     """
     What the manifest says: of the base, the drops; of features, the self-check: where every row can be copied, what a
     column says that holds them (model and SAE are the same), else the check. It never depends on how much a killed run
@@ -477,6 +536,7 @@ def _facts(identity: CacheIdentity, part: Part, want: int, lazy: _LazyScorer, re
         return {"drops": identity.remembered["drops"]}
     if part.want["kind"] != "features":
         return {}
+    assert isinstance(lazy, _LazyScorer), "what is imported has no features"
     feature = identity.recipe.features[identity.specs.index(part.want)]
     if not feature.self_check:
         return {"self_check": {"hookpoint": feature.hookpoint, "checked": False}}

@@ -20,14 +20,13 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 
 from fpo.progress import progress_bar
 from fpo.scoring.hookpoints import canonical_hookpoint
 from fpo.stage1_cache.ahead import one_ahead
 from fpo.stage1_cache.identity import CacheIdentity
 from fpo.stage1_cache.mismatched import score_mismatched
-from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
+from fpo.stage1_cache.score import ReferenceScorer, Scorer, TokenGroups
 from fpo.store import (
     CacheWriter,
     Claim,
@@ -132,7 +131,7 @@ class Filling:
         plan: list[np.ndarray],
         reusable: Reusable,
         claims: Claims,
-        scorer: Callable[[], ReferenceScorer],
+        scorer: Callable[[], Scorer],
     ) -> None:
         """
         plan    the groups (positions in `identity.tokens`) of every shard of the base
@@ -258,7 +257,7 @@ def completed(
     rows: np.ndarray,
     wants: Sequence[Want],
     copied: Sequence[Copied],
-    scorer: Callable[[], ReferenceScorer],
+    scorer: Callable[[], Scorer],
     advance: Callable[[int, int], None],
 ) -> list[Column]:
     """
@@ -270,7 +269,9 @@ def completed(
         rest = [place for place in range(len(wants)) if place not in apart]
         columns = completed(identity, rows, [wants[p] for p in rest], [copied[p] for p in rest], scorer, advance)
         found = dict(zip(rest, columns, strict=True))
-        found |= {place: score_mismatched(identity, rows, scorer(), advance) for place in apart}
+        reference = scorer()
+        assert isinstance(reference, ReferenceScorer), "what is imported has no mismatched completions"
+        found |= {place: score_mismatched(identity, rows, reference, advance) for place in apart}
         return [found[place] for place in range(len(wants))]
     n_completions = identity.tokens.n_completions[rows]
     starts = starts_of(n_completions)
@@ -313,7 +314,7 @@ def token_groups(identity: CacheIdentity, rows: np.ndarray) -> TokenGroups:
 
 
 def provenance(
-    made_of: dict[str, Any], copied: Copied, n_rows: int, scorer: Callable[[], ReferenceScorer] | None
+    made_of: dict[str, Any], copied: Copied, n_rows: int, scorer: Callable[[], Scorer] | None
 ) -> dict[str, Any]:
     """
     How a shard came to be: for people, never part of the key.
@@ -328,12 +329,7 @@ def provenance(
         "rows": {"reused": _largest(copied.sources), "scored": n_rows - len(copied.positions)},
     }
     if scorer is not None:
-        reference = scorer()
-        cuda = reference.device.type == "cuda"
-        facts["device"] = torch.cuda.get_device_name() if cuda else platform.processor() or "cpu"
-        facts["attention"] = reference.model.config._attn_implementation
-        facts["batch_tokens"] = reference.batch_tokens
-        facts["layout"] = str(reference.layout)
+        facts |= scorer().provenance()
     return facts
 
 

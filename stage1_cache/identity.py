@@ -122,6 +122,7 @@ class CacheIdentity:
                 # Not spelled where it is off.
                 **({} if reference.autocast is None else {"autocast": reference.autocast}),
                 "adapter": None if adapter is None else _adapter_identity(adapter),
+                **({} if reference.scored_by is None else {"scored_by": reference.scored_by}),
             },
             "vocab_size": self.vocab_size,
         }

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,21 @@ class TokenGroups:
 
     def __len__(self) -> int:
         return len(self.n_completions)
+
+
+class Scorer(Protocol):
+    """Says what the reference says of groups."""
+
+    def score(
+        self,
+        groups: TokenGroups,
+        wants: Sequence[Want],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Column]:
+        """The rows of each want in the order of the groups; `progress` hears of (completions, tokens)."""
+
+    def provenance(self) -> dict[str, Any]:
+        """How they came to be, in JSON types."""
 
 
 class ReferenceScorer:
@@ -127,6 +143,16 @@ class ReferenceScorer:
             if progress is not None:
                 progress(int(batch.n_completions.sum()), len(batch.input_ids))
         return [_of_groups(column, groups, owners) for column in _in_order(pieces, batches, parts)]
+
+    def provenance(self) -> dict[str, Any]:
+        """How its rows came to be."""
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+            "attention": self.model.config._attn_implementation,
+            "batch_tokens": self.batch_tokens,
+            "layout": str(self.layout),
+        }
 
     @torch.inference_mode()
     def _check_widths(self) -> None:

@@ -40,6 +40,7 @@ from fpo.store.remote.places import RemoteStore, is_url, open_store
 from fpo.store.remote.streaming import Shelf
 from fpo.store.remote.transfer import Moved, TransferReport, pull, push
 from fpo.store.reuse import Copied, Reusable, TokenLogps, Want, Wanting, is_mismatched, rows_per
+from fpo.store.rows import export_rows
 from fpo.store.summaries import ColumnSummary, Summary, look_at_columns
 from fpo.store.upkeep.collect import Collection, Garbage, gc
 from fpo.store.upkeep.describe import counted
@@ -106,6 +107,7 @@ __all__ = [
     "diff",
     "differences",
     "disk_usage",
+    "export_rows",
     "export_trl",
     "gc",
     "groups_digest",

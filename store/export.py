@@ -1,6 +1,6 @@
 """
 A cache of pairs, groups of two, for other trainers: their tokens and the reference's log-probs as a folder of Hugging
-Face `datasets`.
+Face `datasets`. What a cache holds as rows of a file is in `rows`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fpo.errors import CacheConflict, CacheError
 from fpo.store.cache import Cache
 from fpo.store.files import explained
 from fpo.store.format.groups import Groups
-from fpo.store.format.ragged import F32, I64, U32, U64, gather, join_splits
+from fpo.store.format.ragged import I64, gather
 from fpo.store.upkeep.describe import counted
 
 TRL_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
@@ -30,8 +31,8 @@ BLOCK_TOKENS = 2**24
 class ExportReport:
     """What was written."""
 
-    folder: Path
-    n_pairs: int
+    path: Path
+    n_groups: int
     n_bytes: int
     key: str
     digest: str
@@ -62,7 +63,7 @@ def export_trl(
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as scratch:
             stream = Path(scratch) / "pairs.arrow"
-            _write_stream(stream, _blocks(cache, block_tokens, on_shard))
+            _write_stream(stream, blocks(cache, block_tokens, on_shard, partial(_check_pairs, cache)))
             about = datasets.DatasetInfo(
                 description=f"Pairs and reference log-probs of fpo cache {cache.key}, manifest {cache.digest}."
             )
@@ -72,40 +73,39 @@ def export_trl(
     return ExportReport(folder, cache.n_groups, n_bytes, cache.key, cache.digest)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some pairs: only what is exported of them."""
+def blocks(
+    cache: Cache,
+    block_tokens: int = BLOCK_TOKENS,
+    on_shard: Callable[[int, int], None] | None = None,
+    check: Callable[[Groups], None] = lambda groups: None,
+) -> Iterator[Groups]:
+    """
+    All groups by ascending group_id, with the columns that are open, in blocks of about `block_tokens`; each block
+    reads every shard once.
 
-    group_id: U64
-    input_ids: U32
-    splits: U64
-    """(3P+1,) prompt, chosen, rejected."""
-    ref_logps: F32
-    """(2P,)"""
-
-
-def _blocks(cache: Cache, block_tokens: int, on_shard: Callable[[int, int], None] | None) -> Iterator[_Block]:
-    """All pairs by ascending group_id, in blocks of about `block_tokens`; each block reads every shard once."""
+    check  called with every shard that was read
+    """
     n_blocks = -(-cache.manifest.n_tokens // block_tokens) or 1
     n_shards = len(cache.shard_groups)
     bounds = [0]  # the lowest id of every block
     if n_blocks > 1:
-        ids = np.sort(np.concatenate([_pairs(cache, sid).group_id for sid in range(n_shards)]))
+        ids = np.sort(np.concatenate([cache.shard(sid).group_id for sid in range(n_shards)]))
         bounds += [int(ids[len(ids) * n // n_blocks]) for n in range(1, n_blocks)]
     for n in range(n_blocks):
         parts = []
         for sid in range(n_shards):
-            pairs = _pairs(cache, sid)
-            block = np.searchsorted(np.array(bounds, np.uint64), pairs.group_id, side="right") - 1
-            here = pairs.take(np.flatnonzero(block == n))
-            parts.append(_Block(here.group_id, here.input_ids, here.splits, here.ref_logps))
+            groups = cache.shard(sid)
+            check(groups)
+            block = np.searchsorted(np.array(bounds, np.uint64), groups.group_id, side="right") - 1
+            parts.append(groups.take(np.flatnonzero(block == n)))
             if on_shard is not None:
                 on_shard(n * n_shards + sid + 1, n_blocks * n_shards)
-        yield _sorted(parts)
+        if parts:
+            joined = Groups.concat(parts)
+            yield joined.take(np.argsort(joined.group_id))
 
 
-def _pairs(cache: Cache, sid: int) -> Groups:
-    groups = cache.shard(sid)
+def _check_pairs(cache: Cache, groups: Groups) -> None:
     others = np.flatnonzero(groups.n_completions != 2)
     if len(others):
         first = others[0]
@@ -114,7 +114,6 @@ def _pairs(cache: Cache, sid: int) -> Groups:
             f"{counted(int(groups.n_completions[first]), 'completion')}, TRL's DPOTrainer takes 2; train from "
             "the cache with fpo align, or build one of pairs"
         )
-    return groups
 
 
 def _refuse_mask(cache: Cache) -> None:
@@ -125,35 +124,20 @@ def _refuse_mask(cache: Cache) -> None:
         )
 
 
-def _sorted(parts: list[_Block]) -> _Block:
-    empty = _Block(np.empty(0, np.uint64), np.empty(0, np.uint32), np.zeros(1, np.uint64), np.empty(0, np.float32))
-    parts = parts or [empty]
-    group_id = np.concatenate([part.group_id for part in parts])
-    splits = join_splits([part.splits for part in parts])
-    order = np.argsort(group_id)
-    tokens, sorted_splits = gather(splits, (3 * order[:, None] + np.arange(3)).ravel())
-    return _Block(
-        group_id[order],
-        np.concatenate([part.input_ids for part in parts])[tokens],
-        sorted_splits,
-        np.concatenate([part.ref_logps for part in parts]).reshape(-1, 2)[order].reshape(-1),
-    )
-
-
-def _write_stream(path: Path, blocks: Iterator[_Block]) -> None:
+def _write_stream(path: Path, pairs: Iterator[Groups]) -> None:
     """An Arrow stream, one batch per block."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     types = [pa.list_(pa.int32())] * 3 + [pa.float32()] * 2
     schema = pa.schema(list(zip(TRL_COLUMNS, types, strict=True)))
     with pa.ipc.new_stream(str(path), schema) as writer:
-        for block in blocks:
+        for block in pairs:
             columns = [_token_lists(block, part) for part in range(3)]
             columns += [pa.array(np.ascontiguousarray(block.ref_logps[side::2])) for side in (0, 1)]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
-def _token_lists(block: _Block, part: int) -> Any:
+def _token_lists(block: Groups, part: int) -> Any:
     """The ids of every pair's prompt (0), chosen (1) or rejected (2) completion."""
     import pyarrow as pa
 

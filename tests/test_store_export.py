@@ -47,7 +47,7 @@ def test_an_export_holds_every_pair_in_the_order_of_the_dataset(world, tmp_path,
     assert np.array_equal(np.array(found["ref_rejected_logps"], np.float32), pairs.ref_logps[1::2])
     assert {str(f) for f in found.features.values()} == {"List(Value('int32'))", "Value('float32')"}
     assert found.info.description.count(cache.key) == found.info.description.count(cache.digest) == 1
-    assert (report.n_pairs, report.key, report.digest) == (5, cache.key, cache.digest)
+    assert (report.n_groups, report.key, report.digest) == (5, cache.key, cache.digest)
     assert report.n_bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     blocks = -(-int(pairs.n_tokens) // block_tokens)
     assert calls[-1] == (3 * blocks, 3 * blocks)
