@@ -44,7 +44,8 @@ def test_trl_trains_from_an_export_with_our_losses(world, tmp_path):
     export_trl(report.cache, tmp_path / "export")
 
     # The page's class as it stands; of its last lines only the arguments differ here.
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "CachedDPOTrainer" in block]
     names = {"MODEL": str(world.root / "model"), "FOLDER": str(tmp_path / "export")}
     definition = code.split("trainer = ")[0]
     exec(definition, names)
