@@ -85,7 +85,7 @@ SAME = [
             "conversations": [from_to("system", "w5"), from_to("human", "w1")],
             "chosen": from_to("gpt", "w10"),
             "rejected": from_to("gpt", "w11"),
-            "system": "w9",
+            "system": "w5",
         },
         ASKED,
     ),
@@ -146,7 +146,40 @@ SAME = [
     ("argilla, prompt", {"prompt": "w1", "chosen_response": "w10", "rejected_response": "w11"}, PLAIN),
     ("axolotl's chatml.intel", {"system": "w5", "question": "w1", "chosen": "w10", "rejected": "w11"}, ASKED),
     ("axolotl's chatml.icr", {"system": "w5", "input": "w1", "chosen": "w10", "rejected": "w11"}, ASKED),
-    ("axolotl's chatml.prompt_pairs", {"system": "", "prompt": "w1", "chosen": "w10", "rejected": "w11"}, PLAIN),
+    ("axolotl's chatml.prompt_pairs", {"system": "w5", "prompt": "w1", "chosen": "w10", "rejected": "w11"}, ASKED),
+    (
+        "axolotl's chatml.ultra",
+        {
+            "system": "w5",
+            "prompt": "w1",
+            "chosen": [*PLAIN["prompt"], *PLAIN["chosen"]],
+            "rejected": [*PLAIN["prompt"], *PLAIN["rejected"]],
+        },
+        ASKED,
+    ),
+    ("a system column beside messages", {**LONG, "system": "w5"}, TOLD),
+    ("a question beside messages", {"question": "w1", "chosen": PLAIN["chosen"], "rejected": PLAIN["rejected"]}, PLAIN),
+    (
+        "ShareGPT, whole conversations",
+        {
+            side: [from_to("human", "w2"), from_to("gpt", "w3"), from_to("human", "w1"), from_to("gpt", said_last)]
+            for side, said_last in (("chosen", "w10"), ("rejected", "w11"))
+        },
+        LONG,
+    ),
+    (
+        "OpenAI, content in parts",
+        {
+            "input": {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "w"}, {"type": "text", "text": "1"}]}
+                ]
+            },
+            "preferred_output": PLAIN["chosen"],
+            "non_preferred_output": PLAIN["rejected"],
+        },
+        PLAIN,
+    ),
     (
         "argilla's dpo-mix-7k",
         {
@@ -242,6 +275,18 @@ ALPACA = next(row for name, row, _ in SAME if name == "LLaMA-Factory's alpaca")
         (OPENAI, {"input": None}, r"column 'input': null, not an object with a list of messages"),
         (OPENAI, {"preferred_output": None}, r"column 'preferred_output': null, neither text nor messages"),
         (ALPACA, {"history": [["w2"]]}, r"column 'history': a list, not a question and its answer"),
+        (SHAREGPT, {"chosen": from_to("function_call", "{}")}, r"column 'chosen': a function_call without a name"),
+        (
+            SHAREGPT,
+            {"conversations": [from_to("human", "w1"), from_to("gpt", "w2")]},
+            r"column 'conversations': it ends with the assistant's turn",
+        ),
+        (
+            {**SHAREGPT, "system": ""},
+            {"system": "w5", "conversations": [from_to("system", "w6"), from_to("human", "w1")]},
+            r"column 'system': not what the messages have as their own system prompt",
+        ),
+        (ALPACA, {"instruction": None}, r"column 'instruction': missing or null"),
         (ALPACA, {"rejected": None}, r"column 'rejected': null, neither text nor messages"),
     ],
 )
@@ -261,6 +306,18 @@ def test_the_recipes_own_columns_go_before_another_tools_layout(world: TinyWorld
     assert dataset.to_list() == [{"prompt": "w3", "chosen": " w10", "rejected": " w11"}]
     with pytest.raises(DataError, match="does not hold the text of 'question', which would be lost"):
         read_groups(str(written(tmp_path, row)), "train", columns={"system": None})
+
+
+def test_a_prompt_that_says_its_system_itself_stays_text(tmp_path: Path) -> None:
+    row = {"system": "w5", "prompt": "w5 w1", "chosen": " w10", "rejected": " w11"}
+    found = read_groups(str(written(tmp_path, row)), "train")
+    assert found.dataset.to_list() == [{name: value for name, value in row.items() if name != "system"}]
+
+
+def test_two_columns_that_may_be_the_prompt_are_refused(tmp_path: Path) -> None:
+    row = {"instruction": "w1", "question": "w2", "chosen": "w10", "rejected": "w11"}
+    with pytest.raises(DataError, match=r"made of column 'instruction', does not hold the text of column 'question'"):
+        read_groups(str(written(tmp_path, row)), "train")
 
 
 def test_a_cache_of_another_tools_file_is_that_of_the_same_conversations(world: TinyWorld, tmp_path: Path) -> None:

@@ -210,12 +210,13 @@ def test_a_system_column_beside_messages_is_lost_only_where_they_lack_it(tmp_pat
     held = {**row(turn("system", "Be kind.")), "system": "Be kind.", "rationale": "Because it is kinder."}
     (tmp_path / "pairs.jsonl").write_text(lines(held))
     assert read_groups(str(tmp_path / "pairs.jsonl"), "train").columns == (None, ("system", "rationale"))
-    assert "the text of column 'system'" in refused_rows(tmp_path, {**row(), "system": "Be kind."})
+    (tmp_path / "pairs.jsonl").write_text(lines({**row(), "system": "Be kind."}))
+    assert read_groups(str(tmp_path / "pairs.jsonl"), "train").dataset.column_names == ["chosen", "rejected", "system"]
 
 
 def test_answers_in_messages_without_a_prompt_are_refused_where_another_column_asks(tmp_path):
     answers = {side: [turn("assistant", side)] for side in ("chosen", "rejected")}
-    assert "data.columns: {prompt: question}" in refused_rows(tmp_path, {**answers, "question": "Why?"})
+    assert "data.columns: {prompt: query}" in refused_rows(tmp_path, {**answers, "query": "Why?"})
 
 
 def test_a_missing_column_may_be_named_in_the_recipe(tmp_path):

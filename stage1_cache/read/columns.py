@@ -272,6 +272,11 @@ def _refuse_loss(
             f"{', '.join(map(repr, prompts))}, which would be lost; write data.columns: {_flow({'prompt': likely})} "
             "to name the prompt, or {prompt: null} if it is what chosen and rejected share"
         )
+    if layout.messages and (others := [name for name in lost if name.lower() in ("prompt", *_PROMPT_NAMES)]):
+        raise DataError(
+            f"{source}: the prompt, made of column {layout.shows!r}, does not hold the text of column {others[0]!r}, "
+            f"which would be lost; leave it out with data.columns: {_flow({**columns, **dict.fromkeys(others)})}"
+        )
     if parts := [name for name in lost if name.lower() in _PART_NAMES]:
         raise DataError(
             f"{source}: the prompt does not hold the text of column {parts[0]!r}, which would be lost; put it into the "

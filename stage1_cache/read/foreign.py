@@ -5,8 +5,9 @@ Layouts of other tools, whose rows become conversations.
     openai      input, preferred_output, non_preferred_output   OpenAI's preference fine-tuning
     alpaca      instruction, input, history, chosen, rejected   LLaMA-Factory; also output: [better, worse]
     argilla     instruction, chosen_response, rejected_response
-    with system system, prompt | question | input, chosen, rejected: axolotl's chatml.prompt_pairs, intel, icr
-    kto         conversations | instruction and output, kto_tag  LLaMA-Factory
+    with system system, prompt | question | input, chosen, rejected: axolotl's chatml.prompt_pairs, intel, icr, ultra
+    spoken      question | instruction beside answers in messages; chosen and rejected of from and value
+    kto         conversations | messages | instruction and output, kto_tag: LLaMA-Factory
 
 Chosen and rejected are messages, or the text of the assistant's answer. `from` and `value` are read as role and
 content. A transcript, as hh-rlhf writes it, is text with its speakers in it: `data.as_messages` splits it.
@@ -64,7 +65,7 @@ def is_transcript(first: Row) -> bool:
 
 
 def _sharegpt(row: Row, column: str) -> Group:
-    prompt = _told(row, _messages(row[column], column, "user"))
+    prompt = _asked(row, _messages(row[column], column, "user"), column)
     return _pair(row, prompt, [row[side] for side in _SIDES])
 
 
@@ -73,7 +74,7 @@ def _openai(row: Row) -> Group:
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise WrongValue("input", f"{kind(given)}, not an object with a list of messages")
     places = ("preferred_output", "non_preferred_output")
-    prompt = _messages(given["messages"], "input.messages", "user")
+    prompt = _asked(row, _messages(given["messages"], "input.messages", "user"), "input.messages")
     group = _pair(row, prompt, [row[place] for place in places], places)
     return group._replace(extras={"tools": given["tools"]}) if given.get("tools") else group
 
@@ -90,18 +91,29 @@ def _alpaca_ranked(row: Row) -> Group:
 
 
 def _argilla(row: Row, column: str) -> Group:
-    prompt = _told(row, _messages(row[column], column, "user"))
+    prompt = _asked(row, _messages(row[column], column, "user"), column)
     return _pair(row, prompt, [row[place] for place in _RESPONSES], _RESPONSES)
 
 
 def _with_system(row: Row, column: str) -> Group:
-    return _pair(row, _told(row, _messages(row[column], column, "user")), [row[side] for side in _SIDES])
+    prompt = _asked(row, _messages(row[column], column, "user"), column)
+    return _pair(row, prompt, [row[side] for side in _SIDES])
 
 
-def _kto_sharegpt(row: Row) -> Group:
-    said = _messages(row["conversations"], "conversations", "user")
+def _conversations(row: Row) -> Group:
+    """Chosen and rejected are messages: answers to a prompt of messages, or whole conversations that begin alike."""
+    sides = [_messages(row[side], side, "assistant") for side in _SIDES]
+    if isinstance(row.get("prompt"), list):
+        prompt = _messages(row["prompt"], "prompt", "user")
+    else:
+        prompt, *sides = extract_prompt(*sides)
+    return pair_group(row, _told(row, prompt), sides, _SIDES)
+
+
+def _kto_sharegpt(row: Row, column: str) -> Group:
+    said = _messages(row[column], column, "user")
     if not said or said[-1]["role"] != "assistant":
-        raise WrongValue("conversations", "it does not end with an answer of the assistant")
+        raise WrongValue(column, "it does not end with an answer of the assistant")
     return unpaired_group(row, _told(row, said[:-1]), said[-1:], "kto_tag")
 
 
@@ -123,22 +135,37 @@ def _pair(row: Row, prompt: list[Any], sides: Sequence[Any], places: Sequence[st
 def _instructed(row: Row) -> list[dict[str, Any]]:
     """Alpaca's prompt: what was said before, then the instruction and behind a line break its input."""
     past: list[dict[str, Any]] = []
+    if not isinstance(row.get("history") or [], list):
+        raise WrongValue("history", f"{kind(row['history'])}, not a list of questions and answers")
     for turn in row.get("history") or []:
         if not isinstance(turn, list) or len(turn) != 2:
             raise WrongValue("history", f"{kind(turn)}, not a question and its answer")
         past += [*_messages(turn[0], "history", "user"), *_messages(turn[1], "history", "assistant")]
+    if row["instruction"] is None:
+        raise WrongValue("instruction", "missing or null; remove the row or fill it")
     asked = [row[name] for name in ("instruction", "input") if row.get(name)]
     if wrong := next((name for name in ("instruction", "input") if not isinstance(row.get(name) or "", str)), None):
         raise WrongValue(wrong, f"{kind(row[wrong])}, not text")
     return _told(row, [*past, {"role": "user", "content": "\n".join(asked)}])
 
 
+def _asked(row: Row, messages: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """A prompt, which is answered next, with its system prompt."""
+    if messages and messages[-1].get("role") == "assistant":
+        raise WrongValue(column, "it ends with the assistant's turn, which the completions are; remove that turn")
+    return _told(row, messages)
+
+
 def _told(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages behind what the column `system` says, where the first is no system message already."""
+    """The messages behind what the column `system` says, where they do not say it themselves."""
     system = row.get("system")
     if not isinstance(system or "", str):
         raise WrongValue("system", f"{kind(system)}, not text")
-    if not system or (messages and messages[0].get("role") == "system"):
+    if not system:
+        return messages
+    if messages and messages[0].get("role") == "system":
+        if messages[0].get("content") != system:
+            raise WrongValue("system", "not what the messages have as their own system prompt; leave one of them out")
         return messages
     return [{"role": "system", "content": system}, *messages]
 
@@ -158,7 +185,7 @@ def _message(value: Any, column: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WrongValue(column, f"{kind(value)}, where a message is expected")
     if isinstance(value.get("role"), str):
-        return value
+        return {**value, "content": _joined(value["content"], column)} if "content" in value else value
     said_by, said = value.get("from"), value.get("value")
     if said_by not in _ROLES or not isinstance(said, str):
         raise WrongValue(column, f"a message from {said_by!r} that says {kind(said)}; known are {', '.join(_ROLES)}")
@@ -167,13 +194,27 @@ def _message(value: Any, column: str) -> dict[str, Any]:
     return {"role": _ROLES[said_by], "content": said}
 
 
+def _joined(content: Any, column: str) -> Any:
+    """Parts of text as one text."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            told = part.get("type") if isinstance(part, dict) else kind(part)
+            raise WrongValue(column, f"a part of a message that is no text ({told})")
+    return "".join(part["text"] for part in content)
+
+
 def _calls(said: str, column: str) -> list[dict[str, Any]]:
     """LLaMA-Factory writes what is called as JSON: one object with name and arguments, or a list of them."""
     try:
         calls = json.loads(said)
     except json.JSONDecodeError as error:
         raise WrongValue(column, f"a function_call that is no JSON ({error})") from None
-    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise WrongValue(column, "a function_call without a name")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _split(text: str, column: str) -> list[dict[str, Any]]:
@@ -190,6 +231,30 @@ def _split(text: str, column: str) -> list[dict[str, Any]]:
 
 def _is_text(*names: str) -> Callable[[Row], bool]:
     return lambda first: all(isinstance(first[name], str) and first[name].strip() for name in names)
+
+
+def _holds_its_system(first: Row) -> bool:
+    """Whether the prompt of text says what the column `system` says: then nothing is missing in it."""
+    return first["system"] in first.get("prompt", "")
+
+
+def _are_conversations(first: Row) -> bool:
+    """Whether chosen and rejected are messages that lack a system prompt, or that are written as from and value."""
+    chosen, system = first["chosen"], first.get("system")
+    if not (isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)):
+        return False
+    if "from" in chosen[0] and not chosen[0].get("role"):
+        return True
+    opening = first["prompt"] if isinstance(first.get("prompt"), list) else chosen
+    lacks = bool(opening) and isinstance(opening[0], dict) and opening[0].get("role") != "system"
+    return isinstance(system, str) and bool(system.strip()) and lacks
+
+
+def _asks_in_text(first: Row, column: str) -> bool:
+    """Whether this column of text asks what messages of the assistant answer."""
+    chosen = first["chosen"]
+    opens = isinstance(chosen, list) and bool(chosen) and isinstance(chosen[0], dict)
+    return opens and chosen[0].get("role") == "assistant" and "prompt" not in first and isinstance(first[column], str)
 
 
 def _opens_with(first: Row, column: str) -> bool:
@@ -244,9 +309,24 @@ _FOREIGN: tuple[tuple[Layout, Callable[[Row], bool]], ...] = (
             _foreign(partial(_with_system, column=column), (column, "system", *_SIDES)),
             _is_text(column, *_SIDES),
         )
-        for column in ("prompt", "question", "input")
+        for column in ("question", "input")
     ),
-    (_foreign(_kto_sharegpt, ("conversations", "kto_tag"), "system", unit="completions"), _always),
+    (
+        _foreign(partial(_with_system, column="prompt"), ("prompt", "system", *_SIDES)),
+        lambda first: _is_text("prompt", "system", *_SIDES)(first) and not _holds_its_system(first),
+    ),
+    *(
+        (
+            _foreign(partial(_with_system, column=column), (column, *_SIDES), "system"),
+            partial(_asks_in_text, column=column),
+        )
+        for column in ("question", "instruction")
+    ),
+    (_foreign(_conversations, _SIDES, "prompt", "system"), _are_conversations),
+    *(
+        (_foreign(partial(_kto_sharegpt, column=column), (column, "kto_tag"), "system", unit="completions"), _always)
+        for column in ("conversations", "messages")
+    ),
     (
         _foreign(_kto_alpaca, ("instruction", "output", "kto_tag"), "input", "system", "history", unit="completions"),
         _is_text("instruction", "output"),
