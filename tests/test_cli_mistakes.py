@@ -212,26 +212,22 @@ DATA = [
         never=("rename",),
     ),
     _refused(
-        "sharegpt messages",
+        "sharegpt messages without a chat template",
         lambda b: b.pairs([_gives_turns([{"from": "gpt", "value": "w2"}])]),
-        "row 0, column 'chosen'",
-        "rename from and value to role and content",
+        "the data holds messages",
     ),
     _refused(
-        "chosen is one sharegpt object",
+        "chosen is one sharegpt object, without a chat template",
         lambda b: b.pairs([_gives_turns({"from": "gpt", "value": "w2"})]),
-        "an object (from, value), not text or a list of messages; write [{role: assistant, content: ...}]",
-        never=("row 0 holds",),
+        "the data holds messages",
     ),
     _refused(
         "chosen is a struct of parquet",
         lambda b: (
-            Dataset.from_list([{**TEXT, "chosen": {"role": "assistant", "content": "a"}}]).to_parquet(
-                b.folder / "pairs.parquet"
-            ),
+            Dataset.from_list([{**TEXT, "chosen": {"text": "a", "model": "b"}}]).to_parquet(b.folder / "pairs.parquet"),
             ["cache", b.recipe(data={"source": str(b.folder / "pairs.parquet"), "eval_split": None})],
         )[1],
-        "an object (role, content), not text or a list of messages",
+        "an object (text, model), not text or a list of messages",
     ),
     _refused(
         "chosen is a list of texts in parquet",

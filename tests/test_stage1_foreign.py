@@ -58,6 +58,8 @@ ASKED = {**PLAIN, "prompt": [said("system", "w5"), said("user", "w1")]}
 LONG = {**PLAIN, "prompt": [said("user", "w2"), said("assistant", "w3"), said("user", "w1")]}
 TOLD = {**LONG, "prompt": [said("system", "w5"), *LONG["prompt"]]}
 
+FROM = {"chosen": from_to("gpt", "w10"), "rejected": from_to("gpt", "w11")}
+
 SAME = [
     (
         "ShareGPT, LLaMA-Factory's ranking",
@@ -158,6 +160,16 @@ SAME = [
         ASKED,
     ),
     ("a system column beside messages", {**LONG, "system": "w5"}, TOLD),
+    (
+        "a prompt beside ShareGPT's answers",
+        {"prompt": "w1", "chosen": from_to("gpt", "w10"), "rejected": from_to("gpt", "w11")},
+        PLAIN,
+    ),
+    (
+        "messages before ShareGPT's answers",
+        {**LONG, "chosen": from_to("gpt", "w10"), "rejected": [from_to("gpt", "w11")]},
+        LONG,
+    ),
     ("a question beside messages", {"question": "w1", "chosen": PLAIN["chosen"], "rejected": PLAIN["rejected"]}, PLAIN),
     (
         "ShareGPT, whole conversations",

@@ -249,8 +249,8 @@ def test_a_bad_row_far_down_has_its_own_number(tmp_path):
 def test_what_is_neither_text_nor_messages_is_refused_as_what_it_is(tmp_path):
     message = refused_rows(tmp_path, {**TEXT, "chosen": 3})
     assert "row 0, column 'chosen': the value 3, not text; write it in quotes" in message
-    message = refused_rows(tmp_path, {**TEXT, "chosen": {"from": "gpt", "value": "a"}})
-    assert "row 0, column 'chosen': an object (from, value), not text or a list of messages" in message
+    message = refused_rows(tmp_path, {**TEXT, "chosen": {"text": "a", "by": "b"}})
+    assert "row 0, column 'chosen': an object (text, by), not text or a list of messages" in message
 
 
 @pytest.mark.parametrize(

@@ -241,20 +241,26 @@ def _holds_its_system(first: Row) -> bool:
 def _are_conversations(first: Row) -> bool:
     """Whether chosen and rejected are messages that lack a system prompt, or that are written as from and value."""
     chosen, system = first["chosen"], first.get("system")
+    if isinstance(chosen, dict) and isinstance(first.get("prompt"), list):
+        return isinstance(chosen.get("role"), str) or chosen.get("from") in _ROLES
     if not (isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)):
         return False
     if "from" in chosen[0] and not chosen[0].get("role"):
-        return True
+        return not isinstance(first.get("prompt"), str) or _ROLES.get(chosen[0]["from"]) != "assistant"
     opening = first["prompt"] if isinstance(first.get("prompt"), list) else chosen
     lacks = bool(opening) and isinstance(opening[0], dict) and opening[0].get("role") != "system"
     return isinstance(system, str) and bool(system.strip()) and lacks
 
 
 def _asks_in_text(first: Row, column: str) -> bool:
-    """Whether this column of text asks what messages of the assistant answer."""
+    """Whether this column of text asks what a message of the assistant, or a list that opens with one, answers."""
     chosen = first["chosen"]
-    opens = isinstance(chosen, list) and bool(chosen) and isinstance(chosen[0], dict)
-    return opens and chosen[0].get("role") == "assistant" and "prompt" not in first and isinstance(first[column], str)
+    opening = chosen[0] if isinstance(chosen, list) and chosen else chosen
+    if not isinstance(opening, dict) or not isinstance(first[column], str):
+        return False
+    if column == "prompt" and isinstance(chosen, list) and "role" in opening:
+        return False  # TRL reads it, and wants its prompt in messages, too
+    return "assistant" in (opening.get("role"), _ROLES.get(opening.get("from", "")))
 
 
 def _opens_with(first: Row, column: str) -> bool:
@@ -320,7 +326,7 @@ _FOREIGN: tuple[tuple[Layout, Callable[[Row], bool]], ...] = (
             _foreign(partial(_with_system, column=column), (column, *_SIDES), "system"),
             partial(_asks_in_text, column=column),
         )
-        for column in ("question", "instruction")
+        for column in ("prompt", "question", "instruction")
     ),
     (_foreign(_conversations, _SIDES, "prompt", "system"), _are_conversations),
     *(
