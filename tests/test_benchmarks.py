@@ -48,3 +48,11 @@ def test_what_stands_around_a_step(tmp_path: Path) -> None:
 def test_what_length_costs(model: str) -> None:
     out = printed("context.py", "--lengths", "128,256", "--model", model, "--checkpointing")
     assert [line.split(" | ")[0] for line in out.splitlines()[-3:]] == ["| 64", "| 128", "| 256"]
+
+
+@pytest.mark.long
+def test_what_wide_saes_cost() -> None:
+    out = printed("wide_sae.py", "--sizes", "16x2048", "--kinds", "relu,jumprelu,gated,topk,groupmax", "--tokens", "64")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == ["| relu", "| jumprelu", "| gated", "| topk", "| groupmax"]
+    assert all(float(row[4]) > 0 and float(row[5]) > 0 for row in rows[1:])
