@@ -272,7 +272,10 @@ class Data(Section):
     """Pairs from lists, no ties, no duplicates, reward-augmented pairs; null leaves groups as the data has them."""
 
     as_messages: bool = False
-    """Read text as a conversation: the prompt as a user's message, each completion as the assistant's."""
+    """
+    Read text as a conversation: the prompt as a user's message, each completion as the assistant's, transcripts of
+    hh-rlhf turn by turn. Of several sources those of text.
+    """
 
     score: Literal["completion", "assistant"] = "completion"
     """What counts: a whole completion but what tools said, or in completions of several turns the assistant's alone."""

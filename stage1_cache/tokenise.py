@@ -251,6 +251,8 @@ class _Reader:
         if as_messages and layout is PAIR and not layout.holds_messages(first) and is_transcript(first):
             layout, as_messages = TRANSCRIPTS, False
         messages = layout.holds_messages(first)
+        if messages and part.name:
+            as_messages = False  # of several sources those of text become messages
         _check_kind(messages, score, turns, as_messages)
         template = masks = None
         if messages or as_messages:

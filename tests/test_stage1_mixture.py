@@ -89,6 +89,19 @@ def test_text_and_messages_pairs_and_lists_stand_together(world: TinyWorld, tmp_
         np.testing.assert_array_equal(tokens.input_ids[start:end], alone.input_ids)
 
 
+def test_text_becomes_messages_beside_messages_and_a_question_has_one_side(world: TinyWorld, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
+    text = written(tmp_path / "text.jsonl", [pair(f"w{n}", chosen="w10", rejected="w11") for n in range(40)])
+    sides = {side: [{"role": "assistant", "content": word}] for side, word in (("chosen", "w10"), ("rejected", "w11"))}
+    spoken = [{"prompt": [{"role": "user", "content": f"w{n}"}], **sides} for n in range(40)]
+    messages = written(tmp_path / "messages.jsonl", spoken)
+    data = {"split": "train", "chat_template": template, "as_messages": True, "held_out": 0.3}
+    for tokens in both(world, source=[text, messages], **data):
+        halves = np.split(tokens.input_ids, [len(tokens.input_ids) // 2])
+        np.testing.assert_array_equal(halves[0], halves[1])
+        assert (tokens.group_id + 40 == np.roll(tokens.group_id, len(tokens) // 2))[: len(tokens) // 2].all()
+
+
 def test_a_source_that_is_wrong_is_named_with_its_own_row(world: TinyWorld, tmp_path: Path) -> None:
     good = written(tmp_path / "good.jsonl", [pair("w1")] * 3)
     bad = written(tmp_path / "bad.jsonl", [pair("w1"), pair("w2", rejected=None)])

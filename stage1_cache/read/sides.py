@@ -14,7 +14,9 @@ def side_of_prompts(share: float, held_out: bool) -> Callable[[Any], bool]:
 
 
 def _place(prompt: Any) -> float:
-    """Of a prompt in [0, 1), evenly spread."""
+    """Of a prompt in [0, 1), evenly spread; text counts as what a user says, so that a question has one side."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     said = json.dumps(_without_nulls(prompt), sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
 
