@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fpo.commands.data_page import data_page
 from fpo.report import (
     Bar,
     Bars,
@@ -23,6 +24,8 @@ from fpo.report import (
     Series,
     Table,
 )
+from fpo.stage1_cache import SplitReport
+from fpo.stage1_cache.drops import DROPPED, NOTED, DropReport, Finding, Spread
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- \x1b[31mred\x07 ‮evil"
 """A label that would be markup, terminal codes and turned text if it were let."""
@@ -136,6 +139,24 @@ def features(n_features: int = 200, n_pairs: int = 5) -> Page:
 
 _SIDES = (("chosen", 0.3), ("rejected", -0.3))
 _WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "with", "they", "policy", "reference", "\n"]
+
+
+def data() -> Page:
+    """Two splits with everything that may be dropped and noted, and a dataset's names of any kind."""
+    rng = np.random.default_rng(3)
+    reports = []
+    for split in ("train[:95%], mine", HOSTILE):
+        drops = DropReport(read=10_000, prompt_column=HOSTILE, unused_columns=["source", HOSTILE])
+        for number, reason in enumerate(DROPPED):
+            drops.dropped[reason] = Finding(10**number % 9973, list(range(5)))
+        for number, what in enumerate(NOTED):
+            drops.noted[what] = Finding(7**number % 9973, list(range(5)))
+        for part in ("prompt tokens", "chosen tokens", "rejected tokens", "score margin"):
+            spread = Spread.of(rng.lognormal(4, 1, 5000))
+            assert spread is not None
+            drops.spreads[part] = spread
+        reports.append(SplitReport(split, drops, trained_on=12))
+    return data_page("mine", reports)
 
 
 def _walk(rng: np.random.Generator, steps: int, place: int) -> list[float]:

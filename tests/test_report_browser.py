@@ -8,7 +8,7 @@ from pathlib import Path
 
 import browser
 import pytest
-from report_pages import HOSTILE, comparison, features
+from report_pages import HOSTILE, comparison, data, features
 
 EXECUTABLE = browser.found()
 WIDTHS = (360, 1280)
@@ -30,7 +30,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Tab]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    made = {"runs": comparison(), "features": features()}
+    made = {"runs": comparison(), "features": features(), "data": data()}
     for name, page in made.items():
         page.save(folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in made}
@@ -38,7 +38,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["runs", "features"])
+@pytest.mark.parametrize("name", ["runs", "features", "data"])
 def test_a_page_opens_without_a_complaint_a_request_or_a_wider_screen(name, width, scheme, tab, pages, tmp_path):
     tab.open(pages[name], width, scheme)
     tab.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
