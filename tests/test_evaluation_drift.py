@@ -152,6 +152,7 @@ def test_a_gap_that_tells_the_drift_whole() -> None:
     assert agreement(gap[:5], gap[:5])["r2"]["value"] is None
 
 
+@pytest.mark.long
 def test_intervals_of_slope_and_rank_hold_nothing_as_often_as_they_say() -> None:
     """Of 60 repeats of noise 57 on average hold 0, and less than 51 do so once in 1300 times."""
     rng = np.random.default_rng(1)

@@ -267,6 +267,7 @@ def peak(*arguments: str) -> int:
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.long
 def test_memory_is_bounded_where_logits_are_not() -> None:
     """
     1024 x 64000 float32 logits are 250 MiB, which log_softmax behind a soft cap holds four times. Here: a chunk of

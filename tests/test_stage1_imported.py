@@ -210,3 +210,4 @@ def test_the_commands_carry_a_cache_from_one_store_to_another_engines_recipe(wor
     assert "fpo align" in said
     told = run("store", "diff", key, said.split("key         ")[1][:12], "--store", store)
     assert "scored_by" in told
+    assert "scored by sglang 0.5" in run("store", "ls", "--store", store)

@@ -26,12 +26,18 @@ def counted(count: int, what: str) -> str:
 
 
 def reference_label(recipe: dict[str, Any], inputs: dict[str, Any]) -> str:
-    """google/gemma-2-2b-it@main + my-adapter [3fa9c1d2], as far as it is known; the digits are the weights' digest."""
+    """
+    google/gemma-2-2b-it@main + my-adapter [3fa9c1d2], scored by vllm 0.11.2, as far as it is known; the digits are the
+    weights' digest.
+    """
     given = _dict(inputs.get("reference"))
     label = " + ".join(
         part for part in (_revised(given, "model"), given.get("adapter")) if isinstance(part, str) and part
     )
-    return _line(_with_digest(label, _dict(_dict(recipe.get("scorer")).get("reference")).get("weights")))
+    reference = _dict(_dict(recipe.get("scorer")).get("reference"))
+    engine = reference.get("scored_by")
+    by = f", scored by {engine}" if isinstance(engine, str) else ""
+    return _line(_with_digest(label, reference.get("weights")) + by)
 
 
 def column_label(spec: dict[str, Any], inputs: dict[str, Any]) -> str:
