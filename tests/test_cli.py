@@ -153,7 +153,7 @@ def test_the_way_of_a_pair_through_the_commands(world: TinyWorld) -> None:
     out, _ = fpo(world, "store", "show", "first", "--usage")
     assert "token_logps" in out
     out, _ = fpo(world, "store", "export", "first", world.root / "exported", "--to", "trl")
-    assert "exported 24 pairs" in out
+    assert "exported 24 groups" in out
     out, _ = fpo(world, "align", recipe, "--set", f"cache.store={world.root / 'third'}", "--output", "from-third")
     assert f"cache       {key[:12]}" in out
     _, err = fpo(world, "store", "rm", key[:9], "--store", world.root / "third", expect=1)
