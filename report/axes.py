@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 MINUS = "\N{MINUS SIGN}"
+TINY = 1e-290  # of what is smaller no tenth is a float of full precision
 ROOM = 0.04
 """Of the range, on both sides of what is drawn."""
 
@@ -51,8 +52,9 @@ def axis(values: Iterable[float | None], start: float, end: float, most: int, wi
     """
     seen = [value for value in values if value is not None and math.isfinite(value)] or [0.0]
     low, high = (min([*seen, 0.0]), max([*seen, 0.0])) if with_zero else (min(seen), max(seen))
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    if high - low < TINY:
+        half = (abs(low) if abs(low) > TINY else 1) / 2
+        low, high = low - half, high + half
     room = ROOM * (high - low)
     low = low if with_zero and low == 0 else low - room
     high = high if with_zero and high == 0 else high + room
