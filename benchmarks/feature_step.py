@@ -184,7 +184,7 @@ def _batch(groups: Groups, objective: Objective) -> Batch:
 def _sae() -> Sae:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((HIDDEN, D_SAE)) / HIDDEN**0.5).astype(np.float32)
-    facts = SaeFacts(HIDDEN, D_SAE, "relu", True, "random", None, None, False)
+    facts = SaeFacts(HIDDEN, D_SAE, "relu", "random", None, None, False)
     return Sae(SaeArrays(facts, weight, np.zeros(D_SAE, np.float32), "relu", "none"))
 
 

@@ -95,7 +95,7 @@ def encoder(options: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     kind, k = options.kind, {"k": 32} if options.kind == "topk" else {}
     weights = rng.standard_normal((options.d_in, options.d_sae), dtype=np.float32)
-    facts = SaeFacts(options.d_in, options.d_sae, kind, kind != "topk", "benchmark", None, None, False)
+    facts = SaeFacts(options.d_in, options.d_sae, kind, "benchmark", None, None, False)
     zeros = np.zeros(options.d_sae, np.float32)
     arrays = SaeArrays(facts, weights, zeros, kind, "none", **k, **({"threshold": zeros} if kind == "jumprelu" else {}))
     sae = Sae(arrays)

@@ -36,7 +36,7 @@ def encoder(kind: str, d_in: int, d_sae: int) -> Sae:
     W /= np.sqrt(d_in)
     per_feature = np.zeros(d_sae, np.float32)
     height = np.full(d_sae, 3.2, np.float32)
-    facts = SaeFacts(d_in, d_sae, kind, kind not in ("topk", "groupmax"), "benchmark", None, None, center_input=False)
+    facts = SaeFacts(d_in, d_sae, kind, "benchmark", None, None)
     extra = {
         "jumprelu": {"threshold": height},
         "gated": {"gain": per_feature + 1, "magnitude_bias": per_feature},

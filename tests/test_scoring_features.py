@@ -24,7 +24,7 @@ from fpo.scoring.sae import Sae, SaeArrays, SaeFacts, TokenGrid, owners
 
 def relu_identity(size: int = 5) -> Sae:
     """An SAE whose features are the positive parts of its inputs: feature j is max(x_j, 0)."""
-    facts = SaeFacts(size, size, "relu", True, "test", None, None, False)
+    facts = SaeFacts(size, size, "relu", "test", None, None, False)
     return Sae(SaeArrays(facts, np.eye(size, dtype=np.float32), np.zeros(size, np.float32), "relu", "none"))
 
 

@@ -274,7 +274,7 @@ encoder.TILE = features.TILE = 2**13
 encoder.MEMORY_BUDGET = features.MEMORY_BUDGET = 2**24
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
-facts = SaeFacts(d_in, d_sae, kind, kind == "relu", "test", None, None, False)
+facts = SaeFacts(d_in, d_sae, kind, "test", None, None, False)
 W = rng.standard_normal((d_in, d_sae), dtype=np.float32)
 sae = Sae(SaeArrays(facts, W, np.zeros(d_sae, np.float32), kind, "none", **({} if kind == "relu" else {"k": 32})))
 del W

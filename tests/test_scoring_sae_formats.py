@@ -44,9 +44,11 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Weights, "read", fail)
 
 
-def facts(**known: Any) -> SaeFacts:
+def facts(*, elementwise: bool, **known: Any) -> SaeFacts:
     defaults = {"d_in": D_IN, "d_sae": D_SAE, "advertised_l0": None, "hook_hint": None, "center_input": False}
-    return SaeFacts(**{**defaults, **known})
+    found = SaeFacts(**{**defaults, **known})
+    assert found.elementwise is elementwise
+    return found
 
 
 @pytest.mark.usefixtures("no_weights")

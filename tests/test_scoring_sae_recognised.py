@@ -113,7 +113,7 @@ class Scaled(Format):
         d_in, d_sae = files.matrix("kernel")
         check_config_sizes(files, d_in, d_sae)
         files.check_shapes({"bias": (d_sae,)})
-        facts = SaeFacts(d_in, d_sae, "relu", True, self.name, None, None, False)
+        facts = SaeFacts(d_in, d_sae, "relu", self.name, None, None, False)
         return SaeHeader(facts, options={"scale": repr(files.config["scale"])})
 
     def read(self, files: SaeFiles) -> SaeArrays:

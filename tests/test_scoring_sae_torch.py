@@ -197,9 +197,11 @@ def test_two_linear_layers_are_a_relu_of_the_raw_input(write, name, format_name,
     expected = relu(x.astype(np.float64) @ t["W_enc"] + t["b_enc"])
     np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
     assert_decoder(source, t)
-    assert sae_facts(source) == SaeFacts(
-        D_IN, D_SAE, "relu", True, format_name, advertised_l0=None, hook_hint="model.layers.19", center_input=False
+    facts = sae_facts(source)
+    assert facts == SaeFacts(
+        D_IN, D_SAE, "relu", format_name, advertised_l0=None, hook_hint="model.layers.19", center_input=False
     )
+    assert facts.elementwise
     assert sae_facts(str(tmp_path)) == sae_facts(source)
 
 
@@ -209,9 +211,11 @@ def test_qwen_scope_is_a_topk_of_the_raw_input(tmp_path):
     expected = largest(relu(x.astype(np.float64) @ t["W_enc"] + t["b_enc"]), 5)
     np.testing.assert_allclose(encoded(source, x), expected, rtol=1e-5, atol=1e-5)
     assert_decoder(source, t)
-    assert sae_facts(source) == SaeFacts(
-        D_IN, D_SAE, "topk", False, "qwen_scope", advertised_l0=5.0, hook_hint="model.layers.7", center_input=False
+    facts = sae_facts(source)
+    assert facts == SaeFacts(
+        D_IN, D_SAE, "topk", "qwen_scope", advertised_l0=5.0, hook_hint="model.layers.7", center_input=False
     )
+    assert not facts.elementwise
     assert sae_config(source)["k"] == 5
 
 
@@ -248,12 +252,12 @@ def test_an_attention_sae_of_gpt2_reads_what_the_projection_reads(tmp_path):
         D_IN,
         D_SAE,
         "relu",
-        True,
         "connor_rob",
         advertised_l0=None,
         hook_hint="transformer.h.5.attn.c_proj:input",
         center_input=False,
     )
+    assert facts.elementwise
 
 
 def test_an_attention_sae_needs_the_configuration_of_its_own_name(tmp_path):

@@ -406,7 +406,7 @@ def test_the_self_check_refuses_a_wrong_hookpoint_and_says_the_right_one() -> No
         model(**packed._asdict())
     x = outputs["model.layers.1"].flatten(0, 1)[packed.predictors].double()
     axes = torch.linalg.svd(x, full_matrices=False).Vh[:20].float().numpy()
-    facts = SaeFacts(32, 40, "relu", True, "test", 20.0, None, False)
+    facts = SaeFacts(32, 40, "relu", "test", 20.0, None, False)
     arrays = SaeArrays(facts, np.concatenate([axes, -axes]).T.copy(), np.zeros(40, np.float32), "relu", "none")
     decoder = Decoder(np.concatenate([axes, -axes]), np.zeros(32, np.float32))
     right = check_sae(model, Sae(arrays), decoder, "model.layers.1", packed)

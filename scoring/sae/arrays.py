@@ -55,17 +55,20 @@ class SaeFacts:
     d_in: int
     d_sae: int
     architecture: Activation
-    elementwise: bool
-    """Feature j depends on column j of the encoder alone; topk and groupmax couple them."""
     format: str
     advertised_l0: float | None
     """Active features per token that the files promise; None where they say nothing."""
     hook_hint: str | None
     """Where the files say that the SAE hooks: a hookpoint, or their own word for another place."""
-    center_input: bool
+    center_input: bool = False
     """The SAE was trained on a residual stream whose mean over d_in is subtracted from every token."""
     predicts: str | None = None
     """The hookpoint that the decoder of a transcoder predicts; None of an SAE, which reconstructs what it reads."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Feature j depends on column j of the encoder alone; topk and groupmax couple them."""
+        return self.architecture not in ("topk", "groupmax")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from fpo.scoring.hook_names import from_transformer_lens
 from fpo.scoring.sae.arrays import Decoder, SaeArrays, SaeFacts, SaeHeader
 from fpo.scoring.sae.format import Format, SaeFiles, check_config_sizes, decoder_of
@@ -17,7 +15,6 @@ class ConnorRob(Format):
     weights = "*.pt"
     config = "*_cfg.json"
     needs_config = True
-    refuses: ClassVar = {}
 
     def claims(self, files: SaeFiles) -> bool:
         """`W_enc` with a column for each feature, `W_dec`, `b_enc` and `b_dec`, and nothing else."""
@@ -35,11 +32,9 @@ class ConnorRob(Format):
                 d_in=d_in,
                 d_sae=d_sae,
                 architecture="relu",
-                elementwise=True,
                 format=self.name,
                 advertised_l0=None,
                 hook_hint=from_transformer_lens(str(hook), str(config.get("model_name", "gpt2"))) if hook else None,
-                center_input=False,
             ),
             apply_b_dec_to_input=True,
         )

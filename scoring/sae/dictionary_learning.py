@@ -18,6 +18,7 @@ from fpo.scoring.sae.format import (
     check_k,
     decoder_of,
     read_threshold,
+    stated_l0,
 )
 
 
@@ -79,17 +80,14 @@ class DictionaryLearning(Format):
             if not isinstance(k, int):
                 raise SaeError(f"SAE {files.source}: an AutoEncoderTopK whose config.json has no trainer.k")
             check_k(files, k, d_sae)
-        stated = k if k is not None else trainer.get("target_l0")
         return SaeHeader(
             SaeFacts(
                 d_in=d_in,
                 d_sae=d_sae,
                 architecture=kind.activation,
-                elementwise=not is_topk,
                 format=self.name,
-                advertised_l0=float(stated) if isinstance(stated, int | float) else None,
+                advertised_l0=stated_l0(k if k is not None else trainer.get("target_l0")),
                 hook_hint=_hook_hint(trainer, (files.config.get("buffer") or {}).get("io")),
-                center_input=False,
             ),
             k=k if is_topk else None,
             apply_b_dec_to_input=kind.subtracts,

@@ -77,11 +77,11 @@ class Format(ABC):
     Where the weights stand inside an SAE's folder, with a * where the name is not fixed. Formats may share a name: the
     contents decide.
     """
-    config: ClassVar[str | None]
+    config: ClassVar[str | None] = None
     """The same of the configuration; a * stands for the weights' name without its suffix. None where there is none."""
-    needs_config: ClassVar[bool]
+    needs_config: ClassVar[bool] = False
     """Whether nothing can be said without the configuration."""
-    refuses: ClassVar[Mapping[str, str]]
+    refuses: ClassVar[Mapping[str, str]] = {}
     """What of this format is no per-token encoder of a hookpoint's output, or not computed here: what -> why."""
 
     @property
@@ -128,6 +128,11 @@ def check_config_sizes(
 def check_k(files: SaeFiles, k: int, d_sae: int) -> None:
     if not 0 < k <= d_sae:
         raise SaeError(f"SAE {files.source}: k is {k}, of {d_sae} features")
+
+
+def stated_l0(value: object) -> float | None:
+    """What a configuration says about active features per token; None where it says nothing."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def positive_number(files: SaeFiles, name: str, value: object) -> float:

@@ -24,7 +24,6 @@ class GemmaScope(Format):
     title = "Gemma Scope"
     weights = "params.npz"
     config = "config.json"
-    needs_config = False
     refuses: ClassVar = {
         "a transcoder that does not name its places": "Gemma Scope's read a norm's output without its gain, which no "
         "module gives",
@@ -53,11 +52,9 @@ class GemmaScope(Format):
                 d_in=d_in,
                 d_sae=d_sae,
                 architecture="jumprelu",
-                elementwise=True,
                 format=self.name,
                 advertised_l0=float(stated) if stated is not None else float(in_path[1]) if in_path else None,
                 hook_hint=from_module_path(hook) if isinstance(hook, str) else from_gemma_scope(files.place),
-                center_input=False,
                 predicts=from_module_path(predicted) if self._transcodes(files) and predicted else None,
             )
         )

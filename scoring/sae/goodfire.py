@@ -16,9 +16,6 @@ class Goodfire(Format):
     name = "goodfire"
     title = "Goodfire"
     weights = "*.pt*"
-    config = None
-    needs_config = False
-    refuses: ClassVar = {}
     encoder: ClassVar[str] = "encoder_linear"
     decoder: ClassVar[str] = "decoder_linear"
 
@@ -37,11 +34,9 @@ class Goodfire(Format):
                 d_in=d_in,
                 d_sae=d_sae,
                 architecture="relu",
-                elementwise=True,
                 format=self.name,
                 advertised_l0=None,
                 hook_hint=from_transformer_lens(f"blocks.{layer[1]}.hook_resid_post", "llama") if layer else None,
-                center_input=False,
             )
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
 
 from fpo.errors import SaeError
 from fpo.scoring.hook_names import from_transformer_lens
@@ -20,9 +19,6 @@ class QwenScope(Format):
     name = "qwen_scope"
     title = "Qwen Scope"
     weights = "layer*.sae.pt"
-    config = None
-    needs_config = False
-    refuses: ClassVar = {}
 
     def claims(self, files: SaeFiles) -> bool:
         """`W_enc` with a row for each feature, `W_dec`, `b_enc` and `b_dec`, and nothing else."""
@@ -40,11 +36,9 @@ class QwenScope(Format):
                 d_in=d_in,
                 d_sae=d_sae,
                 architecture="topk",
-                elementwise=False,
                 format=self.name,
                 advertised_l0=float(k),
                 hook_hint=from_transformer_lens(f"blocks.{layer[1]}.hook_resid_post", "qwen3") if layer else None,
-                center_input=False,
             ),
             k=k,
         )

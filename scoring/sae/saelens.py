@@ -18,6 +18,7 @@ from fpo.scoring.sae.format import (
     decoder_of,
     positive_number,
     read_threshold,
+    stated_l0,
 )
 
 _ARCHITECTURES: dict[str, Activation] = {
@@ -89,9 +90,8 @@ class SaeLens(Format):
                 d_in=d_in,
                 d_sae=d_sae,
                 architecture=_ARCHITECTURES[architecture],
-                elementwise=not is_topk,
                 format=self.name,
-                advertised_l0=_stated_l0(config.get("k") if is_topk or is_batchtopk else metadata.get("l0")),
+                advertised_l0=stated_l0(config.get("k") if is_topk or is_batchtopk else metadata.get("l0")),
                 hook_hint=hook,
                 center_input=bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
                 predicts=predicted if transcodes else None,
@@ -187,10 +187,6 @@ def _threshold_name(files: SaeFiles) -> str:
 def _predicted(metadata: dict[str, Any]) -> str | None:
     """What a transcoder's decoder predicts, as the file has it."""
     return metadata.get("hf_hook_name_out") or metadata.get("hook_name_out")
-
-
-def _stated_l0(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
