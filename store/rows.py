@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +102,7 @@ def _grouped(cache: Cache, groups: Iterator[Groups]) -> Iterator[Any]:
             "weight": pa.array(block.weight),
         }
         if block.score_mask is not None:
-            columns["counts"] = _lists(scored(block.score_mask, pa.bool_()), completions[1], outer)
+            columns["counts"] = _lists(scored(block.score_mask.astype(bool)), completions[1], outer)
         for name, column in zip(names, block.columns, strict=True):
             splits = column.splits.astype(np.int64)
             if isinstance(column, TopLogits):
@@ -190,10 +190,10 @@ def _whole_completions(block: Groups) -> Callable[..., Any]:
     absent = np.zeros(int(of_all[-1]), dtype=bool)
     absent[of_all[:-1][missing > 0]] = True
 
-    def whole(values: NDArray[Any], kind: Any = None) -> Any:
+    def whole(values: NDArray[Any]) -> Any:
         every = np.zeros(len(absent), values.dtype)
         every[~absent] = values
-        return pa.array(every.astype(bool) if kind is not None else every, type=kind, mask=absent)
+        return pa.array(every, mask=absent)
 
     return whole
 
@@ -223,22 +223,12 @@ def _lists(values: Any, *splits: NDArray[np.integer[Any]]) -> Any:
 def _write_parquet(path: Path, tables: Iterator[Any], about: dict[str, Any]) -> None:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    with _closing() as opened:
+    writer = None
+    with ExitStack() as opened:
         for table in tables:
             table = table.replace_schema_metadata({ABOUT: json.dumps(about)})
-            if not opened:
-                opened.append(pq.ParquetWriter(path, table.schema))
-            opened[0].write_table(table)
-
-
-@contextmanager
-def _closing() -> Iterator[list[Any]]:
-    opened: list[Any] = []
-    try:
-        yield opened
-    finally:
-        for writer in opened:
-            writer.close()
+            writer = writer or opened.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
 
 
 def _write_lines(path: Path, tables: Iterator[Any]) -> None:
