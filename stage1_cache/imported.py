@@ -111,6 +111,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     raise DataError(f"{path}, line {number + 1}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{path}, line {number + 1}: not a JSON object; write one row per line")
+                _check_columns(list(row), f"{path}, row {number}")
                 yield row
         return
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -138,7 +139,6 @@ def _check_columns(names: Sequence[str], where: str) -> None:
 
 def _read(row: Mapping[str, Any], where: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """(n, 16) digests of a row's completions, and the log-probs of their scored tokens."""
-    _check_columns(list(row), where)
     prompt, completions, logps = (row[name] for name in _NEEDS)
     counts = row.get("counts") or [None] * len(completions)
     if not len(completions) == len(logps) == len(counts):

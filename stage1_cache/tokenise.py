@@ -48,6 +48,8 @@ from fpo.stage1_cache.read import (
 )
 from fpo.stage1_cache.texts import ChatTemplate, with_end_token
 from fpo.stage1_cache.transforms import Transforms
+from fpo.store.format.groups import segment_lengths
+from fpo.store.format.ragged import I64, starts_of
 
 TOKENISE_RULES = "trl-1.16/3"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""
@@ -108,42 +110,32 @@ class TokenisedGroups:
     @property
     def lengths_of_prompts(self) -> npt.NDArray[np.int64]:
         """(G,) tokens."""
-        return self._lengths[self._prompts]
+        return self._lengths[0]
 
     @property
     def lengths_of_completions(self) -> npt.NDArray[np.int64]:
         """(K,) tokens, also those that are not scored."""
-        return np.delete(self._lengths, self._prompts)
+        return self._lengths[1]
 
     def spreads(self) -> dict[str, Spread]:
         """How long prompts and completions are, in tokens, and how far the scores of a group are apart."""
-        measured: dict[str, npt.NDArray[Any]] = {}
-        firsts = np.cumsum(self.n_completions.astype(np.int64)) - self.n_completions
+        prompts, completions = self._lengths
+        firsts = starts_of(self.n_completions)[:-1]
         if self.drops.unit == "pairs":
-            measured |= {
-                f"{side} tokens": self.lengths_of_completions[firsts + place]
-                for place, side in enumerate(("chosen", "rejected"))
-            }
+            measured = {f"{side} tokens": completions[firsts + n] for n, side in enumerate(("chosen", "rejected"))}
         else:
-            measured["completion tokens"] = self.lengths_of_completions
-        longest = float(self.lengths_of_completions.max())
+            measured = {"completion tokens": completions}
+        longest = float(completions.max())
         found = {name: Spread.of(values, longest) for name, values in measured.items()}
-        found["prompt tokens"] = Spread.of(self.lengths_of_prompts)
+        found["prompt tokens"] = Spread.of(prompts)
         most, least = (extreme.reduceat(self.score, firsts) for extreme in (np.maximum, np.minimum))
         found["score margin"] = Spread.of((most - least)[self.n_completions > 1])
         return {name: spread for name, spread in found.items() if spread is not None}
 
     @property
-    def _lengths(self) -> npt.NDArray[np.int64]:
-        """(G+K,) tokens of each part."""
-        starts = self.splits.astype(np.int64)
-        return starts[1:] - starts[:-1]
-
-    @property
-    def _prompts(self) -> npt.NDArray[np.int64]:
-        """(G,) which of the parts are prompts."""
-        sizes = self.n_completions.astype(np.int64) + 1
-        return np.cumsum(sizes) - sizes
+    def _lengths(self) -> tuple[I64, I64]:
+        """Tokens of every prompt (G,) and of every completion (K,)."""
+        return segment_lengths(self.splits, self.n_completions)
 
 
 class Part(NamedTuple):

@@ -64,9 +64,10 @@ def is_transcript(first: Row) -> bool:
     return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
 
 
-def _sharegpt(row: Row, column: str) -> Group:
+def _answered(row: Row, column: str, places: Sequence[str] = _SIDES) -> Group:
+    """One column asks, in text or messages, and two answer."""
     prompt = _asked(row, _messages(row[column], column, "user"), column)
-    return _pair(row, prompt, [row[side] for side in _SIDES])
+    return _pair(row, prompt, [row[place] for place in places], places)
 
 
 def _openai(row: Row) -> Group:
@@ -88,16 +89,6 @@ def _alpaca_ranked(row: Row) -> Group:
     if not isinstance(output, list) or len(output) != 2:
         raise WrongValue("output", f"{kind(output)}, not a list of the better and the worse answer")
     return _pair(row, _instructed(row), output, ("output[0]", "output[1]"))
-
-
-def _argilla(row: Row, column: str) -> Group:
-    prompt = _asked(row, _messages(row[column], column, "user"), column)
-    return _pair(row, prompt, [row[place] for place in _RESPONSES], _RESPONSES)
-
-
-def _with_system(row: Row, column: str) -> Group:
-    prompt = _asked(row, _messages(row[column], column, "user"), column)
-    return _pair(row, prompt, [row[side] for side in _SIDES])
 
 
 def _conversations(row: Row) -> Group:
@@ -292,12 +283,12 @@ def _always(first: Row) -> bool:
 _FOREIGN: tuple[tuple[Layout, Callable[[Row], bool]], ...] = (
     (_foreign(_openai, ("input", "preferred_output", "non_preferred_output")), _always),
     *(
-        (_foreign(partial(_sharegpt, column=column), (column, *_SIDES), "system"), partial(_opens_with, column=column))
+        (_foreign(partial(_answered, column=column), (column, *_SIDES), "system"), partial(_opens_with, column=column))
         for column in ("conversations", "messages")
     ),
     *(
         (
-            _foreign(partial(_argilla, column=column), (column, *_RESPONSES), "system"),
+            _foreign(partial(_answered, column=column, places=_RESPONSES), (column, *_RESPONSES), "system"),
             _is_text(column, *_RESPONSES),
         )
         for column in ("instruction", "prompt")
@@ -312,18 +303,18 @@ _FOREIGN: tuple[tuple[Layout, Callable[[Row], bool]], ...] = (
     ),
     *(
         (
-            _foreign(partial(_with_system, column=column), (column, "system", *_SIDES)),
+            _foreign(partial(_answered, column=column), (column, "system", *_SIDES)),
             _is_text(column, *_SIDES),
         )
         for column in ("question", "input")
     ),
     (
-        _foreign(partial(_with_system, column="prompt"), ("prompt", "system", *_SIDES)),
+        _foreign(partial(_answered, column="prompt"), ("prompt", "system", *_SIDES)),
         lambda first: _is_text("prompt", "system", *_SIDES)(first) and not _holds_its_system(first),
     ),
     *(
         (
-            _foreign(partial(_with_system, column=column), (column, *_SIDES), "system"),
+            _foreign(partial(_answered, column=column), (column, *_SIDES), "system"),
             partial(_asks_in_text, column=column),
         )
         for column in ("prompt", "question", "instruction")
