@@ -205,22 +205,8 @@ def _imported(identity: CacheIdentity, store: Path | str, scores: ImportedScores
     started = time.monotonic()
     filled, reusable, foreign = _filled(identity, Store(store), [None], scores)
     cache = open_cache(store, cache_key(identity.key_recipe))
-    return CacheReport(
-        identity.split,
-        cache,
-        DropReport.from_dict(identity.remembered["drops"]),
-        (),
-        (),
-        base_built=True,
-        built_shards=filled.shards,
-        seconds=time.monotonic() - started,
-        scored=filled.scored,
-        tokens_scored=filled.tokens,
-        reused=filled.reused,
-        reuse_problems=tuple(reusable.problems),
-        foreign_shards=foreign,
-        shards_by_others=filled.by_others,
-    )
+    report = CacheReport(identity.split, cache, DropReport.from_dict(identity.remembered["drops"]), (), ())
+    return _with_work(report, [None], started, filled, reusable, foreign)
 
 
 def find_cache(recipe: Recipe, store: Path | str, *, held_out: bool = False) -> Cache:
@@ -409,8 +395,16 @@ def _build(
         if None not in wants and is_first_rank():
             say(f"{identity.split}: the base is there; adding {', '.join(column_name(want) for want in wants if want)}")
         filled, reusable, foreign = _filled(identity, Store(store), wants, lazy)
+    report = replace(_report(identity, store, wants), nearest=near)
+    return _with_work(report, wants, started, filled, reusable, foreign)
+
+
+def _with_work(
+    report: CacheReport, wants: Sequence[Want], started: float, filled: Filled, reusable: Reusable | None, foreign: int
+) -> CacheReport:
+    """With what this process did; nothing could be copied where `reusable` is None."""
     return replace(
-        _report(identity, store, wants),
+        report,
         base_built=None in wants,
         built_shards=filled.shards,
         seconds=time.monotonic() - started,
@@ -420,7 +414,6 @@ def _build(
         reused=filled.reused,
         reuse_problems=() if reusable is None else (*reusable.problems, *_not_ours(reusable)),
         foreign_shards=foreign,
-        nearest=near,
         shards_by_others=filled.by_others,
     )
 
