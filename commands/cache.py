@@ -107,14 +107,13 @@ def _cache_facts(report: CacheReport) -> dict[str, Any]:
 
 
 def _print_cache(report: CacheReport) -> None:
-    from fpo.stage1_cache import SplitReport
     from fpo.store import counted
 
     cache = report.cache
     print(f"{report.split}")
     print(f"  key         {cache.key}")
     print(f"  path        {cache.folder.where('')}")
-    print("\n".join(f"  {line}" for line in data_lines(SplitReport(report.split, report.drops, report.trained_on))))
+    print("\n".join(f"  {line}" for line in data_lines(report.drops, report.trained_on)))
     shards = counted(len(cache.shard_groups), "shard")
     print(f"  base        {shards}, {_size(report, cache.manifest.n_bytes, built=report.base_built)}")
     for column in report.columns:

@@ -11,7 +11,6 @@ import typer
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson
 from fpo.commands.wording import terminal_width
-from fpo.errors import RunError
 
 
 def compare_command(
@@ -26,10 +25,7 @@ def compare_command(
 
     comparison = compare(runs, with_curves=as_json or html is not None)
     if html is not None:
-        try:
-            comparison_page(comparison).save(html)
-        except OSError as error:
-            raise RunError(f"{html}: cannot be written ({error.strerror})") from None
+        comparison_page(comparison).save(html)
     if as_json:
         print(json.dumps(comparison.facts(), indent=2))
         return

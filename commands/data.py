@@ -10,10 +10,9 @@ import typer
 
 from fpo.commands.libraries import quiet_libraries
 from fpo.commands.options import AsJson, Overrides, RecipePath
-from fpo.errors import DataError
 
 if TYPE_CHECKING:
-    from fpo.stage1_cache import SplitReport
+    from fpo.stage1_cache.drops import DropReport
 
 
 def data_command(
@@ -33,25 +32,21 @@ def data_command(
     if html is not None:
         from fpo.commands.data_page import data_page
 
-        try:
-            data_page(recipe.stem, reports).save(html)
-        except OSError as error:
-            raise DataError(f"{html}: cannot be written ({error.strerror})") from None
+        data_page(recipe.stem, reports).save(html)
     if as_json:
         print(json.dumps([report.facts() for report in reports], indent=2))
         return
     for report in reports:
-        print("\n".join([report.split, *(f"  {line}" for line in data_lines(report))]))
+        print("\n".join([report.split, *(f"  {line}" for line in data_lines(report.drops, report.trained_on))]))
     if html is not None:
         print(f"page        {html}")
 
 
-def data_lines(report: SplitReport) -> list[str]:
-    """Rows, where the prompts come from, and how long everything is."""
-    drops = report.drops
+def data_lines(drops: DropReport, trained_on: int) -> list[str]:
+    """Rows, where the prompts come from, and how long everything is; trained_on: as of a `SplitReport`."""
     lines = [f"{'data' if number == 0 else '':<12}{line.strip()}" for number, line in enumerate(drops.lines())]
-    if report.trained_on:
-        shared = f"noted {report.trained_on:,}: the training split holds them too, so they are not held out"
+    if trained_on:
+        shared = f"noted {trained_on:,}: the training split holds them too, so they are not held out"
         lines.append(f"{'':<12}{shared}")
     lines.append(f"prompt      {drops.prompt_line()}")
     for number, (name, spread) in enumerate(drops.lengths().items()):

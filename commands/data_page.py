@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fpo.report import Bins, Column, Histogram, Item, Page, Section, Table
-from fpo.stage1_cache.drops import DROPPED, NOTED, DropReport, Spread
+from fpo.stage1_cache.drops import Spread
 
 if TYPE_CHECKING:
     from fpo.stage1_cache import SplitReport
@@ -30,7 +30,10 @@ def _said(report: SplitReport) -> str:
 
 def _items(report: SplitReport) -> list[Item]:
     drops = report.drops
-    rows = list(_findings(drops))
+    rows = [
+        {"fate": fate, "count": finding.count, "why": meaning, "rows": finding.examples}
+        for fate, finding, meaning in drops.findings()
+    ]
     columns = [Column("fate", " "), Column("count", "rows", ","), Column("why"), Column("rows", "such as")]
     found: list[Item] = [Table("Rows", columns, rows)] if rows else ["Nothing was dropped or noted."]
     lengths = drops.lengths()
@@ -40,17 +43,6 @@ def _items(report: SplitReport) -> list[Item]:
     if margin := drops.spreads.get("score margin"):
         found.append(_histogram("Scores", "largest minus smallest score of a row", {"margin": margin}))
     return found
-
-
-def _findings(drops: DropReport) -> Iterator[dict[str, Any]]:
-    for fate, found, meanings in (
-        ("dropped", drops.dropped, DROPPED),
-        ("left out", drops.left_out, DROPPED),
-        ("noted", drops.noted, NOTED),
-    ):
-        for key, finding in found.items():
-            rows = ", ".join(map(str, finding.rows)) + (", ..." if finding.count > len(finding.rows) else "")
-            yield {"fate": fate, "count": finding.count, "why": meanings[key], "rows": rows}
 
 
 def _histogram(title: str, x: str, spreads: dict[str, Spread]) -> Histogram:

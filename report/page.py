@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fpo.errors import RunError
 from fpo.report.figures import Figure, Palette, colour
 from fpo.report.markup import element
 from fpo.report.passages import Passages, script_json
@@ -80,8 +81,11 @@ class Page:
         return f"<!doctype html>\n{element('html', inside, lang='en')}\n"
 
     def save(self, path: Path) -> None:
-        """Write the file."""
-        path.write_text(self.html(), encoding="utf-8")
+        """Write the file. Raises RunError where it cannot be written."""
+        try:
+            path.write_text(self.html(), encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
     def _series(self) -> Counter[str]:
         """What figures tell apart by colour, as it comes, and in how many of them."""

@@ -5,7 +5,7 @@ columns. Nothing is lost in silence: `kept` plus the counts of `dropped` is `rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -67,6 +67,11 @@ class Finding:
         self.count += 1
         if len(self.rows) < EXAMPLES:
             self.rows.append(row)
+
+    @property
+    def examples(self) -> str:
+        """The rows, for people."""
+        return ", ".join(map(str, self.rows)) + (", ..." if self.count > len(self.rows) else "")
 
 
 @dataclass
@@ -168,17 +173,19 @@ class DropReport:
 
     def lines(self) -> list[str]:
         """The report for people: the total, then one line per reason to drop or to leave out, and per thing noted."""
-        found = [("dropped", self.dropped[key], DROPPED[key]) for key in DROPPED if key in self.dropped]
-        found += [("left out", self.left_out[key], DROPPED[key]) for key in DROPPED if key in self.left_out]
-        found += [("noted", self.noted[key], NOTED[key]) for key in NOTED if key in self.noted]
         size = f" with {self.completions:,} completions" if self.unit == "groups" else ""
-        return [f"{self.kept:,} of {self.read:,} {self.unit} kept{size}", *(_line(*item) for item in found)]
+        found = [
+            f"  {fate} {finding.count:,}: {meaning} (row {finding.examples})"
+            for fate, finding, meaning in self.findings()
+        ]
+        return [f"{self.kept:,} of {self.read:,} {self.unit} kept{size}", *found]
+
+    def findings(self) -> Iterator[tuple[str, Finding, str]]:
+        """What became of rows, how many, and why: of all that occurred, in the order of `DROPPED` and `NOTED`."""
+        parts = (("dropped", self.dropped, DROPPED), ("left out", self.left_out, DROPPED), ("noted", self.noted, NOTED))
+        for fate, found, meanings in parts:
+            yield from ((fate, found[key], meaning) for key, meaning in meanings.items() if key in found)
 
 
 def _spelled(values: npt.NDArray[np.float64]) -> list[str]:
     return [f"{value:.6g}" for value in values]
-
-
-def _line(verb: str, finding: Finding, meaning: str) -> str:
-    more = ", ..." if finding.count > len(finding.rows) else ""
-    return f"  {verb} {finding.count:,}: {meaning} (row {', '.join(map(str, finding.rows))}{more})"
