@@ -51,7 +51,7 @@ from fpo.stage1_cache.transforms import Transforms
 from fpo.store.format.groups import segment_lengths
 from fpo.store.format.ragged import I64, starts_of
 
-TOKENISE_RULES = "trl-1.16/3"
+TOKENISE_RULES = "trl-1.16/4"
 """Names these rules in a memo key; the number after the slash moves when our reading of them changes."""
 
 # What decides the ids besides the weights; config.json because its model_type may pick the tokenizer's class.

@@ -9,8 +9,6 @@ out: they would be each other's contradiction, which the paper's own code keeps.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 
 from fpo.errors import DataError
 from fpo.recipe import Transform
-from fpo.stage1_cache.read import Group
+from fpo.stage1_cache.read import Group, said_digest
 
 
 class Transforms:
@@ -73,8 +71,7 @@ class Transforms:
     def _is_repeated(self, group: Group, row: int, copy: int) -> bool:
         if copy > 0:
             return row in self._duplicates
-        said = json.dumps([group.prompt, list(group.completions)], sort_keys=True, default=str)
-        digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()[:16]
+        digest = said_digest([group.prompt, list(group.completions)])[:16]
         if digest in self._seen:
             self._duplicates.add(row)
             return True

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_stage1_build import whole
 from tiny_world import TinyWorld, build_tiny_world
@@ -19,6 +21,8 @@ from fpo.stage1_cache import build_caches, find_cache, look_at_data
 from fpo.stage1_cache.identity import cache_identities
 from fpo.stage1_cache.tokenise import TokenisedGroups
 from fpo.stage2_align import align
+
+TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
 
 PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
 
@@ -40,6 +44,12 @@ def pair(prompt: str, **more: Any) -> dict[str, Any]:
 def written(path: Path, rows: list[dict[str, Any]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def in_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Where a message lacks a field that another one has, this is null; JSON lines leave it out."""
+    pq.write_table(pa.Table.from_pylist(rows), path)
     return str(path)
 
 
@@ -79,23 +89,21 @@ def test_text_and_messages_pairs_and_lists_stand_together(world: TinyWorld, tmp_
     lists = written(
         tmp_path / "lists.jsonl", [{"prompt": "w2", "completions": [" w3", " w4", " w5"], "ranks": [2, 1, 3]}]
     )
-    template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
-    [tokens] = both(world, source=[text, messages, lists], split="train", chat_template=template)
+    [tokens] = both(world, source=[text, messages, lists], split="train", chat_template=TEMPLATE)
     assert tokens.n_completions.tolist() == [2, 2, 3]
     assert tokens.drops.unit == "groups"
     for source, part in ((text, [0, 3]), (messages, [3, 6]), (lists, [6, 10])):
-        [alone] = both(world, source=source, split="train", chat_template=template)
+        [alone] = both(world, source=source, split="train", chat_template=TEMPLATE)
         start, end = (int(tokens.splits[at]) for at in part)
         np.testing.assert_array_equal(tokens.input_ids[start:end], alone.input_ids)
 
 
 def test_text_becomes_messages_beside_messages_and_a_question_has_one_side(world: TinyWorld, tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
     text = written(tmp_path / "text.jsonl", [pair(f"w{n}", chosen="w10", rejected="w11") for n in range(40)])
     sides = {side: [{"role": "assistant", "content": word}] for side, word in (("chosen", "w10"), ("rejected", "w11"))}
     spoken = [{"prompt": [{"role": "user", "content": f"w{n}"}], **sides} for n in range(40)]
     messages = written(tmp_path / "messages.jsonl", spoken)
-    data = {"split": "train", "chat_template": template, "as_messages": True, "held_out": 0.3}
+    data = {"split": "train", "chat_template": TEMPLATE, "as_messages": True, "held_out": 0.3}
     for tokens in both(world, source=[text, messages], **data):
         halves = np.split(tokens.input_ids, [len(tokens.input_ids) // 2])
         np.testing.assert_array_equal(halves[0], halves[1])
@@ -119,6 +127,22 @@ def test_duplicates_are_found_across_sources(world: TinyWorld, tmp_path: Path) -
     [tokens] = both(world, source=[one, two], split="train", transform={"dedup": True})
     assert tokens.group_id.tolist() == [0, 1, 2]
     assert tokens.drops.dropped["duplicate"].rows == [3, 4]
+
+
+def test_duplicates_are_found_where_one_source_has_more_fields_in_its_messages(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    def said(prompt: str, **more: str) -> dict[str, Any]:
+        asked = [{"role": "user", "content": prompt, **more}]
+        return {
+            "prompt": asked,
+            **{side: [{"role": "assistant", "content": f"w1{n}"}] for n, side in enumerate(("chosen", "rejected"))},
+        }
+
+    one = written(tmp_path / "one.jsonl", [said("w1"), said("w2")])
+    two = in_parquet(tmp_path / "two.parquet", [said("w3", name="w9"), said("w2")])
+    [tokens] = both(world, source=[one, two], split="train", chat_template=TEMPLATE, transform={"dedup": True})
+    assert tokens.drops.dropped["duplicate"].rows == [3]
 
 
 def test_all_rows_of_a_prompt_are_on_one_side_in_whatever_source(world: TinyWorld, tmp_path: Path) -> None:
@@ -157,7 +181,7 @@ def test_messages_are_on_the_side_of_the_same_messages_whatever_arrow_adds(world
     ]
     called = {**rows[0], "prompt": [{"role": "user", "content": "w50", "name": "w51"}]}
     plain = written(tmp_path / "plain.jsonl", rows)
-    nulls = written(tmp_path / "nulls.jsonl", [*rows, called])
+    nulls = in_parquet(tmp_path / "nulls.parquet", [*rows, called])
     sides = [
         both(world, source=source, split="train", held_out=0.3, chat_template=template) for source in (plain, nulls)
     ]

@@ -9,7 +9,7 @@ Rows of a dataset to groups.
 
 from fpo.stage1_cache.read.columns import layout_of
 from fpo.stage1_cache.read.foreign import TRANSCRIPTS, is_transcript
-from fpo.stage1_cache.read.layouts import PAIR, Group, Layout, WrongValue, as_conversation, extract_prompt
+from fpo.stage1_cache.read.layouts import PAIR, Group, Layout, WrongValue, as_conversation, extract_prompt, said_digest
 from fpo.stage1_cache.read.sides import side_of_prompts
 from fpo.stage1_cache.read.sources import ReadGroups, data_fingerprint, read_column, read_groups, read_rows
 
@@ -28,5 +28,6 @@ __all__ = [
     "read_column",
     "read_groups",
     "read_rows",
+    "said_digest",
     "side_of_prompts",
 ]

@@ -13,6 +13,8 @@ A score is a number that is higher for what is better: a rating as it is, a rank
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +124,19 @@ def as_conversation(group: Group) -> Group:
         prompt=[{"role": "user", "content": group.prompt}],
         completions=[[{"role": "assistant", "content": text}] for text in group.completions],
     )
+
+
+def said_digest(said: Any) -> bytes:
+    """SHA-256 of text or messages, the same whatever dataset they stand in."""
+    text = json.dumps(_without_nulls(said), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every message the fields of all in its dataset, so that nulls say nothing."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def pair_numbers(row: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
