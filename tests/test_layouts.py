@@ -18,10 +18,7 @@ from fpo.stage1_cache import build_caches
 from fpo.stage1_cache.score import ReferenceScorer, TokenGroups
 from fpo.stage2_align import align, evaluate_run
 
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+pytestmark = pytest.mark.usefixtures("private_memory")
 
 
 def recipe_of(world: TinyWorld, hookpoint: str) -> Recipe:

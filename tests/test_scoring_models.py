@@ -27,15 +27,12 @@ from fpo.scoring.models import is_quantised
 from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage2_align import align
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from tiny_saes import (
     D_IN,
     D_SAE,
     random_sae,
+    refusal,
     write_gemma_scope,
     write_gemma_scope_2,
     write_saelens,
@@ -260,15 +261,6 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(SaeError, match=r"not in the hub's cache, and the hub cannot be reached \(ConnectionError\)"):
         sae_facts("me/repo/folder")
-
-
-def refusal(source: str, weights: bool = False) -> str:
-    with pytest.raises(SaeError) as error:
-        read_sae(source) if weights else sae_facts(source)
-    message = str(error.value)
-    assert message.startswith(f"SAE {source}: ")
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tiny_saes import (
     Tensors,
     random_sae,
     random_tokens,
+    refusal,
     write_llama_scope,
     write_llama_scope_r1,
     write_openmoss,
@@ -60,14 +61,6 @@ def assert_reconstructs(source: str, expected: Float64) -> None:
     W_dec, b_dec, _ = read_decoder(source)
     f = load_sae(source).encode(torch.from_numpy(random_tokens())).numpy()
     np.testing.assert_allclose(f @ W_dec + b_dec, expected, rtol=1e-4, atol=1e-4)
-
-
-def refusal(source: str) -> str:
-    with pytest.raises(SaeError) as error:
-        sae_facts(source)
-    assert str(error.value).startswith(f"SAE {source}: ")
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("act_fn", ["jumprelu", "topk"])

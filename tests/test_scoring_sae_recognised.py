@@ -19,6 +19,7 @@ from tiny_saes import (
     Tensors,
     random_sae,
     random_tokens,
+    refusal,
     write_gemma_scope,
     write_gemma_scope_2,
     write_llama_scope,
@@ -51,13 +52,6 @@ WRITERS = {
     "llama_scope": write_llama_scope,
     "llama_scope_r1": write_llama_scope_r1,
 }
-
-
-def refusal(source: str) -> str:
-    with pytest.raises(SaeError) as error:
-        sae_facts(source)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("name", WRITERS)

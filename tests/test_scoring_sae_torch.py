@@ -12,24 +12,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_saes import D_IN, D_SAE, Tensors, random_sae, random_tokens
+from tiny_saes import D_IN, D_SAE, Tensors, random_sae, random_tokens, refusal
 from torch import nn
 from torch_saes import dictionary_state, write_connor_rob, write_dictionary, write_goodfire, write_qwen_scope
 
 from fpo.errors import SaeError
-from fpo.scoring.sae import SaeFacts, load_sae, read_decoder, read_sae, sae_config, sae_facts, sae_weights_digest
+from fpo.scoring.sae import SaeFacts, load_sae, read_decoder, sae_config, sae_facts, sae_weights_digest
 from fpo.scoring.sae.tensors import Weights
 
 Wide = NDArray[np.float64]
-
-
-def refusal(source: str, weights: bool = False) -> str:
-    with pytest.raises(SaeError) as error:
-        read_sae(source) if weights else sae_facts(source)
-    message = str(error.value)
-    assert message.startswith(f"SAE {source}: ")
-    assert "\n" not in message
-    return message
 
 
 def encoded(source: str, x: NDArray[np.float32]) -> NDArray[np.float32]:

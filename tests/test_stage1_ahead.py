@@ -14,15 +14,12 @@ from fpo.stage1_cache.ahead import one_ahead
 from fpo.stage1_cache.score import ReferenceScorer
 from fpo.store import CacheWriter, Store, verify
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 24, 2)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5])

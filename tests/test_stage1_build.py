@@ -33,15 +33,12 @@ from fpo.stage1_cache import build_caches, find_cache
 from fpo.stage1_cache.identity import cache_identities
 from fpo.store import Cache, Features, Groups, Store, TopLogits, cache_key, verify
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def whole(cache: Cache) -> Groups:

@@ -18,17 +18,14 @@ from fpo.errors import DataError
 from fpo.stage1_cache import build_caches, look_at_data
 from fpo.stage1_cache.drops import BINS, DropReport, Spread
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 PAIR = {"prompt": "w1 w2", "chosen": " w10", "rejected": " w11 w12"}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 30, 6)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def split(world: TinyWorld, rows: list[dict[str, Any]], folder: Path, **data: Any) -> DropReport:

@@ -19,6 +19,8 @@ from fpo.stage1_cache import build_caches, find_cache, import_caches, recompute
 from fpo.stage2_align import align
 from fpo.store import Cache, export_rows, open_cache, verify
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 pytest.importorskip("pyarrow.parquet")
 ENGINE = {"scored_by": "vllm 0.11.2"}
 
@@ -26,11 +28,6 @@ ENGINE = {"scored_by": "vllm 0.11.2"}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 20, 6)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def plain(world: TinyWorld, **sections: Any) -> Recipe:

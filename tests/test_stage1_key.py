@@ -27,15 +27,12 @@ from fpo.stage1_cache.identity import cache_identities
 from fpo.stage1_cache.read import read_groups
 from fpo.store import cache_key
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 12, 4)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def key(world: TinyWorld, **sections: Any) -> str:

@@ -22,6 +22,8 @@ from fpo.stage1_cache.identity import cache_identities
 from fpo.stage1_cache.tokenise import TokenisedGroups
 from fpo.stage2_align import align
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
 
 PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
@@ -30,11 +32,6 @@ PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 40, 10)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def pair(prompt: str, **more: Any) -> dict[str, Any]:

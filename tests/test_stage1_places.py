@@ -19,17 +19,14 @@ from fpo.stage1_cache.identity import cache_identities, checked
 from fpo.stage2_align import align
 from fpo.store import Features
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 HEADS = "model.layers.1.self_attn.o_proj:input"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 12, 4)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def sae_that_says(world: TinyWorld, folder: Path, hook_name: str | None) -> dict[str, object]:

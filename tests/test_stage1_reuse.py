@@ -26,15 +26,12 @@ from fpo.store import Cache, Column, Features, Groups, HiddenGram, Store, TokenL
 from fpo.store.format.encoding import ColumnRows, encode_shard
 from fpo.store.format.manifest import parse_record, recipe_facts, record_name, shard_name
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), n_train=44, n_test=12)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def built(world: TinyWorld, store: Path, split: str, **sections: object) -> CacheReport:

@@ -20,17 +20,14 @@ from fpo.stage1_cache.shared import SharedTokens
 from fpo.stage1_cache.tokenise import ARRAYS, TokenisedGroups, tokenise
 from fpo.store import Store, gc
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 QUESTION = {"what": "some tokens"}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return build_tiny_world(tmp_path_factory.mktemp("world"), 12, 2)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 @pytest.fixture

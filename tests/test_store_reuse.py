@@ -48,6 +48,8 @@ from fpo.store.format.encoding import encode_shard
 from fpo.store.format.manifest import recipe_facts
 from fpo.store.reuse import token_rows
 
+pytestmark = pytest.mark.usefixtures("private_memory")
+
 N = 12
 SIZES = [(n % 3, [1 + n % 4, 2 + n % 2, *([3] if n % 5 == 0 else [])]) for n in range(N)]
 SPECS = [FEATURES, TOP_LOGITS, PROMPT_FEATURES, HIDDEN_GRAM]
@@ -55,11 +57,6 @@ WANTS = [None, *SPECS]
 _BARE = make_groups(SIZES, seed=3)
 ALL = _BARE.with_columns([make_column(spec, _BARE, seed) for seed, spec in enumerate(SPECS)])
 K = len(ALL.completion_digest)
-
-
-@pytest.fixture(autouse=True)
-def private_memory(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def dataset(rows) -> Groups:

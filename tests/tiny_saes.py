@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+
+from fpo.errors import SaeError
+from fpo.scoring.sae import read_sae, sae_facts
 
 D_IN, D_SAE = 6, 24
 Tensors = dict[str, NDArray[np.float32]]
@@ -173,3 +177,13 @@ def linear_layers(t: Tensors) -> Tensors:
 
 def pick(t: Tensors, *names: str) -> Tensors:
     return {name: t[name] for name in names}
+
+
+def refusal(source: str, weights: bool = False) -> str:
+    """What reading an SAE is refused with: one line that begins with its source."""
+    with pytest.raises(SaeError) as error:
+        read_sae(source) if weights else sae_facts(source)
+    message = str(error.value)
+    assert message.startswith(f"SAE {source}: ")
+    assert "\n" not in message
+    return message
